@@ -1,0 +1,403 @@
+"""Frozen configuration: dataclasses, read from TOML, changed by `--set a.b=c`, checked before a device is touched.
+
+Every field says in its comment what it means; a default that looks odd says where it comes from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+
+class InputError(ValueError):
+    """Something the person running the command can mend: one sentence that says what is wrong and what to do."""
+
+
+def _may_change(default: Any) -> Any:
+    """A field that a resumed run may set differently, because it changes no number beyond rounding."""
+    return field(default=default, metadata={"may_change": True})
+
+
+def _require(condition: bool, sentence: str) -> None:
+    if not condition:
+        raise InputError(sentence)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The architecture of one encoder: BERT and DistilBERT differ in nothing else."""
+
+    vocab_size: int  # real ids; parameters are stored padded, see `padded_vocab_size`
+    num_layers: int = 12
+    hidden_size: int = 768
+    num_heads: int = 12
+    intermediate_size: int = 3072
+    max_positions: int = 512
+    token_types: int = 2  # rows of the token-type table; 0: no table, which is what makes it a DistilBERT
+    positions: Literal["learned", "sinusoidal"] = "learned"  # sinusoidal: computed, never a parameter
+    pooler: bool = False  # BERT's tanh layer on [CLS]; kept because fine-tuning starts from it
+    mlm_head: bool = True
+    activation: Literal["gelu", "gelu_tanh", "relu"] = "gelu"  # gelu: the exact one, with erf
+    hidden_dropout: float = 0.1
+    attention_dropout: float = 0.1
+    layer_norm_eps: float = 1e-12
+    initializer_range: float = 0.02
+    pad_token_id: int = 0
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters of a state stay float32
+    unroll: bool = True  # every layer compiled on its own: faster on CPUs, slower to compile
+    remat: Literal["none", "dots", "full"] = "none"  # what the backward pass computes again to save memory
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "num_layers", "hidden_size", "num_heads", "intermediate_size", "max_positions"):
+            _require(getattr(self, name) > 0, f"{name} must be at least 1, not {getattr(self, name)}.")
+        _require(
+            self.hidden_size % self.num_heads == 0,
+            f"hidden_size {self.hidden_size} does not divide into {self.num_heads} heads: "
+            "choose num_heads so that it does.",
+        )
+        _require(self.token_types >= 0, f"token_types must be 0 or more, not {self.token_types}.")
+        for name in ("hidden_dropout", "attention_dropout"):
+            _require(0 <= getattr(self, name) < 1, f"{name} must be in [0, 1), not {getattr(self, name)}.")
+        _require(
+            self.positions == "learned" or self.hidden_size % 2 == 0, "Sinusoidal positions need an even hidden_size."
+        )
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """The vocabulary rounded up to 128, whatever the mesh, so that every checkpoint fits every mesh."""
+        return -(-self.vocab_size // 128) * 128
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden_size // self.num_heads
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    path: str = field(default="", metadata={"may_change": True})  # a model folder or a hub id; empty: no teacher
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """The student's shape; None means: as the teacher's (or BERT-base's, where there is no teacher)."""
+
+    init: str = "teacher"  # "teacher", "random", or the folder of an existing student
+    layers: tuple[int, ...] = ()  # the teacher's layers that are copied; empty: 0,2,4,7,9,11 for 12 -> 6, else spread
+    num_layers: int | None = None  # None: as many as `layers`, or half the teacher's
+    hidden_size: int | None = None
+    num_heads: int | None = None
+    intermediate_size: int | None = None
+    max_positions: int | None = None
+    token_types: int = 0  # 0 is DistilBERT; 2 keeps BERT's table
+    fold_token_types: bool = True  # adds the teacher's token-type row 0 into the positions: exact, and free
+    positions: Literal["learned", "sinusoidal"] = "learned"
+    hidden_dropout: float = 0.1
+    attention_dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        _require(
+            not self.layers or self.num_layers in (None, len(self.layers)),
+            f"student.layers names {len(self.layers)} layers and student.num_layers says {self.num_layers}: "
+            "set one of them.",
+        )
+
+
+@dataclass(frozen=True)
+class MaskingConfig:
+    """Dynamic masking, as in the published recipe (SPEC: 15 %; 80 / 10 / 10; rare words more often)."""
+
+    rate: float = 0.15  # of the real tokens of each row
+    mask: float = 0.8  # of the targets: replaced by [MASK]
+    random: float = 0.1  # of the targets: replaced by a random word; the rest are kept
+    smoothing: float = 0.7  # a token is chosen in proportion to max(count, 1) ** -smoothing; 0: all alike
+    mask_token_id: int = 0  # 0: taken from the tokenizer of the prepared data
+
+    def __post_init__(self) -> None:
+        _require(0 < self.rate < 1, f"masking.rate must be between 0 and 1, not {self.rate}.")
+        _require(
+            self.mask >= 0 and self.random >= 0 and self.mask + self.random <= 1,
+            f"masking.mask {self.mask} and masking.random {self.random} must be shares of one whole.",
+        )
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights of the terms (the authors' released run: 5, 2, 1); they are not normalised."""
+
+    kl: float = 5.0  # soft targets: T^2 KL(teacher || student)
+    mlm: float = 2.0
+    cosine: float = 1.0  # between last hidden states
+    mse: float = 0.0  # between raw logits: matching logits
+    temperature: float = 2.0
+    soft_positions: Literal["all", "targets"] = "all"  # where kl and mse are taken: every token, or MLM targets only
+    targets_per_row: int | None = None  # no row has more targets (masking sets it); None: any number
+
+    def __post_init__(self) -> None:
+        for name in ("kl", "mlm", "cosine", "mse"):
+            _require(getattr(self, name) >= 0, f"loss.{name} must not be negative, but is {getattr(self, name)}.")
+        _require(
+            max(self.kl, self.mlm, self.cosine, self.mse) > 0,
+            "Every loss weight is 0, so there is nothing to minimise: set at least one of loss.kl, loss.mlm, "
+            "loss.cosine, loss.mse.",
+        )
+        _require(self.temperature > 0, f"loss.temperature must be above 0, not {self.temperature}.")
+
+    @property
+    def needs_teacher(self) -> bool:
+        return max(self.kl, self.cosine, self.mse) > 0
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and linear decay to zero (the published recipe)."""
+
+    learning_rate: float = 5e-4
+    beta1: float = 0.9
+    beta2: float = 0.98
+    eps: float = 1e-6
+    weight_decay: float = 0.0  # never on biases and LayerNorm
+    warmup: float = 0.05  # share of the steps
+    clip: float = 5.0  # global norm
+    steps: int = 0  # length of the schedule; 0: taken from train.steps or train.epochs
+    freeze: tuple[str, ...] = ()  # parameters left as they are, by the start of their path: "embeddings/position"
+
+    def __post_init__(self) -> None:
+        _require(self.learning_rate > 0, f"optimizer.learning_rate must be above 0, not {self.learning_rate}.")
+        _require(0 <= self.warmup <= 1, f"optimizer.warmup is a share of the steps, 0 to 1, not {self.warmup}.")
+        _require(self.clip > 0, f"optimizer.clip must be above 0, not {self.clip}.")
+
+
+@dataclass(frozen=True)
+class StepConfig:
+    """All that fixes one optimiser step, and no path, cadence or host: what `init_state` and `train_step` need."""
+
+    student: ModelConfig
+    teacher: ModelConfig | None = None
+    loss: LossConfig = LossConfig()
+    masking: MaskingConfig = MaskingConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    accumulation: int = 1  # micro-batches per update
+
+    def __post_init__(self) -> None:
+        _require(self.accumulation >= 1, f"accumulation must be at least 1, not {self.accumulation}.")
+        _require(self.student.mlm_head, "The student has no MLM head, which masked-LM training needs.")
+        if self.teacher is None:
+            _require(
+                not self.loss.needs_teacher,
+                "loss.kl, loss.cosine and loss.mse need a teacher: set teacher.path, or set them to 0.",
+            )
+            return
+        _require(
+            self.teacher.vocab_size == self.student.vocab_size,
+            f"The teacher knows {self.teacher.vocab_size} tokens and the student {self.student.vocab_size}: "
+            "both must use one tokenizer.",
+        )
+        _require(
+            self.loss.cosine == 0 or self.teacher.hidden_size == self.student.hidden_size,
+            f"The cosine loss compares hidden states of one width, but the teacher's is {self.teacher.hidden_size} "
+            f"and the student's {self.student.hidden_size}: set loss.cosine = 0 (and student.init = \"random\"), "
+            "or give both one width.",
+        )
+        _require(
+            self.teacher.mlm_head or max(self.loss.kl, self.loss.mse) == 0,
+            "The teacher has no MLM head, so it has no soft targets: train its head first "
+            "(`distil-jax train` without a teacher), or set loss.kl = 0 and loss.mse = 0.",
+        )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    path: str = field(default="", metadata={"may_change": True})  # the folder that `distil-jax prepare` wrote
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    batch_rows: int = 256  # rows per optimiser step, over all devices and micro-batches
+    steps: int = 0  # optimiser steps; or
+    epochs: float = 0.0  # passes over the training rows
+    accumulation: int = _may_change(1)  # micro-batches per step: less memory, same update
+    log_every: int = _may_change(20)  # steps
+    eval_every: int = _may_change(1000)  # steps; 0: only before the first and after the last
+    eval_rows: int = _may_change(512)  # held-out rows per evaluation; 0: all
+    checkpoint_every: int = _may_change(1000)  # steps
+    keep_checkpoints: int = _may_change(3)
+    profile_at: int = _may_change(0)  # first step of the profiler's window; 0: no profile
+    profile_steps: int = _may_change(5)
+    tensorboard: bool = _may_change(True)
+
+    def __post_init__(self) -> None:
+        for name in ("batch_rows", "accumulation", "log_every", "checkpoint_every", "keep_checkpoints"):
+            _require(getattr(self, name) >= 1, f"train.{name} must be at least 1, not {getattr(self, name)}.")
+        _require(
+            self.batch_rows % self.accumulation == 0,
+            f"train.batch_rows {self.batch_rows} does not divide into {self.accumulation} micro-batches: "
+            "change train.accumulation.",
+        )
+        _require(
+            (self.steps > 0) != (self.epochs > 0),
+            f"Set either train.steps or train.epochs above 0 (steps is {self.steps}, epochs {self.epochs}).",
+        )
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices per mesh axis; one of them may be -1, which takes what is left."""
+
+    data: int = _may_change(-1)
+    fsdp: int = _may_change(1)
+    tensor: int = _may_change(1)
+
+    def __post_init__(self) -> None:
+        sizes = (self.data, self.fsdp, self.tensor)
+        _require(
+            all(size > 0 or size == -1 for size in sizes) and sizes.count(-1) <= 1,
+            f"mesh sizes must be positive, and at most one of them -1, but are {sizes}.",
+        )
+
+
+@dataclass(frozen=True)
+class ComputeConfig:
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on accelerators, float32 on CPUs
+    unroll: Literal["auto", "yes", "no"] = _may_change("auto")  # auto: on CPUs, where it is faster
+    remat: Literal["none", "dots", "full"] = _may_change("none")
+
+
+@dataclass(frozen=True)
+class Config:
+    """One training run."""
+
+    seed: int = 0
+    data: DataConfig = DataConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    student: StudentConfig = StudentConfig()
+    masking: MaskingConfig = MaskingConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig(epochs=3.0)
+    mesh: MeshConfig = MeshConfig()
+    compute: ComputeConfig = ComputeConfig()
+
+    def __post_init__(self) -> None:
+        if not self.teacher.path:
+            _require(
+                not self.loss.needs_teacher,
+                "loss.kl, loss.cosine and loss.mse need a teacher: set teacher.path, or set them to 0.",
+            )
+            _require(
+                self.student.init != "teacher",
+                'student.init = "teacher" needs a teacher: set teacher.path, or student.init = "random".',
+            )
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a run's configuration from a TOML file.
+
+    Args:
+      path: the file; it names only what differs from the defaults.
+      overrides: `section.key=value`, applied after the file; the value is read as TOML, or else as a string.
+
+    Raises:
+      InputError: no such file, not TOML, an unknown key (the nearest is named), a wrong type, values that exclude
+        each other.
+    """
+    try:
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"Cannot read the config {path}: {error.strerror}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid TOML: {error}.") from error
+    for override in overrides:
+        _override(values, override)
+    # Without a teacher the terms that need one are off unless asked for, and then refused: the same file
+    # with `teacher.path` removed is plain masked-LM training.
+    if not _table(values, "teacher").get("path"):
+        values["loss"] = {"kl": 0.0, "cosine": 0.0} | _table(values, "loss")
+        values["student"] = {"init": "random"} | _table(values, "student")
+    if not {"steps", "epochs"} & _table(values, "train").keys():
+        values["train"] = {"epochs": 3.0} | _table(values, "train")
+    return build(Config, values)
+
+
+def build(kind: type, values: Mapping[str, Any], where: str = "") -> Any:
+    """The dataclass `kind` from nested plain values; every key and type is checked."""
+    types_of = typing.get_type_hints(kind)
+    known = [f.name for f in dataclasses.fields(kind)]
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+            raise InputError(f"Unknown config key {where}{key}: did you mean {where}{near}?")
+    missing = [
+        f.name for f in dataclasses.fields(kind) if f.name not in values and f.default is dataclasses.MISSING
+    ]
+    _require(not missing, f"The config lacks {where}{', '.join(missing)}.")
+    return kind(**{key: _convert(types_of[key], value, where + key) for key, value in values.items()})
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested plain values, None left out (TOML has none): `build(type(config), to_dict(config)) == config`."""
+    values = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            values[f.name] = to_dict(value)
+        elif value is not None:
+            values[f.name] = list(value) if isinstance(value, tuple) else value
+    return values
+
+
+def differences(old: Any, new: Any, where: str = "") -> list[str]:
+    """What differs between two configs in fields that a resumed run may not change, one line each."""
+    found = []
+    for f in dataclasses.fields(old):
+        before, after = getattr(old, f.name), getattr(new, f.name)
+        if dataclasses.is_dataclass(before) and type(before) is type(after):
+            found += differences(before, after, f"{where}{f.name}.")
+        elif before != after and not f.metadata.get("may_change"):
+            found.append(f"{where}{f.name}: {before} -> {after}")
+    return found
+
+
+def _table(values: Mapping[str, Any], name: str) -> dict[str, Any]:
+    table = values.get(name, {})
+    _require(isinstance(table, dict), f"Config key {name} must be a table: write [{name}], then its keys.")
+    return table
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    path, separator, text = override.partition("=")
+    _require(bool(separator), f"--set takes section.key=value, not {override!r}.")
+    *sections, key = path.strip().split(".")
+    for section in sections:
+        values[section] = dict(_table(values, section))
+        values = values[section]
+    try:
+        values[key] = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        values[key] = text
+
+
+def _convert(kind: Any, value: Any, where: str) -> Any:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        _require(isinstance(value, Mapping), f"Config key {where} must be a table: write [{where}], then its keys.")
+        return build(kind, value, where + ".")
+    if origin is Literal:
+        choices = " or ".join(map(repr, arguments))
+        _require(value in arguments, f"Config key {where} must be {choices}, not {value!r}.")
+        return value
+    if origin is tuple:
+        _require(isinstance(value, (list, tuple)), f"Config key {where} must be a list, not {value!r}.")
+        return tuple(_convert(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if origin is types.UnionType:
+        return None if value is None else _convert(arguments[0], value, where)
+    if kind is float and type(value) is int:
+        return float(value)
+    _require(type(value) is kind, f"Config key {where} must be of type {kind.__name__}, not {value!r}.")
+    return value

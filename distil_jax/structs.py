@@ -1,0 +1,142 @@
+"""The values that travel between the rooms, and the one legend of axis letters.
+
+Names such as `hidden_BxLxD` carry their shape in these letters:
+
+  B  rows of a batch            D  width of the hidden states     H  attention heads
+  L  positions in a row         F  width of the feed-forward      K  width of one head
+  V  vocabulary, padded         M  MLM targets kept per row       N  stacked layers
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+Array = jax.Array
+
+IGNORED = -100  # the label of a position that is no target (the convention of PyTorch and `transformers`)
+
+
+@struct.dataclass
+class Rows:
+    """Packed rows before masking.
+
+    Attributes:
+      input_ids: [B, L] int32.
+      segment_ids: [B, L] int32; 0 is padding, and tokens see each other only inside one segment: one array is both
+        the attention mask and the packing.
+      position_ids: [B, L] int32; each segment counts from 0.
+      row_index: [B] int32, the row's number in the data set: masks are drawn from it, so they do not depend on
+        how the batch is cut.
+    """
+
+    input_ids: Array
+    segment_ids: Array
+    position_ids: Array
+    row_index: Array
+
+
+@struct.dataclass
+class Batch:
+    """What a model reads and a loss compares.
+
+    Attributes:
+      input_ids, segment_ids, position_ids: [B, L] int32, as in `Rows`.
+      labels: [B, L] int32 for language modelling, `IGNORED` where a position is no target; whatever a task needs
+        otherwise.
+      token_type_ids: [B, L] int32, or None for all zeros.
+    """
+
+    input_ids: Array
+    segment_ids: Array
+    position_ids: Array
+    labels: Array
+    token_type_ids: Array | None = None
+
+    @classmethod
+    def from_padded(
+        cls, input_ids: Array, attention_mask: Array, labels: Array, token_type_ids: Array | None = None
+    ) -> Batch:
+        """A batch from ordinary padded arrays, one sequence a row.
+
+        Args:
+          input_ids: [B, L] token ids.
+          attention_mask: [B, L], 1 at real tokens, 0 at padding.
+          labels: [B, L], `IGNORED` where a position is no target.
+          token_type_ids: [B, L], or None for all zeros.
+        """
+        input_ids = jnp.asarray(input_ids, jnp.int32)
+        positions_BxL = jnp.broadcast_to(jnp.arange(input_ids.shape[1], dtype=jnp.int32), input_ids.shape)
+        return cls(
+            input_ids=input_ids,
+            segment_ids=jnp.asarray(attention_mask, jnp.int32),
+            position_ids=positions_BxL,
+            labels=jnp.asarray(labels, jnp.int32),
+            token_type_ids=None if token_type_ids is None else jnp.asarray(token_type_ids, jnp.int32),
+        )
+
+
+@struct.dataclass
+class Head:
+    """The tied vocabulary projection: logits = features @ kernel.T + bias.
+
+    Attributes:
+      kernel: [V, D], the word embedding.
+      bias: [V]; a large finite negative at the ids that only pad the vocabulary, so that they take no probability
+        and leave no trace in a KL, an argmax or a difference of logits.
+    """
+
+    kernel: Array
+    bias: Array
+
+
+@struct.dataclass
+class Encoded:
+    """What a model returns: it stops before the vocabulary, and the loss owns the [D, V] product.
+
+    Attributes:
+      hidden: [B, L, D], the last hidden states.
+      features: [B, L, D], the MLM transform's output, or None without an MLM head.
+      head: what turns features into logits, or None.
+    """
+
+    hidden: Array
+    features: Array | None
+    head: Head | None
+
+
+@struct.dataclass
+class Mean:
+    """A mean that is not divided yet: sums and counts add up over micro-batches, devices and evaluation batches."""
+
+    total: Array
+    count: Array
+
+    def __add__(self, other: Mean) -> Mean:
+        return Mean(self.total + other.total, self.count + other.count)
+
+    def value(self) -> Array:
+        """The mean, and 0 where nothing was counted."""
+        return self.total / jnp.maximum(self.count, 1)
+
+    @classmethod
+    def of(cls, values: Array, where: Array) -> Mean:
+        """The mean of `values` over the positions where `where` is true; what stands elsewhere may be anything."""
+        return cls(jnp.sum(jnp.where(where, values, 0.0)), jnp.sum(where, dtype=jnp.float32))
+
+
+Metrics = dict[str, Mean]
+
+
+def sinusoidal_table(max_positions: int, hidden_size: int) -> np.ndarray:
+    """Fixed position embeddings, [max_positions, hidden_size] float32 (Vaswani et al., 2017, section 3.5).
+
+    It stands on the ground floor because a model computes it and a model folder stores it.
+    """
+    angles = np.arange(max_positions)[:, None] / 10_000 ** (2 * (np.arange(hidden_size) // 2) / hidden_size)
+    table = np.empty((max_positions, hidden_size), np.float32)
+    table[:, 0::2] = np.sin(angles[:, 0::2])
+    table[:, 1::2] = np.cos(angles[:, 1::2])
+    return table
