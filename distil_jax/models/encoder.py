@@ -1,0 +1,211 @@
+"""`MaskedLm`: BERT and DistilBERT as one linen module that differs only in its frozen `ModelConfig`.
+
+Blocks are stacked: every block parameter has a leading axis of layers, so choosing a student's layers is one
+indexing of a tree. Logical axis names stand beside each parameter; `training/sharding.py` gives them a mesh.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from distil_jax.config import ModelConfig
+from distil_jax.models.attention import attend
+from distil_jax.structs import Array, Batch, Encoded, Head, sinusoidal_table
+
+# exp(-1e9 - x) is exactly 0 in float32, and unlike -inf it leaves a KL finite (0 * -1e9 = 0).
+PADDING_LOGIT = -1e9
+
+_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
+    "relu": nn.relu,
+}
+
+
+def _normal(config: ModelConfig, *axes: str | None) -> Callable[..., Array]:
+    return nn.with_logical_partitioning(nn.initializers.normal(config.initializer_range), axes)
+
+
+def _zeros(*axes: str | None) -> Callable[..., Array]:
+    return nn.with_logical_partitioning(nn.initializers.zeros_init(), axes)
+
+
+def _norm(config: ModelConfig, name: str) -> nn.LayerNorm:
+    return nn.LayerNorm(
+        epsilon=config.layer_norm_eps,
+        dtype=config.dtype,  # of the output; linen takes the statistics in float32
+        scale_init=nn.with_logical_partitioning(nn.initializers.ones_init(), ("norm",)),
+        bias_init=_zeros("norm"),
+        name=name,
+    )
+
+
+def _dense(config: ModelConfig, features: int | tuple[int, ...], name: str, *axes: str, inputs: int = 1) -> nn.Module:
+    """A dense layer whose kernel has the logical `axes`; the first `inputs` of them are contracted."""
+    return nn.DenseGeneral(
+        features,
+        axis=tuple(range(-inputs, 0)),
+        dtype=config.dtype,
+        kernel_init=_normal(config, *axes),
+        bias_init=_zeros(*axes[inputs:]),
+        name=name,
+    )
+
+
+class Embeddings(nn.Module):
+    """Words + positions + token types, normalised (Devlin et al., 2018, figure 2)."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, batch: Batch, train: bool) -> tuple[Array, Array]:
+        """Returns hidden states [B, L, D] and the word table [V, D], to which the MLM head is tied."""
+        config = self.config
+        words_VxD = self.param(
+            "word", _word_init(config), (config.padded_vocab_size, config.hidden_size), jnp.float32
+        )
+        hidden_BxLxD = jnp.take(words_VxD, batch.input_ids, axis=0)
+        if config.positions == "learned":
+            positions_PxD = self.param(
+                "position", _normal(config, None, "embed"), (config.max_positions, config.hidden_size), jnp.float32
+            )
+        else:
+            positions_PxD = jnp.asarray(sinusoidal_table(config.max_positions, config.hidden_size))
+        hidden_BxLxD += jnp.take(positions_PxD, batch.position_ids, axis=0)
+        if config.token_types:
+            types_TxD = self.param(
+                "token_type", _normal(config, None, "embed"), (config.token_types, config.hidden_size), jnp.float32
+            )
+            token_types = jnp.zeros_like(batch.input_ids) if batch.token_type_ids is None else batch.token_type_ids
+            hidden_BxLxD += jnp.take(types_TxD, token_types, axis=0)
+        elif batch.token_type_ids is not None:
+            raise ValueError("This model has no token types, but the batch carries token_type_ids.")
+        hidden_BxLxD = _norm(config, "norm")(hidden_BxLxD)
+        return nn.Dropout(config.hidden_dropout, deterministic=not train)(hidden_BxLxD), words_VxD
+
+
+class Block(nn.Module):
+    """One Transformer layer, LayerNorm after each residual sum (Vaswani et al., 2017, section 3.1).
+
+    Called by `nn.scan`, hence the (carry, per-layer output) pair it returns.
+    """
+
+    config: ModelConfig
+    train: bool
+
+    @nn.compact
+    def __call__(self, hidden_BxLxD: Array, segment_ids_BxL: Array) -> tuple[Array, None]:
+        config = self.config
+        dropout = nn.Dropout(config.hidden_dropout, deterministic=not self.train)
+        heads = (config.num_heads, config.head_size)
+        query, key, value = (
+            _dense(config, heads, name, "embed", "heads", "head_size")(hidden_BxLxD)
+            for name in ("query", "key", "value")
+        )
+        attention_dropout = config.attention_dropout if self.train else 0.0
+        context_BxLxHxK = attend(
+            query,
+            key,
+            value,
+            segment_ids_BxL,
+            dropout_rate=attention_dropout,
+            dropout_key=self.make_rng("dropout") if attention_dropout > 0 else None,
+        )
+        attended_BxLxD = _dense(
+            config, config.hidden_size, "attention_output", "heads", "head_size", "embed", inputs=2
+        )(context_BxLxHxK)
+        hidden_BxLxD = _norm(config, "attention_norm")(hidden_BxLxD + dropout(attended_BxLxD))
+
+        inner_BxLxF = _dense(config, config.intermediate_size, "intermediate", "embed", "mlp")(hidden_BxLxD)
+        inner_BxLxF = _ACTIVATIONS[config.activation](inner_BxLxF)
+        output_BxLxD = _dense(config, config.hidden_size, "output", "mlp", "embed")(inner_BxLxF)
+        return _norm(config, "output_norm")(hidden_BxLxD + dropout(output_BxLxD)), None
+
+
+class MlmHead(nn.Module):
+    """The transform before the tied vocabulary projection, and that projection's bias."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, hidden_BxLxD: Array, words_VxD: Array) -> tuple[Array, Head]:
+        config = self.config
+        features_BxLxD = _dense(config, config.hidden_size, "transform", "embed", "features")(hidden_BxLxD)
+        features_BxLxD = _norm(config, "norm")(_ACTIVATIONS[config.activation](features_BxLxD))
+        bias_V = self.param("bias", _zeros("vocab"), (config.padded_vocab_size,), jnp.float32)
+        # The one place where padding ids are told from real ones: no loss has to know of them.
+        bias_V = jnp.where(jnp.arange(config.padded_vocab_size) < config.vocab_size, bias_V, PADDING_LOGIT)
+        return features_BxLxD, Head(kernel=words_VxD, bias=bias_V)
+
+
+class MaskedLm(nn.Module):
+    """An encoder with its MLM head. `apply({"params": p}, batch, train=..., rngs=...)` returns `Encoded`.
+
+    It stops before the vocabulary: the loss owns the [D, V] product, so logits [B, L, V] need never exist.
+    Dropout acts when `train` is true and then needs `rngs={"dropout": key}`.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, batch: Batch, *, train: bool = False) -> Encoded:
+        config = self.config
+        hidden_BxLxD, words_VxD = Embeddings(config, name="embeddings")(batch, train)
+        block = Block
+        if config.remat != "none":
+            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
+            block = nn.remat(Block, policy=policy, prevent_cse=False)
+        blocks = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=nn.broadcast,
+            length=config.num_layers,
+            unroll=config.num_layers if config.unroll else 1,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        hidden_BxLxD, _ = blocks(config, train, name="layers")(hidden_BxLxD, batch.segment_ids)
+        if config.pooler and self.is_initializing():
+            # BERT's layer on the first position: no masked-LM loss reads it, but fine-tuning starts from it.
+            _dense(config, config.hidden_size, "pooler", "embed", "features")(hidden_BxLxD[:, 0])
+        if not config.mlm_head:
+            return Encoded(hidden=hidden_BxLxD, features=None, head=None)
+        features_BxLxD, head = MlmHead(config, name="mlm")(hidden_BxLxD, words_VxD)
+        return Encoded(hidden=hidden_BxLxD, features=features_BxLxD, head=head)
+
+
+def _word_init(config: ModelConfig) -> Callable[..., Array]:
+    """Normal, with zeros at the ids that only pad the vocabulary."""
+
+    def init(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+        table_VxD = nn.initializers.normal(config.initializer_range)(key, shape, dtype)
+        return jnp.where(jnp.arange(shape[0])[:, None] < config.vocab_size, table_VxD, 0)
+
+    return nn.with_logical_partitioning(init, ("vocab", None))
+
+
+def init_params(key: Array, config: ModelConfig) -> dict:
+    """Random parameters, each still boxed with its logical axes (`nn.unbox` takes them off)."""
+    ids = jnp.zeros((1, 1), jnp.int32)
+    batch = Batch(input_ids=ids, segment_ids=ids, position_ids=ids, labels=ids)
+    return MaskedLm(config).init(key, batch)["params"]
+
+
+def abstract_params(config: ModelConfig) -> dict:
+    """Shapes and logical axes of the parameters, no values: what shardings are made from."""
+    return jax.eval_shape(lambda: init_params(jax.random.key(0), config))
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """Parameters with the vocabulary at its real size, the tied kernel counted once."""
+    stored = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nn.unbox(abstract_params(config))))
+    per_id = config.hidden_size + int(config.mlm_head)
+    computed = config.max_positions * config.hidden_size if config.positions == "sinusoidal" else 0
+    return stored + computed - (config.padded_vocab_size - config.vocab_size) * per_id
+
+
