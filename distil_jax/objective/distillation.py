@@ -1,0 +1,143 @@
+"""The distillation objective: which terms, at which positions, with which weights (Sanh et al., 2019, section 2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from distil_jax.config import LossConfig
+from distil_jax.objective.losses import cosine_loss, kl_loss, mlm_loss, mse_loss
+from distil_jax.structs import IGNORED, Array, Batch, Encoded, Head, Mean, Metrics
+
+
+def distill_loss(
+    student: Encoded, teacher: Encoded | None, batch: Batch, *, config: LossConfig
+) -> tuple[Array, Metrics]:
+    """kl L_ce + mlm L_mlm + cosine L_cos + mse L_mse, each a mean over its positions in the whole batch.
+
+    Args:
+      student: of the masked batch, with dropout if wanted.
+      teacher: of the same masked batch, without dropout; None when no term needs it.
+      batch: [B, L].
+      config: weights, temperature, positions. A weight of 0 leaves the term out.
+
+    Returns:
+      The scalar loss and the terms by name ("kl", "mlm", "cosine", "mse").
+
+    Raises:
+      ValueError: a term needs logits or a teacher that is not there.
+    """
+    objective = Distillation(config)
+    terms = objective.terms(student, teacher, batch)
+    return objective.combine(terms, objective.counts(batch)), terms
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """The objective as `train_step` knows any objective: terms that add up, their counts, their weighted sum.
+
+    Counts depend on the batch alone. They are taken once, over the whole batch; the sums of micro-batches and
+    devices then simply add, however the batch is cut.
+    """
+
+    config: LossConfig
+
+    @property
+    def weights(self) -> dict[str, float]:
+        weights = {name: getattr(self.config, name) for name in ("kl", "mlm", "cosine", "mse")}
+        return {name: weight for name, weight in weights.items() if weight > 0}
+
+    def counts(self, batch: Batch) -> dict[str, Array]:
+        """How many positions each term averages over."""
+        attended, targets = batch.segment_ids > 0, batch.labels != IGNORED
+        soft = attended if self.config.soft_positions == "all" else targets
+        positions = {"kl": soft, "mlm": targets, "cosine": attended, "mse": soft}
+        return {name: jnp.sum(positions[name], dtype=jnp.float32) for name in self.weights}
+
+    def combine(self, terms: Metrics, counts: dict[str, Array]) -> Array:
+        """The loss; `terms` may be of a part of the batch that `counts` are of."""
+        return sum(
+            weight * terms[name].total / jnp.maximum(counts[name], 1) for name, weight in self.weights.items()
+        )
+
+    def terms(self, student: Encoded, teacher: Encoded | None, batch: Batch) -> Metrics:
+        """The terms with a weight above 0, not divided yet."""
+        config = self.config
+        if config.needs_teacher and teacher is None:
+            raise ValueError("kl, cosine and mse compare with a teacher, and there is none.")
+        terms = {}
+        if config.cosine > 0:
+            terms["cosine"] = cosine_loss(student.hidden, teacher.hidden, where=batch.segment_ids > 0)
+        if max(config.kl, config.mse, config.mlm) > 0:
+            terms |= _vocabulary_terms(student, teacher, batch, config)
+        return terms
+
+
+def logits(features: Array, head: Head) -> Array:
+    """[..., V] float32 from features [..., D]: operands in the features' dtype, sums in float32."""
+    product = jnp.einsum("...D,VD->...V", features, head.kernel.astype(features.dtype), preferred_element_type=jnp.float32)
+    return product + head.bias
+
+
+def at_targets(features_BxLxD: Array, labels_BxL: Array, most: int) -> tuple[Array, Array]:
+    """The features and labels of each row's targets, [B, M, D] and [B, M]; `IGNORED` fills up short rows."""
+    is_target_BxM, positions_BxM = jax.lax.top_k((labels_BxL != IGNORED).astype(jnp.int32), most)
+    labels_BxM = jnp.take_along_axis(labels_BxL, positions_BxM, axis=1)
+    features_BxMxD = jnp.take_along_axis(features_BxLxD, positions_BxM[..., None], axis=1)
+    return features_BxMxD, jnp.where(is_target_BxM > 0, labels_BxM, IGNORED)
+
+
+def _vocabulary_terms(student: Encoded, teacher: Encoded | None, batch: Batch, config: LossConfig) -> Metrics:
+    """The terms that need logits: at every position, or at the targets only when no term asks for more."""
+    if student.head is None:
+        raise ValueError("The student has no MLM head, so there are no logits to compare.")
+    soft = max(config.kl, config.mse) > 0
+    if soft and teacher.head is None:
+        raise ValueError("The teacher has no MLM head, so there are no soft targets.")
+    student_features, labels = student.features, batch.labels
+    teacher_features = teacher.features if soft else None
+    targets_only = config.targets_per_row is not None and (not soft or config.soft_positions == "targets")
+    overfull = jnp.zeros((), bool)
+    if targets_only:
+        most = config.targets_per_row
+        overfull = jnp.any(jnp.sum(labels != IGNORED, axis=1) > most)
+        if soft:
+            teacher_features, _ = at_targets(teacher_features, labels, most)
+        student_features, labels = at_targets(student_features, labels, most)
+    student_logits = logits(student_features, student.head)
+    terms = {}
+    if config.mlm > 0:
+        terms["mlm"] = mlm_loss(student_logits, labels)
+    if soft:
+        teacher_logits = logits(teacher_features, teacher.head)
+        everywhere = config.soft_positions == "all"
+        where = batch.segment_ids > 0 if everywhere else labels != IGNORED
+        if config.kl > 0:
+            terms["kl"] = kl_loss(student_logits, teacher_logits, where=where, temperature=config.temperature)
+        if config.mse > 0:
+            terms["mse"] = mse_loss(student_logits, teacher_logits, where=where)
+    # A row with more targets than promised would lose some of them silently; NaN stops the run instead.
+    return {name: Mean(jnp.where(overfull, jnp.nan, term.total), term.count) for name, term in terms.items()}
+
+
+def held_out_terms(student: Encoded, teacher: Encoded | None, batch: Batch, *, config: LossConfig) -> Metrics:
+    """What a held-out batch says of a student, all of it at the MLM targets.
+
+    There a model has to predict; elsewhere it need only copy its input, and any two models agree.
+
+    Returns:
+      "mlm" and "accuracy" against the text, and with a teacher that has an MLM head "kl" (temperature 1) and
+      "agreement" (share of targets where both put the same id first).
+    """
+    most = batch.labels.shape[1] if config.targets_per_row is None else config.targets_per_row
+    features, labels = at_targets(student.features, batch.labels, most)
+    student_logits, where = logits(features, student.head), labels != IGNORED
+    best = jnp.argmax(student_logits, axis=-1)
+    terms = {"mlm": mlm_loss(student_logits, labels), "accuracy": Mean.of(best == labels, where)}
+    if teacher is not None and teacher.head is not None:
+        teacher_logits = logits(at_targets(teacher.features, batch.labels, most)[0], teacher.head)
+        terms["kl"] = kl_loss(student_logits, teacher_logits, where=where, temperature=1.0)
+        terms["agreement"] = Mean.of(best == jnp.argmax(teacher_logits, axis=-1), where)
+    return terms

@@ -1,0 +1,70 @@
+"""The elementary losses, as plain functions of arrays (SPEC section 1).
+
+Each takes the positions that count and returns a `Mean` that is not divided yet, so that micro-batches and devices
+add up to the mean over the global batch. All of them compute in float32.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from distil_jax.structs import IGNORED, Array, Mean
+
+# As in PyTorch's CosineEmbeddingLoss: inside the root, so that the gradient at a zero vector is finite.
+_COSINE_EPSILON = 1e-12
+
+
+def kl_loss(student_logits: Array, teacher_logits: Array, *, where: Array, temperature: float) -> Mean:
+    """Soft targets: T^2 KL(softmax(teacher / T) || softmax(student / T)) (Hinton et al., 2015, section 2).
+
+    T^2 keeps the gradient's size as T grows.
+
+    Args:
+      student_logits, teacher_logits: [..., V].
+      where: [...] bool, the positions that count.
+      temperature: T.
+    """
+    student_logits, teacher_logits = student_logits.astype(jnp.float32), teacher_logits.astype(jnp.float32)
+    student_log_probs = jax.nn.log_softmax(student_logits / temperature)
+    teacher_log_probs = jax.nn.log_softmax(teacher_logits / temperature)
+    divergence = jnp.sum(jnp.exp(teacher_log_probs) * (teacher_log_probs - student_log_probs), axis=-1)
+    return Mean.of(temperature**2 * divergence, where)
+
+
+def mlm_loss(logits: Array, labels: Array) -> Mean:
+    """Cross entropy at the positions whose label is not `IGNORED`; with no such position it is 0.
+
+    Args:
+      logits: [..., V].
+      labels: [...] int.
+    """
+    where = labels != IGNORED
+    log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
+    chosen = jnp.take_along_axis(log_probs, jnp.where(where, labels, 0)[..., None], axis=-1)[..., 0]
+    return Mean.of(-chosen, where)
+
+
+def mse_loss(student_logits: Array, teacher_logits: Array, *, where: Array) -> Mean:
+    """Matching logits: the squared difference summed over the vocabulary (Hinton et al., 2015, section 2.1).
+
+    Args:
+      student_logits, teacher_logits: [..., V].
+      where: [...] bool, the positions that count.
+    """
+    difference = student_logits.astype(jnp.float32) - teacher_logits.astype(jnp.float32)
+    return Mean.of(jnp.sum(jnp.square(difference), axis=-1), where)
+
+
+def cosine_loss(student_hidden: Array, teacher_hidden: Array, *, where: Array) -> Mean:
+    """1 - cos(student, teacher) between hidden states (Sanh et al., 2019, section 2).
+
+    Args:
+      student_hidden, teacher_hidden: [..., D].
+      where: [...] bool, the positions that count.
+    """
+    student_hidden, teacher_hidden = student_hidden.astype(jnp.float32), teacher_hidden.astype(jnp.float32)
+    dot = jnp.sum(student_hidden * teacher_hidden, axis=-1)
+    student_square = jnp.sum(jnp.square(student_hidden), axis=-1) + _COSINE_EPSILON
+    teacher_square = jnp.sum(jnp.square(teacher_hidden), axis=-1) + _COSINE_EPSILON
+    return Mean.of(1 - dot * jax.lax.rsqrt(student_square) * jax.lax.rsqrt(teacher_square), where)

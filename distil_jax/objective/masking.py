@@ -1,0 +1,82 @@
+"""Dynamic masking on the device: pure, row by row, rare words more often (SPEC: the published recipe).
+
+The original draws its targets over a whole micro-batch; here every row gets its own share, drawn from a key that
+depends on the row alone, so hosts, devices and micro-batches may cut a batch as they like.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from distil_jax.config import MaskingConfig
+from distil_jax.structs import IGNORED, Array, Batch, Rows
+
+
+def masking_weights(token_counts: np.ndarray, never: Sequence[int], *, smoothing: float) -> np.ndarray:
+    """How readily each token is chosen as a target: max(count, 1) ** -smoothing, and 0 for `never`.
+
+    Args:
+      token_counts: [V] occurrences in the training text.
+      never: ids that are no words: special and unused tokens, padding of the vocabulary.
+      smoothing: 0.7 in the published recipe; 0 chooses all tokens alike.
+
+    Returns:
+      [V] float32.
+    """
+    weights_V = np.maximum(token_counts, 1).astype(np.float64) ** -smoothing
+    weights_V[list(never)] = 0
+    return weights_V.astype(np.float32)
+
+
+def most_targets(length: int, rate: float) -> int:
+    """The most targets that `mask_tokens` chooses in a row of `length` positions."""
+    return max(1, round(rate * length))
+
+
+def mask_tokens(key: Array, rows: Rows, *, weights: Array, config: MaskingConfig) -> Batch:
+    """Chooses round(rate x real tokens) targets in each row, and hides most of them (Devlin et al., 2018, 3.1).
+
+    Targets are drawn without replacement in proportion to `weights` (Gumbel top-k). Of the targets, `config.mask`
+    become [MASK], `config.random` a random word, and the rest stay. A row's draw depends on `key` and its
+    `row_index` only.
+
+    Args:
+      key: of this step.
+      rows: [B, L].
+      weights: [V], 0 at ids that are never targets and never random replacements; see `masking_weights`.
+      config: `mask_token_id` must be set.
+
+    Returns:
+      A `Batch` whose labels are the original ids at the targets and `IGNORED` elsewhere.
+    """
+    most = most_targets(rows.input_ids.shape[1], config.rate)
+    log_weights_V = jnp.log(weights)  # -inf where a token is never chosen
+    words_V = jnp.cumsum(weights > 0)  # words up to each id: inverts "the n-th word" by a search
+
+    def mask_row(row: Rows) -> tuple[Array, Array]:
+        choose_key, kind_key, word_key = jax.random.split(jax.random.fold_in(key, row.row_index), 3)
+        ids_L, real_L = row.input_ids, row.segment_ids > 0
+        scores_L = jnp.where(real_L, log_weights_V[ids_L], -jnp.inf)
+        scores_M, targets_M = jax.lax.top_k(scores_L + jax.random.gumbel(choose_key, scores_L.shape), most)
+        wanted = jnp.maximum(1, jnp.round(config.rate * jnp.sum(real_L)))
+        chosen_M = (jnp.arange(most) < wanted) & (scores_M > -jnp.inf)
+        original_M = ids_L[targets_M]
+        kind_M = jax.random.uniform(kind_key, (most,))
+        word_M = jnp.searchsorted(words_V, jax.random.randint(word_key, (most,), 1, words_V[-1] + 1))
+        hidden_M = jnp.where(
+            kind_M < config.mask,
+            config.mask_token_id,
+            jnp.where(kind_M < config.mask + config.random, word_M, original_M),
+        )
+        ids_L = ids_L.at[targets_M].set(jnp.where(chosen_M, hidden_M, original_M))
+        labels_L = jnp.full_like(ids_L, IGNORED).at[targets_M].set(jnp.where(chosen_M, original_M, IGNORED))
+        return ids_L, labels_L
+
+    ids_BxL, labels_BxL = jax.vmap(mask_row)(rows)
+    return Batch(
+        input_ids=ids_BxL, segment_ids=rows.segment_ids, position_ids=rows.position_ids, labels=labels_BxL
+    )
