@@ -1,0 +1,70 @@
+"""AdamW, its schedule and its masks, from a frozen config."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import optax
+
+from distil_jax.config import InputError, OptimizerConfig
+
+
+def learning_rate(config: OptimizerConfig) -> optax.Schedule:
+    """Linear from 0 to the peak over the warm-up, then linear to 0 at `config.steps`."""
+    if config.steps < 1:
+        raise InputError("optimizer.steps must be at least 1: the learning rate decays to 0 over that many steps.")
+    warmup = round(config.warmup * config.steps)
+    return optax.join_schedules(
+        [
+            optax.linear_schedule(0.0, config.learning_rate, warmup),
+            optax.linear_schedule(config.learning_rate, 0.0, config.steps - warmup),
+        ],
+        [warmup],
+    )
+
+
+# Cached, because two chains never compare equal: whoever asks with an equal config gets the same one.
+@functools.cache
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Frozen parameters, clip by global norm, AdamW without decay on biases and LayerNorm, in that order."""
+    return optax.chain(
+        # First, so that what is frozen neither moves nor counts in the norm.
+        optax.masked(optax.set_to_zero(), functools.partial(_frozen, prefixes=config.freeze)),
+        optax.clip_by_global_norm(config.clip),
+        optax.adamw(
+            learning_rate(config),
+            b1=config.beta1,
+            b2=config.beta2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            mask=functools.partial(_decays, prefixes=config.freeze),
+        ),
+    )
+
+
+def _path(keys: tuple[Any, ...]) -> str:
+    return "/".join(key.key for key in keys if isinstance(key, jax.tree_util.DictKey))
+
+
+def _starts(path: str, prefix: str) -> bool:
+    return (path + "/").startswith(prefix.rstrip("/") + "/")
+
+
+def _frozen(params: Any, prefixes: tuple[str, ...]) -> Any:
+    paths = [_path(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(params)]
+    for prefix in prefixes:
+        if not any(_starts(path, prefix) for path in paths):
+            raise InputError(f"optimizer.freeze names {prefix!r}, but no parameter's path starts so: {paths}.")
+    return jax.tree_util.tree_map_with_path(
+        lambda keys, _: any(_starts(_path(keys), prefix) for prefix in prefixes), params
+    )
+
+
+def _decays(params: Any, prefixes: tuple[str, ...]) -> Any:
+    return jax.tree_util.tree_map_with_path(
+        lambda keys, _: _path(keys).rsplit("/", 1)[-1] not in ("bias", "scale")
+        and not any(_starts(_path(keys), prefix) for prefix in prefixes),
+        params,
+    )

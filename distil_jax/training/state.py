@@ -1,0 +1,70 @@
+"""What an optimiser step reads and writes. The teacher is not in it: it is an argument of the step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from distil_jax.config import StepConfig
+from distil_jax.models.encoder import init_params
+from distil_jax.structs import Array
+from distil_jax.training.optimizer import make_optimizer
+
+
+@struct.dataclass
+class TrainState:
+    """One student in training.
+
+    Attributes:
+      step: int32 scalar, the updates done.
+      params: the student's tree, float32.
+      opt_state: of `make_optimizer(config.optimizer)`.
+      key: raw data of the key from which every step's masks and dropout are folded, so resuming needs no more.
+      config: static; equal configs compile once.
+    """
+
+    step: Array
+    params: Any
+    opt_state: Any
+    key: Array
+    config: StepConfig = struct.field(pytree_node=False)
+
+
+def init_state(key: Array, config: StepConfig, *, params: Any = None) -> TrainState:
+    """A state before its first step.
+
+    Args:
+      key: for random parameters, and for every mask and dropout to come.
+      config: models, objective and optimiser.
+      params: the student's first parameters; always copied, because they may be the teacher's buffers and the step
+        donates its own. None: random.
+    """
+    init_key, run_key = jax.random.split(key)
+    if params is None:
+        params = nn.unbox(init_params(init_key, config.student))
+    params = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), params)
+    return _state(run_key, config, params)
+
+
+def abstract_state(config: StepConfig) -> TrainState:
+    """Shapes and logical axes of a state, no values: what shardings are made from.
+
+    The optimiser's moments take the axes of their parameters, because they are made from boxed ones.
+    """
+    return jax.eval_shape(
+        lambda: _state(jax.random.key(0), config, init_params(jax.random.key(0), config.student))
+    )
+
+
+def _state(run_key: Array, config: StepConfig, params: Any) -> TrainState:
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=make_optimizer(config.optimizer).init(params),
+        key=jax.random.key_data(run_key),
+        config=config,
+    )

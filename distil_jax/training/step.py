@@ -1,0 +1,137 @@
+"""The step as pure functions: gradients, update, metrics. `sharding.py` compiles them for a mesh."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from distil_jax.models.encoder import MaskedLm
+from distil_jax.objective.distillation import Distillation, held_out_terms
+from distil_jax.objective.masking import mask_tokens
+from distil_jax.structs import Array, Batch, Mean, Metrics, Rows
+from distil_jax.training.optimizer import learning_rate, make_optimizer
+from distil_jax.training.sharding import sum_over_data_shards
+from distil_jax.training.state import TrainState
+
+_MASKS, _DROPOUT = 0, 1  # what the keys of one step are for
+_HELD_OUT_SEED = 15  # of the held-out masks; any number will do, but always the same
+
+
+def mask_and_train_step(state: TrainState, teacher_params: Any, rows: Rows, weights: Array) -> tuple[TrainState, Metrics]:
+    """`train_step` on rows that this step masks itself: one dispatch per update, nothing drawn on the host.
+
+    Args:
+      state: donated when compiled with `jit_step`.
+      teacher_params: as in `train_step`.
+      rows: [B, L].
+      weights: [V], see `masking_weights`.
+    """
+    batch = mask_tokens(_key(state, _MASKS), rows, weights=weights, config=state.config.masking)
+    return train_step(state, teacher_params, batch)
+
+
+def train_step(state: TrainState, teacher_params: Any, batch: Batch) -> tuple[TrainState, Metrics]:
+    """One optimiser step on a batch that is already masked (Sanh et al., 2019, section 2).
+
+    Pure. The teacher's parameters are an argument: never donated, saved, averaged or differentiated.
+
+    Args:
+      state: the student.
+      teacher_params: the teacher's tree in any float dtype, or None when no term needs it.
+      batch: [B, L]; B divides into `state.config.accumulation` micro-batches on every data shard.
+
+    Returns:
+      The next state, and the metrics of this step: the terms of the loss, "loss", "gradient_norm",
+      "learning_rate" and "tokens" (the attended ones).
+    """
+    gradients, terms, loss = _gradients(state, teacher_params, batch)
+    config = state.config
+    updates, opt_state = make_optimizer(config.optimizer).update(gradients, state.opt_state, state.params)
+    numbers = {
+        "loss": loss,
+        "gradient_norm": optax.tree.norm(gradients),
+        "learning_rate": learning_rate(config.optimizer)(state.step),
+        "tokens": jnp.sum(batch.segment_ids > 0),
+    }
+    metrics = terms | {name: Mean(jnp.asarray(n, jnp.float32), jnp.ones(())) for name, n in numbers.items()}
+    params = optax.apply_updates(state.params, updates)
+    return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+
+def eval_step(state: TrainState, teacher_params: Any, batch: Batch) -> Metrics:
+    """What a masked held-out batch says of the student; see `held_out_terms`.
+
+    Args:
+      state: the student.
+      teacher_params: the teacher's tree, or None to leave out the comparison with it.
+      batch: [B, L].
+    """
+    student = MaskedLm(state.config.student).apply({"params": state.params}, batch)
+    teacher = None
+    if teacher_params is not None:
+        teacher = MaskedLm(state.config.teacher).apply({"params": teacher_params}, batch)
+    return held_out_terms(student, teacher, batch, config=state.config.loss)
+
+
+def mask_and_eval_step(state: TrainState, teacher_params: Any, rows: Rows, weights: Array) -> Metrics:
+    """`eval_step` on rows whose masks come from a fixed seed and the row's number: always the same ones.
+
+    Args:
+      state, teacher_params: as in `eval_step`.
+      rows: [B, L].
+      weights: [V], see `masking_weights`.
+    """
+    batch = mask_tokens(jax.random.key(_HELD_OUT_SEED), rows, weights=weights, config=state.config.masking)
+    return eval_step(state, teacher_params, batch)
+
+
+def _key(state: TrainState, purpose: int) -> Array:
+    return jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step), purpose)
+
+
+def _gradients(state: TrainState, teacher_params: Any, batch: Batch) -> tuple[Any, Metrics, Array]:
+    """Gradients of the loss over the whole batch, its terms and its value.
+
+    Each data shard adds up its micro-batches, and the shards exchange their sums once.
+    """
+    config = state.config
+    objective = Distillation(config.loss)
+    counts = objective.counts(batch)
+
+    def loss_of(params: Any, teacher_params: Any, batch: Batch, counts: dict, key: Array) -> tuple[Array, Metrics]:
+        student = MaskedLm(config.student).apply({"params": params}, batch, train=True, rngs={"dropout": key})
+        teacher = None
+        if config.loss.needs_teacher:
+            teacher = jax.lax.stop_gradient(MaskedLm(config.teacher).apply({"params": teacher_params}, batch))
+        terms = objective.terms(student, teacher, batch)
+        return objective.combine(terms, counts), terms
+
+    def shard_sums(shard: Array, batch: Batch, params: Any, teacher_params: Any, counts: dict, key: Array) -> Any:
+        key = jax.random.fold_in(key, shard)
+        gradient_of = jax.grad(loss_of, has_aux=True)
+        if config.accumulation == 1:
+            return gradient_of(params, teacher_params, batch, counts, key)
+
+        def add(sums: Any, numbered: tuple[Array, Batch]) -> tuple[Any, None]:
+            number, micro_batch = numbered
+            found = gradient_of(params, teacher_params, micro_batch, counts, jax.random.fold_in(key, number))
+            return jax.tree.map(jnp.add, sums, found), None
+
+        micro_batches = jax.tree.map(lambda leaf: _cut(leaf, config.accumulation), batch)
+        first = jax.tree.map(lambda leaf: leaf[0], micro_batches)
+        shapes = jax.eval_shape(gradient_of, params, teacher_params, first, counts, key)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        return jax.lax.scan(add, zeros, (jnp.arange(config.accumulation), micro_batches))[0]
+
+    gradients, terms = sum_over_data_shards(shard_sums)(
+        batch, state.params, teacher_params, counts, _key(state, _DROPOUT)
+    )
+    return gradients, terms, objective.combine(terms, counts)
+
+
+def _cut(leaf: Array, pieces: int) -> Array:
+    """[B, ...] -> [pieces, B / pieces, ...], strided, so that a sharded batch axis stays where it is."""
+    return jnp.swapaxes(leaf.reshape(leaf.shape[0] // pieces, pieces, *leaf.shape[1:]), 0, 1)
