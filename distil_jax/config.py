@@ -202,7 +202,7 @@ class StepConfig:
         _require(
             self.loss.cosine == 0 or self.teacher.hidden_size == self.student.hidden_size,
             f"The cosine loss compares hidden states of one width, but the teacher's is {self.teacher.hidden_size} "
-            f"and the student's {self.student.hidden_size}: set loss.cosine = 0 (and student.init = \"random\"), "
+            f'and the student\'s {self.student.hidden_size}: set loss.cosine = 0 (and student.init = "random"), '
             "or give both one width.",
         )
         _require(
@@ -296,11 +296,23 @@ class Config:
             )
 
 
+def preset(path: str | Path) -> Path:
+    """The file itself, or the one of that name among the project's own configs (`distilbert_base_uncased`)."""
+    if Path(path).exists():
+        return Path(path)
+    here = Path(__file__).parent
+    folder = next(each for each in (here / "configs", here.parent / "configs") if each.is_dir())
+    named = folder / f"{path}.toml"
+    known = sorted(file.stem for file in folder.glob("*.toml"))
+    _require(named.exists(), f"There is no config {path}: name a TOML file, or one of {', '.join(known)}.")
+    return named
+
+
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a run's configuration from a TOML file.
 
     Args:
-      path: the file; it names only what differs from the defaults.
+      path: a file, or the name of one of the project's configs; it names only what differs from the defaults.
       overrides: `section.key=value`, applied after the file; the value is read as TOML, or else as a string.
 
     Raises:
@@ -308,7 +320,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         each other.
     """
     try:
-        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        values = tomllib.loads(preset(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"Cannot read the config {path}: {error.strerror}.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -333,9 +345,7 @@ def build(kind: type, values: Mapping[str, Any], where: str = "") -> Any:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
             raise InputError(f"Unknown config key {where}{key}: did you mean {where}{near}?")
-    missing = [
-        f.name for f in dataclasses.fields(kind) if f.name not in values and f.default is dataclasses.MISSING
-    ]
+    missing = [f.name for f in dataclasses.fields(kind) if f.name not in values and f.default is dataclasses.MISSING]
     _require(not missing, f"The config lacks {where}{', '.join(missing)}.")
     return kind(**{key: _convert(types_of[key], value, where + key) for key, value in values.items()})
 

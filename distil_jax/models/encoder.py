@@ -66,9 +66,7 @@ class Embeddings(nn.Module):
     def __call__(self, batch: Batch, train: bool) -> tuple[Array, Array]:
         """Returns hidden states [B, L, D] and the word table [V, D], to which the MLM head is tied."""
         config = self.config
-        words_VxD = self.param(
-            "word", _word_init(config), (config.padded_vocab_size, config.hidden_size), jnp.float32
-        )
+        words_VxD = self.param("word", _word_init(config), (config.padded_vocab_size, config.hidden_size), jnp.float32)
         hidden_BxLxD = jnp.take(words_VxD, batch.input_ids, axis=0)
         if config.positions == "learned":
             positions_PxD = self.param(
@@ -207,5 +205,3 @@ def count_parameters(config: ModelConfig) -> int:
     per_id = config.hidden_size + int(config.mlm_head)
     computed = config.max_positions * config.hidden_size if config.positions == "sinusoidal" else 0
     return stored + computed - (config.padded_vocab_size - config.vocab_size) * per_id
-
-

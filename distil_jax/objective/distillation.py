@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 
 from distil_jax.config import LossConfig
@@ -58,9 +57,7 @@ class Distillation:
 
     def combine(self, terms: Metrics, counts: dict[str, Array]) -> Array:
         """The loss; `terms` may be of a part of the batch that `counts` are of."""
-        return sum(
-            weight * terms[name].total / jnp.maximum(counts[name], 1) for name, weight in self.weights.items()
-        )
+        return sum(weight * terms[name].total / jnp.maximum(counts[name], 1) for name, weight in self.weights.items())
 
     def terms(self, student: Encoded, teacher: Encoded | None, batch: Batch) -> Metrics:
         """The terms with a weight above 0, not divided yet."""
@@ -77,16 +74,17 @@ class Distillation:
 
 def logits(features: Array, head: Head) -> Array:
     """[..., V] float32 from features [..., D]: operands in the features' dtype, sums in float32."""
-    product = jnp.einsum("...D,VD->...V", features, head.kernel.astype(features.dtype), preferred_element_type=jnp.float32)
+    product = jnp.einsum(
+        "...D,VD->...V", features, head.kernel.astype(features.dtype), preferred_element_type=jnp.float32
+    )
     return product + head.bias
 
 
 def at_targets(features_BxLxD: Array, labels_BxL: Array, most: int) -> tuple[Array, Array]:
     """The features and labels of each row's targets, [B, M, D] and [B, M]; `IGNORED` fills up short rows."""
-    is_target_BxM, positions_BxM = jax.lax.top_k((labels_BxL != IGNORED).astype(jnp.int32), most)
-    labels_BxM = jnp.take_along_axis(labels_BxL, positions_BxM, axis=1)
+    positions_BxM = jnp.argsort(labels_BxL == IGNORED, axis=1)[:, :most]  # targets first, in order
     features_BxMxD = jnp.take_along_axis(features_BxLxD, positions_BxM[..., None], axis=1)
-    return features_BxMxD, jnp.where(is_target_BxM > 0, labels_BxM, IGNORED)
+    return features_BxMxD, jnp.take_along_axis(labels_BxL, positions_BxM, axis=1)
 
 
 def _vocabulary_terms(student: Encoded, teacher: Encoded | None, batch: Batch, config: LossConfig) -> Metrics:

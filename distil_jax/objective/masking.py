@@ -61,7 +61,10 @@ def mask_tokens(key: Array, rows: Rows, *, weights: Array, config: MaskingConfig
         choose_key, kind_key, word_key = jax.random.split(jax.random.fold_in(key, row.row_index), 3)
         ids_L, real_L = row.input_ids, row.segment_ids > 0
         scores_L = jnp.where(real_L, log_weights_V[ids_L], -jnp.inf)
-        scores_M, targets_M = jax.lax.top_k(scores_L + jax.random.gumbel(choose_key, scores_L.shape), most)
+        scores_L += jax.random.gumbel(choose_key, scores_L.shape)
+        # A sort, not `top_k`: XLA cuts a sort along the rows of a sharded batch, and gathers them all for a top-k.
+        targets_M = jnp.argsort(scores_L, descending=True)[:most]
+        scores_M = scores_L[targets_M]
         wanted = jnp.maximum(1, jnp.round(config.rate * jnp.sum(real_L)))
         chosen_M = (jnp.arange(most) < wanted) & (scores_M > -jnp.inf)
         original_M = ids_L[targets_M]
@@ -77,6 +80,4 @@ def mask_tokens(key: Array, rows: Rows, *, weights: Array, config: MaskingConfig
         return ids_L, labels_L
 
     ids_BxL, labels_BxL = jax.vmap(mask_row)(rows)
-    return Batch(
-        input_ids=ids_BxL, segment_ids=rows.segment_ids, position_ids=rows.position_ids, labels=labels_BxL
-    )
+    return Batch(input_ids=ids_BxL, segment_ids=rows.segment_ids, position_ids=rows.position_ids, labels=labels_BxL)

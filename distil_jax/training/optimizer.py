@@ -64,7 +64,9 @@ def _frozen(params: Any, prefixes: tuple[str, ...]) -> Any:
 
 def _decays(params: Any, prefixes: tuple[str, ...]) -> Any:
     return jax.tree_util.tree_map_with_path(
-        lambda keys, _: _path(keys).rsplit("/", 1)[-1] not in ("bias", "scale")
-        and not any(_starts(_path(keys), prefix) for prefix in prefixes),
+        lambda keys, _: (
+            _path(keys).rsplit("/", 1)[-1] not in ("bias", "scale")
+            and not any(_starts(_path(keys), prefix) for prefix in prefixes)
+        ),
         params,
     )

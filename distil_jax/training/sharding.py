@@ -85,9 +85,7 @@ def _jit(step: Callable, mesh: Mesh, state_sharding: Any, abstract_teacher: Any,
     teacher_sharding = None if abstract_teacher is None else shardings_of(abstract_teacher, mesh)
     replicated = NamedSharding(mesh, P())
     others = (replicated,) * (len(inspect.signature(step).parameters) - 3)
-    compiled = jax.jit(
-        step, in_shardings=(state_sharding, teacher_sharding, batch_sharding(mesh), *others), **options
-    )
+    compiled = jax.jit(step, in_shardings=(state_sharding, teacher_sharding, batch_sharding(mesh), *others), **options)
 
     def run(*arguments: Any) -> Any:
         with jax.set_mesh(mesh):

@@ -55,9 +55,7 @@ def abstract_state(config: StepConfig) -> TrainState:
 
     The optimiser's moments take the axes of their parameters, because they are made from boxed ones.
     """
-    return jax.eval_shape(
-        lambda: _state(jax.random.key(0), config, init_params(jax.random.key(0), config.student))
-    )
+    return jax.eval_shape(lambda: _state(jax.random.key(0), config, init_params(jax.random.key(0), config.student)))
 
 
 def _state(run_key: Array, config: StepConfig, params: Any) -> TrainState:

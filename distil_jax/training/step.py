@@ -20,7 +20,9 @@ _MASKS, _DROPOUT = 0, 1  # what the keys of one step are for
 _HELD_OUT_SEED = 15  # of the held-out masks; any number will do, but always the same
 
 
-def mask_and_train_step(state: TrainState, teacher_params: Any, rows: Rows, weights: Array) -> tuple[TrainState, Metrics]:
+def mask_and_train_step(
+    state: TrainState, teacher_params: Any, rows: Rows, weights: Array
+) -> tuple[TrainState, Metrics]:
     """`train_step` on rows that this step masks itself: one dispatch per update, nothing drawn on the host.
 
     Args:
