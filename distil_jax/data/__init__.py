@@ -1,0 +1,1 @@
+"""Where rows come from: text -> tokens -> packed rows on disk -> batches."""

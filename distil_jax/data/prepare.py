@@ -1,0 +1,225 @@
+"""Text -> tokens -> packed rows on disk, once; training then reads the rows and needs no tokenizer.
+
+Each sequence becomes `[CLS] ... [SEP]`, and whole sequences share a row of `sequence_length` tokens under segment ids
+1, 2, 3, ...: attention never crosses them, so packing changes the speed and no number.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+import secrets
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from distil_jax.config import InputError, to_dict
+from distil_jax.data import corpus
+from distil_jax.data.loader import FORMAT, SPLITS, Manifest, Split, StoredFile
+from distil_jax.data.packing import Ids, Packer, RowWriter
+from distil_jax.data.tokenizer import encode, fingerprint, load_tokenizer, train_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Progress = Callable[[Counter[str]], None]
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    sources: tuple[str, ...]  # see corpus.py
+    tokenizer: str = ""  # folder or hub id; or
+    train_vocabulary: int = 0  # the size of a WordPiece vocabulary to train on the training side of the text
+    sequence_length: int = 512  # tokens a row
+    held_out: float = 0.01  # share of the documents
+    document: corpus.Document = "block"  # of a text file
+    sequence: Literal["line", "document"] = "line"  # what is tokenised as one and cut where it is too long
+    text_field: str = "text"  # of JSONL, Parquet and hub data sets
+    min_tokens: int = 12  # shorter sequences are dropped; [CLS] and [SEP] count
+    max_unknown: float = 0.5  # sequences with this share of [UNK] or more are dropped; [CLS] and [SEP] count
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise InputError("There is nothing to prepare: name text files, folders or data sets.")
+        if bool(self.tokenizer) == (self.train_vocabulary > 0):
+            raise InputError("Name either a tokenizer, or the size of a vocabulary to train.")
+        if not 3 <= self.min_tokens <= self.sequence_length <= 65_535:  # segment ids have 16 bits
+            raise InputError(
+                "min_tokens must be at least 3, and sequence_length from there to 65,535: they are "
+                f"{self.min_tokens} and {self.sequence_length}."
+            )
+        if not 0 <= self.held_out < 1:
+            raise InputError(f"held_out is a share of the documents, from 0 to below 1, not {self.held_out}.")
+        if not 0 < self.max_unknown <= 1:
+            raise InputError(f"max_unknown is a share of a sequence, above 0 to 1, not {self.max_unknown}.")
+
+
+def prepare(config: PrepareConfig, output: str | Path, *, progress: Progress = lambda counts: None) -> Manifest:
+    """Reads the sources and writes a folder of rows, all or nothing.
+
+    Args:
+      config: what to read and how to cut it.
+      output: a folder that does not exist or is empty.
+      progress: called with the counts so far, every megabyte of text.
+
+    Raises:
+      InputError: a source, tokenizer or output folder that cannot be used, or no row to train on or to hold out.
+    """
+    output = Path(output).absolute()
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise InputError(f"{output} exists and is not an empty folder: choose another output, or remove it.")
+    corpus.expand(config.sources)  # a mistyped path is told before anything is written or loaded
+    # A sibling, so that the last step is one rename: a folder of that name is always whole.
+    folder = output.with_name(f".{output.name}.{secrets.token_hex(4)}")
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"Cannot write {output}: {error.strerror}.") from error
+    try:
+        manifest = _write_folder(config, folder, progress)
+        folder.replace(output)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return manifest
+
+
+def _write_folder(config: PrepareConfig, folder: Path, progress: Progress) -> Manifest:
+    tokenizer = _tokenizer(config, folder / "tokenizer")
+    counts: Counter[str] = Counter()
+    writers, packers = {}, {}
+    for split in SPLITS:
+        writers[split] = RowWriter(folder / split, config.sequence_length, len(tokenizer), tokenizer.pad_token_id)
+        packers[split] = Packer(config.sequence_length, config.min_tokens)
+    for split, sequence in _sequences(config, tokenizer, counts, progress):
+        for row in packers[split].add(sequence):
+            writers[split].write(row)
+    for split in SPLITS:
+        for row in packers[split].close():
+            writers[split].write(row)
+    _check_rows(config, writers["train"].rows, writers["held_out"].rows, counts)
+    files = [file for split in SPLITS for file in writers[split].close()]
+    np.save(folder / "token_counts.npy", writers["train"].token_counts)
+    others = (folder / "token_counts.npy", *sorted((folder / "tokenizer").iterdir()))
+    files += [_stored(folder, path) for path in others]
+    unused = [number for token, number in tokenizer.get_vocab().items() if re.fullmatch(r"\[unused\d+\]", token)]
+    manifest = Manifest(
+        format=FORMAT,
+        sequence_length=config.sequence_length,
+        vocab_size=len(tokenizer),
+        pad_id=tokenizer.pad_token_id,
+        cls_id=tokenizer.cls_token_id,
+        sep_id=tokenizer.sep_token_id,
+        mask_id=tokenizer.mask_token_id,
+        unk_id=tokenizer.unk_token_id,
+        special_ids=tuple(sorted(tokenizer.all_special_ids)),
+        unused_ids=tuple(sorted(unused)),
+        tokenizer_fingerprint=fingerprint(folder / "tokenizer"),
+        train=writers["train"].counts(),
+        held_out=writers["held_out"].counts(),
+        files=tuple(files),
+        counts=dict(counts),
+        settings=to_dict(config),
+    )
+    (folder / "manifest.json").write_text(json.dumps(dataclasses.asdict(manifest), indent=1) + "\n", encoding="utf-8")
+    return manifest
+
+
+def _tokenizer(config: PrepareConfig, folder: Path) -> PreTrainedTokenizerBase:
+    """Trains or loads the tokenizer, and leaves a copy in `folder`."""
+    if config.train_vocabulary:
+        train_tokenizer(_TrainingText(config), config.train_vocabulary, folder)
+        return load_tokenizer(folder)
+    tokenizer = load_tokenizer(config.tokenizer)
+    tokenizer.save_pretrained(folder)
+    original = Path(config.tokenizer) / "tokenizer.json"
+    if original.is_file():  # as it stands, so that its fingerprint stays the same
+        shutil.copyfile(original, folder / "tokenizer.json")
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class _TrainingText:
+    """The training side of the text, line by line, as often as it is asked for."""
+
+    config: PrepareConfig
+
+    def __iter__(self) -> Iterator[str]:
+        pieces = _read(self.config, Counter())
+        return (piece.text for piece in pieces if not corpus.is_held_out(piece.key, self.config.held_out))
+
+
+def _read(config: PrepareConfig, counts: Counter[str]) -> Iterator[corpus.Piece]:
+    return corpus.read(config.sources, document=config.document, text_field=config.text_field, counts=counts)
+
+
+def _sequences(
+    config: PrepareConfig, tokenizer: PreTrainedTokenizerBase, counts: Counter[str], progress: Progress
+) -> Iterator[tuple[Split, Ids]]:
+    """All sequences that are kept, as `[CLS] ... [SEP]` ids, with the split they belong to."""
+
+    def encoded() -> Iterator[tuple[corpus.Piece, Ids]]:
+        for batch in encode(tokenizer, _read(config, counts)):
+            yield from batch
+            progress(counts)
+
+    unknown = tokenizer.unk_token_id
+    for key, ids in chunks(encoded(), config.sequence_length - 2, join=config.sequence == "document", counts=counts):
+        sequence = [tokenizer.cls_token_id, *ids, tokenizer.sep_token_id]
+        if len(sequence) < config.min_tokens:
+            counts["dropped_short"] += 1
+        elif sequence.count(unknown) >= config.max_unknown * len(sequence):
+            counts["dropped_unknown"] += 1
+        else:
+            counts["sequences"] += 1
+            counts["tokens"] += len(sequence)
+            yield "held_out" if corpus.is_held_out(key, config.held_out) else "train", sequence
+
+
+def chunks(
+    encoded: Iterable[tuple[corpus.Piece, Ids]], room: int, *, join: bool, counts: Counter[str]
+) -> Iterator[tuple[bytes, Ids]]:
+    """Cuts what is longer than `room` tokens; with `join`, the lines of a document are one sequence."""
+    key, waiting, is_cut = b"", [], False
+    for piece, ids in encoded:
+        if piece.starts_document or not join:
+            if waiting:  # the tail, unless the last chunk was full
+                yield key, waiting
+            key, waiting, is_cut = piece.key, [], False
+        waiting += ids
+        if len(waiting) > room:
+            counts["cut_sequences"] += not is_cut
+            is_cut = True
+            whole = len(waiting) // room * room
+            yield from ((key, waiting[start : start + room]) for start in range(0, whole, room))
+            waiting = waiting[whole:]
+    if waiting:
+        yield key, waiting
+
+
+def _check_rows(config: PrepareConfig, train_rows: int, held_out_rows: int, counts: Counter[str]) -> None:
+    if not counts["documents"]:
+        raise InputError(f"The sources hold no text ({counts['invalid_lines']} lines are not UTF-8): name others.")
+    if not train_rows:
+        raise InputError(
+            f"No sequence is left to train on: of {counts['documents']} documents, {counts['dropped_short']} sequences "
+            f"are shorter than {config.min_tokens} tokens, {counts['dropped_unknown']} have {config.max_unknown:.0%} "
+            f"unknown words or more, {counts['sequences']} are held out, and {counts['invalid_lines']} lines are not "
+            "UTF-8: give more text, lower --min-tokens, or choose smaller documents (--document line)."
+        )
+    if config.held_out and not held_out_rows:
+        raise InputError(
+            f"No sequence is held out: {config.held_out:.2%} of {counts['documents']} documents left none, so raise "
+            "--held-out, choose smaller documents (--document line), or ask for none (--held-out 0)."
+        )
+
+
+def _stored(folder: Path, path: Path) -> StoredFile:
+    data = path.read_bytes()
+    return StoredFile(path.relative_to(folder).as_posix(), len(data), 0, hashlib.sha256(data).hexdigest())

@@ -1,0 +1,276 @@
+"""Rows from disk: the stream is a pure function of one integer, and damage is named."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+import threading
+from dataclasses import asdict
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from distil_jax.config import InputError
+from distil_jax.data import loader
+from distil_jax.data.loader import FORMAT, Manifest, RowTable, StoredFile
+from distil_jax.data.packing import RowWriter
+
+LENGTH, ROWS, HELD_OUT, PAD = 16, 23, 5, 9
+
+
+def write_folder(folder: Path, vocab_size: int = 100) -> dict[str, list[list[list[int]]]]:
+    """A folder of random rows as `prepare` would leave it, and the rows themselves."""
+    draw = np.random.default_rng(0)
+    splits, files, counts = {}, [], {}
+    folder.mkdir()
+    for split, rows in (("train", ROWS), ("held_out", HELD_OUT)):
+        splits[split] = []
+        writer = RowWriter(folder / split, LENGTH, vocab_size, PAD)
+        for _ in range(rows):
+            lengths = draw.integers(1, 6, size=draw.integers(1, 4))
+            row = [draw.integers(vocab_size - 90, vocab_size, size=length).tolist() for length in lengths]
+            splits[split].append(row)
+            writer.write(row)
+        files += writer.close()
+        counts[split] = writer.counts()
+        if split == "train":
+            np.save(folder / "token_counts.npy", writer.token_counts)
+    files.append(StoredFile("token_counts.npy", (folder / "token_counts.npy").stat().st_size, 0, "0" * 64))
+    manifest = Manifest(
+        format=FORMAT,
+        sequence_length=LENGTH,
+        vocab_size=vocab_size,
+        pad_id=PAD,
+        cls_id=1,
+        sep_id=2,
+        mask_id=3,
+        unk_id=4,
+        special_ids=(1, 2, 3, 4, PAD),
+        unused_ids=(),
+        tokenizer_fingerprint="f",
+        files=tuple(files),
+        counts={"documents": 3},
+        settings={"sources": ["x"]},
+        **counts,
+    )
+    (folder / "manifest.json").write_text(json.dumps(asdict(manifest)))
+    return splits
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_folder(tmp_path / "rows")
+    return tmp_path / "rows"
+
+
+@pytest.fixture
+def table(folder):
+    return loader.open_rows(folder, "train")
+
+
+def same(first, second) -> bool:
+    return all(itertools.starmap(np.array_equal, zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)))
+
+
+def concatenate(parts):
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+
+
+@pytest.mark.parametrize("vocab_size", [100, 1 << 16, (1 << 16) + 50])
+def test_gather_gives_back_what_was_written(tmp_path, vocab_size):
+    splits = write_folder(tmp_path / "rows", vocab_size)
+    for split, expected in splits.items():
+        table = loader.open_rows(tmp_path / "rows", split)
+        assert len(table) == len(expected)
+        numbers = np.random.default_rng(1).permutation(len(table))
+        rows = table.gather(numbers)
+        assert {leaf.dtype for leaf in jax.tree.leaves(rows)} == {np.dtype(np.int32)}
+        assert rows.row_index.tolist() == numbers.tolist()
+        for place, number in enumerate(numbers):
+            sequences = expected[number]
+            padding = LENGTH - sum(map(len, sequences))
+            assert rows.input_ids[place].tolist() == [*itertools.chain(*sequences), *[PAD] * padding]
+            segments = [[index] * len(sequence) for index, sequence in enumerate(sequences, start=1)]
+            assert rows.segment_ids[place].tolist() == [*itertools.chain(*segments), *[0] * padding]
+            positions = [range(len(sequence)) for sequence in sequences]
+            assert rows.position_ids[place].tolist() == [*itertools.chain(*positions), *[0] * padding]
+    counted = np.bincount(list(itertools.chain(*itertools.chain(*splits["train"]))), minlength=vocab_size)
+    assert np.array_equal(np.load(tmp_path / "rows" / "token_counts.npy"), counted)
+
+
+def test_each_epoch_is_another_permutation(table):
+    stream = loader.batches(table, batch_rows=ROWS, seed=5)
+    epochs = [tuple(next(stream).row_index) for _ in range(3)]
+    assert all(sorted(epoch) == list(range(ROWS)) for epoch in epochs)
+    assert len({*epochs, tuple(range(ROWS))}) == 4
+    assert tuple(next(loader.batches(table, batch_rows=ROWS, seed=6)).row_index) != epochs[0]
+
+
+def test_the_order_is_the_same_for_ever():
+    """Resuming under another NumPy must meet the same rows: these numbers may never change."""
+    assert loader.order(8, 0, 0).tolist() == [0, 2, 1, 5, 4, 3, 6, 7]
+    assert loader.order(8, 0, 1).tolist() == [5, 3, 7, 2, 4, 1, 0, 6]
+
+
+def test_resume_and_batch_size_do_not_change_the_stream(table):
+    unbroken = concatenate(list(itertools.islice(loader.batches(table, batch_rows=6, seed=1), 12)))  # three epochs
+    for position, batch_rows in ((0, 8), (6, 6), (17, 5), (ROWS, 1), (ROWS + 1, 40)):
+        resumed = next(loader.batches(table, batch_rows=batch_rows, seed=1, position=position))
+        assert same(resumed, jax.tree.map(lambda leaf: leaf[position : position + batch_rows], unbroken))  # noqa: B023
+
+
+def test_a_batch_may_hold_several_epochs(table):
+    rows = loader.rows_at(table, 3, 3 * ROWS, seed=2)
+    assert np.bincount(rows.row_index).min() >= 2
+    assert sorted(rows.row_index[ROWS - 3 : 2 * ROWS - 3]) == list(range(ROWS))
+
+
+@pytest.mark.parametrize("process_count", [1, 2, 3, 6])
+def test_processes_share_the_batch(table, process_count):
+    whole = loader.batches(table, batch_rows=6, seed=3, position=12)
+    shares = [
+        loader.batches(table, batch_rows=6, seed=3, position=12, process_index=index, process_count=process_count)
+        for index in range(process_count)
+    ]
+    for _ in range(5):
+        assert same(next(whole), concatenate([next(share) for share in shares]))
+
+
+@pytest.mark.parametrize(("batch_rows", "limit"), [(2, 0), (4, 0), (4, 3), (8, 0), (6, 0), (2, 100)])
+@pytest.mark.parametrize("process_count", [1, 2])
+def test_held_out_rows_come_once_and_are_filled_up(folder, batch_rows, limit, process_count):
+    table = loader.open_rows(folder, "held_out")
+    shares = [
+        list(
+            loader.held_out_batches(
+                table, batch_rows=batch_rows, limit=limit, process_index=index, process_count=process_count
+            )
+        )
+        for index in range(process_count)
+    ]
+    rows = concatenate([concatenate(parts) for parts in zip(*shares, strict=True)])
+    real = min(limit or HELD_OUT, HELD_OUT)
+    total = -(-real // batch_rows) * batch_rows
+    assert rows.row_index.tolist() == list(range(total))
+    assert same(jax.tree.map(lambda leaf: leaf[:real], rows), table.gather(np.arange(real)))
+    assert not rows.segment_ids[real:].any()
+    assert not rows.position_ids[real:].any()
+    assert (rows.input_ids[real:] == PAD).all()
+
+
+def test_batches_that_cannot_be(table):
+    with pytest.raises(InputError, match="do not divide among 4 processes"):
+        loader.batches(table, batch_rows=6, seed=0, process_count=4)
+    empty = RowTable(np.zeros((0, LENGTH), np.uint16), np.zeros((0, LENGTH), np.uint16))
+    with pytest.raises(InputError, match="no rows to train on"):
+        loader.batches(empty, batch_rows=6, seed=0)
+    assert list(loader.held_out_batches(empty, batch_rows=4)) == []
+
+
+def edit(folder: Path, **changes) -> None:
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_sound_folder_reads(folder):
+    manifest = loader.read_manifest(folder)
+    assert (manifest.train.rows, manifest.held_out.rows) == (ROWS, HELD_OUT)
+    assert manifest.files[0].path == "train/input_ids.npy"
+    assert json.loads((folder / "manifest.json").read_text()) == json.loads(json.dumps(asdict(manifest)))
+
+
+def test_a_damaged_manifest_is_named(folder, tmp_path):
+    with pytest.raises(InputError, match=r"Cannot read .*nowhere.manifest\.json .*distil-jax prepare"):
+        loader.read_manifest(tmp_path / "nowhere")
+    text = (folder / "manifest.json").read_text()
+    for damaged, message in (
+        (text[:-30], "is damaged"),
+        ("[1]", "has format None"),
+        (text.replace('"format": 1', '"format": 2'), "has format 2, and this version reads 1"),
+        (text.replace('"pad_id": 9', '"pad_id": "9"'), "is damaged .*pad_id"),
+        (text.replace('"pad_id": 9, ', ""), "is damaged .*pad_id"),
+        (text.replace("train/segment_ids.npy", "train/other.npy"), r"does not list train/segment_ids\.npy"),
+    ):
+        (folder / "manifest.json").write_text(damaged)
+        with pytest.raises(InputError, match=message):
+            loader.read_manifest(folder)
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "train/../../secret", "..\\secret"])
+def test_no_path_leaves_the_folder(folder, name):
+    (folder.parent / "secret").write_text("x")
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    edit(folder, files=[*files, {"path": name, "bytes": 1, "header": 0, "sha256": ""}])
+    with pytest.raises(InputError, match="outside the folder"):
+        loader.verify(folder)
+
+
+def test_damaged_files_are_named(folder):
+    path = folder / "train" / "segment_ids.npy"
+    sound = path.read_bytes()
+    path.write_bytes(sound[:-7])
+    with pytest.raises(InputError, match=r"train.segment_ids\.npy has [\d,]+ bytes where the manifest says"):
+        loader.open_rows(folder)
+    path.unlink()
+    with pytest.raises(InputError, match=r"train.segment_ids\.npy cannot be read"):
+        loader.open_rows(folder)
+    path.write_bytes(b"X" + sound[1:])
+    with pytest.raises(InputError, match=r"train.segment_ids\.npy is damaged"):
+        loader.open_rows(folder)
+    path.write_bytes(sound)
+    counts = json.loads((folder / "manifest.json").read_text())["train"]
+    edit(folder, train=counts | {"rows": ROWS + 1})
+    with pytest.raises(InputError, match="where the manifest says"):
+        loader.open_rows(folder)
+
+
+def test_verify_reads_every_byte(folder):
+    with pytest.raises(InputError, match=r"token_counts\.npy has changed"):  # the fixture's hash is not real
+        loader.verify(folder)
+    path = folder / "held_out" / "input_ids.npy"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=r"held_out.input_ids\.npy has changed"):
+        loader.verify(folder)
+
+
+def test_prefetch_gives_the_same_items():
+    assert list(loader.prefetch(range(10))) == list(range(10))
+    assert list(loader.prefetch(iter([]))) == []
+    assert list(loader.prefetch(iter([None, 1]), depth=1)) == [None, 1]
+
+
+def test_prefetch_raises_in_turn_and_stops_its_thread():
+    def broken():
+        yield 1
+        yield 2
+        raise OSError("the disk is gone")
+
+    items = loader.prefetch(broken(), depth=3)
+    assert [next(items), next(items)] == [1, 2]
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(items)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
+
+
+def test_closing_prefetch_stops_its_thread():
+    taken = []
+    items = loader.prefetch((taken.append(number) or number for number in itertools.count()), depth=2)
+    assert next(items) == 0
+    items.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
+    assert len(taken) <= 4
+
+
+def test_the_loader_needs_no_heavy_library():
+    code = (
+        "import sys, distil_jax.data.loader; print({'datasets', 'transformers', 'tokenizers', 'grain', 'pyarrow', "
+        "'torch', 'tqdm', 'pandas', 'orbax'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
