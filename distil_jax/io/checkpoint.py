@@ -1,0 +1,78 @@
+"""Checkpoints of a run: the state, and beside it a few plain facts. Orbax does the work and stays in this file."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
+
+from distil_jax.config import InputError
+
+# Orbax reports every directory it makes at INFO and WARNING; a run's own lines must stay readable.
+logging.getLogger("absl").setLevel(logging.ERROR)
+
+
+class Checkpoints:
+    """The checkpoints of one run folder, by step.
+
+    Args:
+      folder: made if it is not there.
+      keep: how many of the newest stay.
+    """
+
+    def __init__(self, folder: str | Path, *, keep: int = 1) -> None:
+        self._folder = Path(folder).absolute()
+        self._manager = ocp.CheckpointManager(
+            self._folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        )
+
+    def steps(self) -> list[int]:
+        """The steps whose checkpoints were committed, in order (an interrupted save leaves no commit file)."""
+        return sorted(
+            int(path.parent.name) for path in self._folder.glob("*/commit_success.txt") if path.parent.name.isdigit()
+        )
+
+    def save(self, step: int, arrays: Any, facts: dict[str, Any]) -> None:
+        """Starts a save and returns; it appears whole or not at all.
+
+        Args:
+          step: its name; a step that is already there is left as it is.
+          arrays: a tree of arrays.
+          facts: plain values.
+        """
+        if step not in self.steps():
+            self._manager.save(
+                step, args=ocp.args.Composite(state=ocp.args.StandardSave(arrays), facts=ocp.args.JsonSave(facts))
+            )
+
+    def facts(self, step: int) -> dict[str, Any]:
+        """What was saved beside the arrays of `step`."""
+        return self._manager.restore(step, args=ocp.args.Composite(facts=ocp.args.JsonRestore())).facts
+
+    def restore(self, step: int, abstract: Any) -> Any:
+        """The arrays of `step`.
+
+        Args:
+          step: one of `steps()`.
+          abstract: a tree of `jax.ShapeDtypeStruct` with shardings: of any mesh, not only the one that saved.
+
+        Raises:
+          InputError: the checkpoint does not fit `abstract`.
+        """
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))).state
+        except (ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())[:500]
+            raise InputError(
+                f"Checkpoint {step} in {self._folder} does not fit this run, or is damaged ({reason}): use the "
+                "configuration it was written with, or remove that step's folder to go on from an older one."
+            ) from error
+
+    def wait(self) -> None:
+        """Until every save that was started is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.close()

@@ -1,0 +1,116 @@
+"""`config.json` of a BERT or DistilBERT folder and our `ModelConfig`: one table of fields, read in both directions."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from distil_jax.config import InputError, ModelConfig
+
+BERT, DISTILBERT = "bert", "distilbert"
+SINUSOIDAL_KEY = "sinusoidal_pos_embds"
+
+# Our field, then its key in each kind of file. Fields that a file leaves out have the defaults of ModelConfig, which
+# are those of `transformers`; the sizes it must give.
+_FIELDS = {
+    "vocab_size": {BERT: "vocab_size", DISTILBERT: "vocab_size"},
+    "num_layers": {BERT: "num_hidden_layers", DISTILBERT: "n_layers"},
+    "hidden_size": {BERT: "hidden_size", DISTILBERT: "dim"},
+    "num_heads": {BERT: "num_attention_heads", DISTILBERT: "n_heads"},
+    "intermediate_size": {BERT: "intermediate_size", DISTILBERT: "hidden_dim"},
+    "max_positions": {BERT: "max_position_embeddings", DISTILBERT: "max_position_embeddings"},
+    "token_types": {BERT: "type_vocab_size"},
+    "activation": {BERT: "hidden_act", DISTILBERT: "activation"},
+    "hidden_dropout": {BERT: "hidden_dropout_prob", DISTILBERT: "dropout"},
+    "attention_dropout": {BERT: "attention_probs_dropout_prob", DISTILBERT: "attention_dropout"},
+    "layer_norm_eps": {BERT: "layer_norm_eps"},
+    "initializer_range": {BERT: "initializer_range", DISTILBERT: "initializer_range"},
+    "pad_token_id": {BERT: "pad_token_id", DISTILBERT: "pad_token_id"},
+}
+_SIZES = ("vocab_size", "num_layers", "hidden_size", "num_heads", "intermediate_size", "max_positions")
+_FRACTIONS = ("hidden_dropout", "attention_dropout", "layer_norm_eps", "initializer_range")
+_ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
+_ACTIVATION_NAMES = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu"}
+_ONLY = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False}
+
+# What a DistilBERT has in its code and not in its config.json.
+_DISTILBERT_FIXED = {"token_types": 0, "layer_norm_eps": 1e-12}
+
+
+def model_type(config: ModelConfig) -> str:
+    """Which kind of file a model is written as: without a table of token types it is a DistilBERT."""
+    return BERT if config.token_types else DISTILBERT
+
+
+def from_json(values: Mapping[str, Any], path: Path) -> ModelConfig:
+    """The architecture that a config.json describes, apart from what only the weights tell (head, pooler, positions).
+
+    Raises:
+      InputError: another kind of model, something not supported, a size missing, or a value out of all bounds.
+    """
+    kind = values.get("model_type")
+    if kind not in (BERT, DISTILBERT):
+        raise InputError(
+            f"{path.parent} holds a model of type {kind!r}, not a BERT: "
+            f'give a folder whose config.json has model_type "{BERT}" or "{DISTILBERT}".'
+        )
+    for key, lawful in _ONLY.items():
+        if values.get(key, lawful) != lawful:
+            raise InputError(
+                f"{path} says {key} = {values[key]!r}, but only {lawful!r} is supported: use such a model."
+            )
+    keys = {field: names[kind] for field, names in _FIELDS.items() if kind in names}
+    given = {field: values[key] for field, key in keys.items() if values.get(key) is not None}
+    if missing := [keys[field] for field in _SIZES if field not in given]:
+        raise InputError(f"{path} lacks {', '.join(missing)}: take the config.json that belongs to the weights.")
+    activation = given.pop("activation", "gelu")
+    if activation not in list(_ACTIVATIONS):
+        raise InputError(
+            f"{path} says {keys['activation']} = {activation!r}, but only {', '.join(_ACTIVATIONS)} are supported: "
+            "use such a model."
+        )
+    for field, value in given.items():
+        limit = 1 if field in _FRACTIONS else 10_000 if field == "num_layers" else 10_000_000
+        whole = type(value) is int
+        if not (whole or (field in _FRACTIONS and type(value) is float)) or not 0 <= value <= limit:
+            raise InputError(
+                f"{path} says {keys[field]} = {value!r}, where a {'' if field in _FRACTIONS else 'whole '}number "
+                f"from 0 to {limit} belongs: take the config.json that belongs to the weights."
+            )
+    if kind == BERT and given.get("token_types") == 0:
+        raise InputError(f"{path} says type_vocab_size = 0, but a BERT has at least 1: take another model.")
+    given |= {field: float(given[field]) for field in _FRACTIONS if field in given}
+    try:
+        return ModelConfig(
+            **given | (_DISTILBERT_FIXED if kind == DISTILBERT else {}), activation=_ACTIVATIONS[activation]
+        )
+    except InputError as error:
+        raise InputError(f"{path} describes no model: {error}") from error
+
+
+def to_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
+    """What config.json says of a model; its vocabulary has the real size.
+
+    Raises:
+      InputError: a DistilBERT with what no DistilBERT has.
+    """
+    kind = model_type(config)
+    if kind == DISTILBERT and (config.pooler or config.layer_norm_eps != _DISTILBERT_FIXED["layer_norm_eps"]):
+        raise InputError(
+            "A model without token types is saved as a DistilBERT, which has no pooler and layer_norm_eps "
+            f"{_DISTILBERT_FIXED['layer_norm_eps']}, but this one has pooler = {config.pooler} and layer_norm_eps = "
+            f"{config.layer_norm_eps}: give it token types, or train it without these."
+        )
+    ours = dataclasses.asdict(config) | {"activation": _ACTIVATION_NAMES[config.activation]}
+    values = {names[kind]: ours[field] for field, names in _FIELDS.items() if kind in names}
+    if kind == DISTILBERT:
+        values[SINUSOIDAL_KEY] = config.positions == "sinusoidal"
+    architecture = {BERT: "Bert", DISTILBERT: "DistilBert"}[kind] + ("ForMaskedLM" if config.mlm_head else "Model")
+    return values | {
+        "architectures": [architecture],
+        "model_type": kind,
+        "tie_word_embeddings": True,
+        "dtype": dtype,
+    }

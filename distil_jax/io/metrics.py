@@ -1,0 +1,77 @@
+"""From `Mean` to numbers, and to the files that keep them: JSONL always, TensorBoard where it is wanted and there."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import jax
+
+from distil_jax.structs import Metrics
+
+
+def to_numbers(metrics: Metrics) -> dict[str, float]:
+    """Fetches metrics from the device and divides; a mean over nothing is 0."""
+    return {name: float(mean.total) / max(float(mean.count), 1.0) for name, mean in jax.device_get(metrics).items()}
+
+
+def perplexity(mlm: float) -> float:
+    """exp of the MLM loss, infinite where that overflows."""
+    return math.exp(mlm) if mlm < 700 else math.inf
+
+
+class MetricsWriter:
+    """Appends one JSON object a line to `metrics.jsonl`: {"step": ..., "kind": ..., name: number, ...}.
+
+    Args:
+      folder: the run's.
+      step: where the run goes on from; lines of later steps, written by a run that was then cut off, are dropped.
+      tensorboard: whether to write event files too, which needs the tensorboardX package.
+    """
+
+    def __init__(self, folder: str | Path, *, step: int = 0, tensorboard: bool = False) -> None:
+        self.folder = Path(folder)
+        path = self.folder / "metrics.jsonl"
+        kept = [line for line in read_metrics(folder) if line["step"] <= step] if step else []
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        self._lines = path.open("a", encoding="utf-8")
+        self._events = _event_writer(self.folder / "tensorboard", step) if tensorboard else None
+
+    def write(self, step: int, kind: str, numbers: dict[str, float]) -> None:
+        """Writes the numbers of one step; `kind` is "train" or "held_out"."""
+        self._lines.write(json.dumps({"step": step, "kind": kind, **numbers}) + "\n")
+        self._lines.flush()
+        if self._events is not None:
+            for name, number in numbers.items():
+                self._events.add_scalar(f"{kind}/{name}", number, step)
+
+    def close(self) -> None:
+        self._lines.close()
+        if self._events is not None:
+            self._events.close()
+
+
+def read_metrics(folder: str | Path) -> list[dict[str, float | str]]:
+    """The lines of a run's `metrics.jsonl`; a last line that was cut off is left out."""
+    path = Path(folder) / "metrics.jsonl"
+    return list(_whole_lines(path.read_text(encoding="utf-8").splitlines())) if path.exists() else []
+
+
+def _whole_lines(lines: list[str]) -> Iterable[dict[str, float | str]]:
+    for number, line in enumerate(lines, 1):
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            if number < len(lines):
+                raise
+
+
+def _event_writer(folder: Path, step: int):
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        print("No TensorBoard files: the package tensorboardX is not installed. metrics.jsonl has every number.")
+        return None
+    return SummaryWriter(str(folder), purge_step=step + 1)

@@ -1,0 +1,174 @@
+"""The tensor files of a model folder: found (here or on the hub), opened safely, read one tensor at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distil_jax.config import InputError
+
+SINGLE, INDEX, PICKLE = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json")
+
+_FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of a file: known from the file's header, read when asked for.
+
+    Attributes:
+      dtype: "float32", "float16", "bfloat16", or the file's own word for what is none of these.
+      read: gives the values, widened to float32.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    read: Callable[[], np.ndarray]
+
+
+def local_folder(name: str | Path) -> Path:
+    """The folder `name`, or the local copy of the hub's model of that name, downloaded where it is not cached.
+
+    Raises:
+      InputError: neither exists, or the hub cannot be reached.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise InputError(f"{folder} is a file: give the folder that holds config.json and the weights.")
+    import huggingface_hub
+    from huggingface_hub.errors import HFValidationError, HTTPError  # HTTPError: that of the client in use
+
+    wanted = ["config.json", "model*.safetensors", INDEX, *TOKENIZER_FILES]
+    try:
+        copy = Path(huggingface_hub.snapshot_download(str(name), allow_patterns=wanted))
+        if not (copy / SINGLE).exists() and not (copy / INDEX).exists():  # then, and only then, the pickled weights
+            copy = Path(huggingface_hub.snapshot_download(str(name), allow_patterns=[*wanted, PICKLE]))
+    except (OSError, HFValidationError, HTTPError) as error:
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        raise InputError(
+            f"There is no folder {name}, and no model of that name came from the Hugging Face hub ({reason}): "
+            "check the path, or the name and the network."
+        ) from error
+    return copy
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+      InputError: no such file, or something else in it.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"Cannot read {path} ({error.strerror}): is this the folder of a model?") from error
+    except ValueError as error:  # not JSON, or not text at all
+        raise InputError(f"{path} is not valid JSON ({error}): download or export it again.") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path} must hold a JSON object, not a {type(values).__name__}: download or export it again.")
+    return values
+
+
+@contextlib.contextmanager
+def open_tensors(folder: Path) -> Iterator[dict[str, Tensor]]:
+    """All tensors of a model folder by name; they can be read until the context ends.
+
+    One safetensors file, or several behind an index, or a `pytorch_model.bin` (which alone needs torch, and is read
+    with `weights_only`, so that it cannot run code).
+
+    Raises:
+      InputError: no weights, damaged files, an index that leads out of the folder, or torch missing.
+    """
+    with contextlib.ExitStack() as stack:
+        if (folder / SINGLE).exists():
+            yield _open_safetensors(folder / SINGLE, stack)
+        elif (folder / INDEX).exists():
+            yield _open_sharded(folder / INDEX, stack)
+        elif (folder / PICKLE).exists():
+            yield _open_pickle(folder / PICKLE)
+        else:
+            raise InputError(f"{folder} holds no weights: it needs {SINGLE}, {INDEX} with its files, or {PICKLE}.")
+
+
+def _open_safetensors(path: Path, stack: contextlib.ExitStack) -> dict[str, Tensor]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        file = stack.enter_context(safe_open(path, framework="numpy"))
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is not a whole safetensors file ({error}): download or export it again.") from error
+
+    def tensor(name: str) -> Tensor:
+        header = file.get_slice(name)
+        dtype = header.get_dtype()
+        return Tensor(
+            tuple(header.get_shape()),
+            _FLOATS.get(dtype, dtype),
+            lambda: np.asarray(file.get_tensor(name), np.float32),
+        )
+
+    names = file.keys()
+    return {name: tensor(name) for name in names}
+
+
+def _open_sharded(path: Path, stack: contextlib.ExitStack) -> dict[str, Tensor]:
+    places = read_json(path).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
+        raise InputError(f"{path} has no weight_map from tensors to files: download or export it again.")
+    tensors: dict[str, Tensor] = {}
+    for shard in sorted(set(places.values())):
+        if Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise InputError(
+                f"{path} names the file {shard!r}, but may only name safetensors files of its own folder: "
+                "do not trust this folder; get it from its author again."
+            )
+        opened = _open_safetensors(path.parent / shard, stack)
+        if twice := sorted(tensors.keys() & opened.keys()):
+            raise InputError(f"{twice[0]} lies in several files of {path.parent}: download or export it again.")
+        tensors |= opened
+    if lost := sorted(places.keys() - tensors.keys()):
+        raise InputError(f"{path} names {lost[0]}, which its file does not hold: download or export it again.")
+    return tensors
+
+
+def _open_pickle(path: Path) -> dict[str, Tensor]:
+    try:
+        import torch
+    except ImportError as error:
+        raise InputError(
+            f"Reading {path} needs PyTorch: install it (pip install torch), or convert the file to {SINGLE}."
+        ) from error
+    import pickle
+    import struct
+
+    # Unpickling damaged bytes can fail in any of these ways (seen on truncated and altered files).
+    damage = (pickle.UnpicklingError, struct.error, RuntimeError, OSError, EOFError, ValueError, LookupError)
+    damage += (AssertionError, AttributeError, TypeError)
+    try:
+        values = torch.load(path, map_location="cpu", weights_only=True)
+    except damage as error:
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        raise InputError(
+            f"{path} is damaged or holds more than weights, which is not read because it could run code ({reason}): "
+            f"get the model as {SINGLE}."
+        ) from error
+    if not isinstance(values, dict) or not all(isinstance(value, torch.Tensor) for value in values.values()):
+        raise InputError(f"{path} must hold one dictionary of tensors (a state_dict): save the model's state_dict().")
+
+    def tensor(value: torch.Tensor) -> Tensor:
+        return Tensor(
+            tuple(value.shape),
+            str(value.dtype).removeprefix("torch."),
+            lambda: value.detach().to(torch.float32).numpy(),
+        )
+
+    return {name: tensor(value) for name, value in values.items()}
