@@ -1,0 +1,7 @@
+"""`python -m distil_jax VERB`."""
+
+import sys
+
+from distil_jax.cli import main
+
+sys.exit(main())

@@ -1,0 +1,71 @@
+"""The command line: finds the verb, parses its arguments, calls it, and turns what it raises into an exit status.
+
+0 done; 2 bad input; 3 diverged; 75 stopped on request with a checkpoint saved: start me again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from distil_jax import __version__
+from distil_jax.config import InputError
+
+# Each verb is a module of `distil_jax.commands` with add_arguments(parser) and run(arguments); only the one that is
+# asked for is imported.
+_VERBS = {
+    "demo": "distil a small student on this machine, from an embedded teacher, in minutes",
+    "prepare": "turn text into packed rows of tokens",
+    "train": "train a student; started again in the same folder, it goes on",
+    "eval": "held-out loss, accuracy, and agreement with a teacher, of a run or a model folder",
+    "export": "write a run's student as a folder that `transformers` opens",
+    "report": "write report.md and its pictures for a run",
+}
+_MODULES = {"eval": "evaluate"}
+
+_BAD_INPUT, _DIVERGED, _STOPPED = 2, 3, 75
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one verb and returns the exit status."""
+    chosen, rest = _split(list(sys.argv[1:] if arguments is None else arguments))
+    command = importlib.import_module(f"distil_jax.commands.{_MODULES.get(chosen, chosen)}")
+    parser = argparse.ArgumentParser(prog=f"distil-jax {chosen}", description=f"{_VERBS[chosen].capitalize()}.")
+    command.add_arguments(parser)
+
+    from distil_jax.commands.progress import Diverged, Stopped
+
+    try:
+        command.run(parser.parse_args(rest))
+    except InputError as error:
+        return _end(error, _BAD_INPUT)
+    except Diverged as error:
+        return _end(error, _DIVERGED)
+    except Stopped as error:
+        return _end(error, _STOPPED)
+    return 0
+
+
+def _split(arguments: list[str]) -> tuple[str, list[str]]:
+    """The verb and what follows it; --help, --version and an unknown verb end here."""
+    width = max(map(len, _VERBS))
+    parser = argparse.ArgumentParser(
+        prog="distil-jax",
+        usage="distil-jax [--version] [--help] VERB ...",
+        description="Distils BERT-like encoders into small, fast students with JAX.",
+        epilog="verbs:\n"
+        + "\n".join(f"  {verb:{width}}  {text}" for verb, text in _VERBS.items())
+        + "\n\n`distil-jax VERB --help` shows a verb's arguments.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"distil-jax {__version__}")
+    parser.add_argument("verb", choices=list(_VERBS), metavar="VERB", help="what to do")
+    chosen = parser.parse_args(arguments[:1]).verb
+    return chosen, arguments[1:]
+
+
+def _end(error: Exception, status: int) -> int:
+    print(f"distil-jax: {error}", file=sys.stderr)
+    return status

@@ -1,0 +1,196 @@
+"""From a `Config` to what a command works with: rows, teacher, first student, and one frozen `StepConfig`."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from distil_jax.config import ComputeConfig, Config, InputError, ModelConfig, StepConfig, StudentConfig
+from distil_jax.data.loader import Manifest, RowTable, open_rows, read_manifest
+from distil_jax.data.tokenizer import fingerprint as tokenizer_fingerprint
+from distil_jax.io import huggingface
+from distil_jax.models.encoder import init_params
+from distil_jax.models.student import choose_layers, student_from_teacher
+from distil_jax.objective.masking import masking_weights, most_targets
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """Everything a run needs, in the host's memory.
+
+    Attributes:
+      config: resolved: every choice that depended on the data, the teacher or the machine is written out.
+      step: what the step is compiled from.
+      manifest: of the prepared data.
+      weights: [V] float32, how readily a token is masked in training.
+      held_out_weights: the same for held-out text: all words alike, whatever the training prefers, so that the
+        numbers of any two runs on the same rows compare.
+      teacher_params: in the compute dtype, or None.
+      student_params: float32, or None for a random initialisation.
+      identity: hashes of what a resumed run must find again: the rows and the teacher.
+    """
+
+    config: Config
+    step: StepConfig
+    manifest: Manifest
+    weights: np.ndarray
+    held_out_weights: np.ndarray
+    teacher_params: Any
+    student_params: Any
+    identity: dict[str, str]
+
+    def rows(self, split: str) -> RowTable:
+        return open_rows(self.config.data.path, split)
+
+
+def assemble(config: Config) -> Parts:
+    """Reads the data's manifest and the models, checks that they fit each other, and resolves the config.
+
+    Raises:
+      InputError: anything that is missing, or does not fit.
+    """
+    if not config.data.path:
+        raise InputError("data.path is empty: name the folder that `distil-jax prepare` wrote.")
+    manifest = read_manifest(config.data.path)
+    if not manifest.held_out.rows:
+        raise InputError(f"{config.data.path} has no held-out rows to judge by: prepare it with --held-out above 0.")
+    compute = resolve_compute(config.compute)
+    teacher_config, teacher_params = None, None
+    if config.teacher.path:
+        teacher_config, teacher_params = huggingface.load(config.teacher.path)
+        check_tokenizer(config.teacher.path, teacher_config, manifest)
+        teacher_config = with_compute(teacher_config, compute)
+    student_config, student_params, layers = _student(
+        config.student, teacher_config, teacher_params, manifest, config.seed
+    )
+    student_config = with_compute(student_config, compute)
+    if manifest.sequence_length > student_config.max_positions:
+        raise InputError(
+            f"The rows are {manifest.sequence_length} long and the student has {student_config.max_positions} "
+            "positions: prepare shorter rows, or raise student.max_positions."
+        )
+    steps = config.train.steps or max(1, int(config.train.epochs * manifest.train.rows / config.train.batch_rows))
+    config = replace(
+        config,
+        compute=replace(config.compute, dtype=compute.dtype),
+        student=replace(config.student, layers=layers, num_layers=student_config.num_layers),
+        masking=replace(config.masking, mask_token_id=config.masking.mask_token_id or manifest.mask_id),
+        optimizer=replace(config.optimizer, steps=config.optimizer.steps or steps),
+        train=replace(config.train, steps=steps, epochs=0.0),
+    )
+    step = StepConfig(
+        student=student_config,
+        teacher=teacher_config,
+        loss=replace(config.loss, targets_per_row=most_targets(manifest.sequence_length, config.masking.rate)),
+        masking=config.masking,
+        optimizer=config.optimizer,
+        accumulation=config.train.accumulation,
+    )
+    identity = {"rows": _digest(manifest)}
+    if teacher_params is not None:
+        identity["teacher"] = huggingface.fingerprint(teacher_params)
+        # The teacher only computes: its parameters are kept in the compute dtype, half the memory on accelerators.
+        teacher_params = jax.tree.map(lambda leaf: np.asarray(leaf, jnp.dtype(compute.dtype)), teacher_params)
+    return Parts(
+        config=config,
+        step=step,
+        manifest=manifest,
+        weights=token_weights(config.data.path, manifest, student_config, smoothing=config.masking.smoothing),
+        held_out_weights=token_weights(config.data.path, manifest, student_config, smoothing=0.0),
+        teacher_params=teacher_params,
+        student_params=student_params,
+        identity=identity,
+    )
+
+
+def check_tokenizer(folder: str, model: ModelConfig, manifest: Manifest) -> None:
+    """Refuses rows whose ids mean something else to the model, as far as that can be told."""
+    if manifest.vocab_size > model.vocab_size:
+        raise InputError(
+            f"The rows were prepared with a tokenizer of {manifest.vocab_size} tokens, but the model {folder} knows "
+            f"{model.vocab_size}: prepare them with the model's own tokenizer."
+        )
+    if (Path(folder) / "tokenizer.json").exists() and tokenizer_fingerprint(folder) != manifest.tokenizer_fingerprint:
+        raise InputError(
+            f"The rows were prepared with another tokenizer than that of the model {folder}: prepare them with "
+            f"`--tokenizer {folder}`."
+        )
+
+
+def with_compute(model: ModelConfig, compute: ComputeConfig) -> ModelConfig:
+    """The architecture with the machine's dtype, unrolling and rematerialisation; `compute` must be resolved."""
+    return replace(model, dtype=compute.dtype, unroll=compute.unroll == "yes", remat=compute.remat)
+
+
+def token_weights(folder: str | Path, manifest: Manifest, model: ModelConfig, *, smoothing: float) -> np.ndarray:
+    """[V] how readily each token is masked; special, unused and padding ids never."""
+    counts_V = np.zeros(model.padded_vocab_size, np.int64)
+    counts_V[: manifest.vocab_size] = np.load(Path(folder) / "token_counts.npy", allow_pickle=False)
+    never = [*manifest.special_ids, *manifest.unused_ids, *range(manifest.vocab_size, model.padded_vocab_size)]
+    return masking_weights(counts_V, never, smoothing=smoothing)
+
+
+def _digest(manifest: Manifest) -> str:
+    # Not the tokenizer's files: `transformers` writes into them where they were loaded from.
+    arrays = [file.sha256 for file in manifest.files if file.path.endswith(".npy")]
+    return hashlib.sha256("".join([manifest.tokenizer_fingerprint, *arrays]).encode()).hexdigest()
+
+
+def resolve_compute(compute: ComputeConfig) -> ComputeConfig:
+    """`auto` replaced by what suits the machine."""
+    on_cpu = jax.default_backend() == "cpu"
+    dtype = ("float32" if on_cpu else "bfloat16") if compute.dtype == "auto" else compute.dtype
+    unroll = ("yes" if on_cpu else "no") if compute.unroll == "auto" else compute.unroll
+    return replace(compute, dtype=dtype, unroll=unroll)
+
+
+def _student(
+    student: StudentConfig, teacher: ModelConfig | None, teacher_params: Any, manifest: Manifest, seed: int
+) -> tuple[ModelConfig, Any, tuple[int, ...]]:
+    """The student's architecture, its first parameters (None: random) and the teacher's layers they came from."""
+    if student.init not in ("teacher", "random"):
+        model, params = huggingface.load(student.init)
+        check_tokenizer(student.init, model, manifest)
+        model = replace(model, hidden_dropout=student.hidden_dropout, attention_dropout=student.attention_dropout)
+        if not model.mlm_head:
+            # A bare encoder gets a new head; everything else is kept.
+            model = replace(model, mlm_head=True)
+            fresh = nn.unbox(init_params(jax.random.key(seed), model))
+            params = params | {"mlm": jax.device_get(fresh["mlm"])}
+        return model, params, ()
+    model = student_model(student, teacher, manifest.vocab_size)
+    if student.init == "random":
+        return model, None, ()
+    layers = student.layers or choose_layers(teacher.num_layers, model.num_layers)
+    params = student_from_teacher(
+        teacher_params, teacher, model, layers=layers, fold_token_types=student.fold_token_types
+    )
+    return model, params, layers
+
+
+def student_model(student: StudentConfig, teacher: ModelConfig | None, vocab_size: int) -> ModelConfig:
+    """The student's architecture: the teacher's (or BERT-base's, for `vocab_size`) where the config says nothing."""
+    base = teacher or ModelConfig(vocab_size=vocab_size)
+    layers = student.num_layers or len(student.layers) or (max(1, teacher.num_layers // 2) if teacher else 12)
+    named = ("hidden_size", "num_heads", "intermediate_size", "max_positions")
+    given = {name: getattr(student, name) for name in named if getattr(student, name) is not None}
+    return replace(
+        base,
+        **given,
+        num_layers=layers,
+        token_types=student.token_types,
+        positions=student.positions,
+        pooler=False,
+        mlm_head=True,
+        hidden_dropout=student.hidden_dropout,
+        attention_dropout=student.attention_dropout,
+        # DistilBERT has no such setting: `transformers` computes it with 1e-12.
+        layer_norm_eps=base.layer_norm_eps if student.token_types else 1e-12,
+    )

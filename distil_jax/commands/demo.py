@@ -1,0 +1,188 @@
+"""`distil-jax demo`: the whole path on this machine in minutes, from an embedded teacher, without a network.
+
+Text that every installation has (the docstrings of its packages), the small BERT that comes with the package, a
+student of half its layers trained with and without that teacher from the same beginning, and one table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean, stdev
+
+import jax
+import numpy as np
+
+from distil_jax.commands.evaluate import evaluate
+from distil_jax.commands.export import export
+from distil_jax.commands.fill_mask import fill_mask
+from distil_jax.commands.prepare import prepare_rows
+from distil_jax.commands.report import table, write_report
+from distil_jax.commands.run_folder import Model, open_model
+from distil_jax.commands.train import train
+from distil_jax.config import InputError, ModelConfig, load
+from distil_jax.data.prepare import PrepareConfig
+from distil_jax.io.metrics import read_metrics
+from distil_jax.models.encoder import MaskedLm, count_parameters
+from distil_jax.structs import Batch
+
+TEACHER = Path(__file__).parents[1] / "teacher"
+TEXT = PrepareConfig(sources=("docstrings",), tokenizer=str(TEACHER), sequence_length=128, held_out=0.05)
+_EXAMPLES = (
+    "this function returns a new [MASK] of the given shape and type.",
+    "if true, the input is sorted in ascending [MASK].",
+    "raises an error if the [MASK] is not found.",
+)
+
+_COLUMNS = (
+    "held-out text", "parameters", "size", "MLM loss", "accuracy", "perplexity", "agreement", "tokens/s", "trained in",
+)  # fmt: skip
+_NOTES = (
+    "Agreement: how often a model's first choice at a masked word is the teacher's. Tokens/s: the encoder alone,",
+    "32 rows of 128 tokens at a time. Both students took the same steps on the same rows and masks.",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `distil-jax demo`."""
+    parser.add_argument("--output", default="demo", help="where to work (default: %(default)s)")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0], help="repeat both trainings with each (default: once, with 0)"
+    )
+    parser.add_argument(
+        "--set", metavar="KEY=VALUE", action="append", default=[], help="override a key of configs/demo_student.toml"
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Runs the demonstration; started again, it goes on where it was."""
+    demo(Path(arguments.output), seeds=arguments.seeds, overrides=arguments.set)
+
+
+def demo(
+    output: Path, *, seeds: Sequence[int] = (0,), overrides: Sequence[str] = (), text: PrepareConfig = TEXT
+) -> dict[str, list[dict[str, float]]]:
+    """Prepares, trains students with and without the teacher, judges all models, writes report and exported student.
+
+    Args:
+      output: gets rows/, distilled-SEED/, undistilled-SEED/, student/, report.md and curves.png.
+      seeds: of the order of the rows and the masks; each trains both students once.
+      overrides: of the student's configuration.
+      text: what to prepare.
+
+    Returns:
+      The held-out numbers by model, one for each seed.
+    """
+    began = time.monotonic()
+    rows = output / "rows"
+    if output.exists() and any(output.iterdir()) and not rows.exists():
+        raise InputError(f"{output} holds something other than a demonstration: name a new folder with --output.")
+    if not rows.exists():
+        _title("Text, from the docstrings of the installed packages")
+        print(prepare_rows(text, rows))
+    config = load("demo_student", [f"teacher.path={TEACHER}", f"data.path={rows}", *overrides])
+    undistilled = replace(config, loss=replace(config.loss, kl=0.0, cosine=0.0, mse=0.0))
+    for seed in seeds:
+        _title(f"Seed {seed}: a student of half the teacher's layers, with the teacher")
+        train(replace(config, seed=seed), output / f"distilled-{seed}")
+        _title(f"Seed {seed}: the same student from the same beginning, without the teacher")
+        train(replace(undistilled, seed=seed), output / f"undistilled-{seed}")
+    _title("What it was good for")
+    return _judge(output, seeds, began)
+
+
+def _judge(output: Path, seeds: Sequence[int], began: float) -> dict[str, list[dict[str, float]]]:
+    teacher, student = open_model(TEACHER), open_model(output / f"distilled-{seeds[0]}")
+    runs = {name: [output / f"{name}-{seed}" for seed in seeds] for name in ("distilled", "undistilled")}
+    lines = {name: [read_metrics(folder) for folder in folders] for name, folders in runs.items()}
+    held_out = {name: [[each for each in run if each["kind"] == "held_out"] for run in lines[name]] for name in lines}
+    numbers = {
+        "teacher": [evaluate(teacher, output / "rows") | {"agreement": 1.0}],
+        "student, untrained": [held_out["distilled"][0][0]],
+        "student, distilled": [found[-1] for found in held_out["distilled"]],
+        "student, no teacher": [found[-1] for found in held_out["undistilled"]],
+    }
+    trained = {"student, distilled": lines["distilled"], "student, no teacher": lines["undistilled"]}
+    seconds = {name: [_training_seconds(run) for run in trained.get(name, ())] for name in numbers}
+    speeds = [encoder_speed(teacher), *[encoder_speed(student)] * 3]
+    rows = [
+        _row(name, (teacher if name == "teacher" else student).config, numbers[name], speed, seconds[name])
+        for name, speed in zip(numbers, speeds, strict=True)
+    ]
+    notes = [*_NOTES]
+    if len(seeds) > 1:
+        notes.append(f"Mean ± standard deviation over {len(seeds)} seeds.")
+    head = [*table(_COLUMNS, rows), "", *notes, "", *_examples(teacher, student)]
+    print("\n".join(head))
+    if not (output / "student").exists():
+        export(student, output / "student")
+    shown = {"distilled": runs["distilled"][0], "without the teacher": runs["undistilled"][0]}
+    report = write_report(shown, output, title="A student distilled on this machine", head=head)
+    print(f"\nAll of it took {(time.monotonic() - began) / 60:.1f} minutes. The page is {report}, its curves are")
+    print(f"{output / 'curves.png'}, and {output / 'student'} is the student as a folder that transformers opens.")
+    print("\nNext, your own BERT (a folder or a hub id) on your own text:")
+    print("  distil-jax prepare YOUR_TEXT.txt --tokenizer YOUR_BERT --output rows")
+    print("  distil-jax train distilbert_base_uncased --set teacher.path=YOUR_BERT --set data.path=rows --output run")
+    print("  distil-jax export run student")
+    return numbers
+
+
+def _row(
+    name: str, model: ModelConfig, numbers: list[dict[str, float]], speed: float, seconds: list[float]
+) -> list[str]:
+    def mean(values: list[float], digits: int, unit: str = "") -> str:
+        spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+        return f"{fmean(values):.{digits}f}{spread}{unit}" if values else ""
+
+    parameters = count_parameters(model)
+    return [
+        name,
+        f"{parameters:,}",
+        f"{4 * parameters / 1e6:.1f} MB",
+        mean([each["mlm"] for each in numbers], 3),
+        mean([100 * each["accuracy"] for each in numbers], 1, " %"),
+        mean([each["perplexity"] for each in numbers], 1),
+        mean([100 * each["agreement"] for each in numbers], 1, " %"),
+        f"{speed:,.0f}",
+        mean(seconds, 0, " s"),
+    ]
+
+
+def _examples(teacher: Model, student: Model) -> list[str]:
+    lines = ["What they put in the gap:", ""]
+    found = [fill_mask(model, list(_EXAMPLES)) for model in (teacher, student)]
+    for text, *answers in zip(_EXAMPLES, *found, strict=True):
+        lines.append(f"- {text}")
+        for name, words in zip(("teacher", "student"), answers, strict=True):
+            lines.append(f"  - {name}: " + ", ".join(f"{word} ({probability:.0%})" for word, probability in words))
+    return lines
+
+
+def encoder_speed(model: Model, *, rows: int = 32, repeats: int = 15) -> float:
+    """Real tokens per second through the encoder, without the vocabulary: the median of `repeats` calls."""
+    length = model.config.max_positions
+    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (rows, length))
+    batch = Batch.from_padded(ids, np.ones_like(ids), ids)
+    encode = jax.jit(lambda params, batch: MaskedLm(model.config).apply({"params": params}, batch).hidden)
+    params = jax.device_put(model.params)
+    encode(params, batch).block_until_ready()
+    seconds = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        encode(params, batch).block_until_ready()
+        seconds.append(time.perf_counter() - began)
+    return rows * length / sorted(seconds)[repeats // 2]
+
+
+def _training_seconds(lines: list[dict]) -> float:
+    """What the optimiser steps took, without compilation, evaluation and saving."""
+    steps = [0, *(line["step"] for line in lines if line["kind"] == "train")]
+    timed = zip(steps, (line for line in lines if line["kind"] == "train"), strict=False)
+    return sum((line["step"] - before) * line.get("seconds_per_step", 0.0) for before, line in timed)
+
+
+def _title(text: str) -> None:
+    print(f"\n== {text}", flush=True)

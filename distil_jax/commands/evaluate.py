@@ -1,0 +1,143 @@
+"""`distil-jax eval`: what the held-out text says of a run's student, or of any model folder."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from distil_jax.commands.assemble import check_tokenizer, resolve_compute, token_weights, with_compute
+from distil_jax.commands.run_folder import Model, open_model
+from distil_jax.config import (
+    ComputeConfig,
+    InputError,
+    LossConfig,
+    MaskingConfig,
+    MeshConfig,
+    OptimizerConfig,
+    StepConfig,
+)
+from distil_jax.data.loader import RowTable, held_out_batches, open_rows, read_manifest
+from distil_jax.io.metrics import perplexity, to_numbers
+from distil_jax.models.encoder import abstract_params, count_parameters
+from distil_jax.objective.masking import most_targets
+from distil_jax.training.sharding import jit_eval, make_mesh, put_rows, shardings_of
+from distil_jax.training.state import TrainState, abstract_state
+from distil_jax.training.step import mask_and_eval_step
+
+_BATCH_TOKENS = 8192  # per device and call; the numbers do not depend on it
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `distil-jax eval`."""
+    parser.add_argument("model", help="a run folder, a model folder or a hub id")
+    parser.add_argument("--data", help="prepared rows (default for a run folder: the run's own)")
+    parser.add_argument("--teacher", help="a model to compare with (default for a run folder: the run's own)")
+    parser.add_argument("--step", type=int, help="of a run folder: this checkpoint, not the newest")
+    parser.add_argument("--rows", type=int, default=0, help="only so many held-out rows (default: all)")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Evaluates and prints one line a number."""
+    model = open_model(arguments.model, arguments.step)
+    data, teacher = arguments.data, arguments.teacher
+    if model.run is not None:
+        data = data or model.run_config.data.path
+        teacher = teacher or model.run_config.teacher.path
+    if not data:
+        raise InputError("Name the prepared rows to evaluate on: --data FOLDER.")
+    numbers = evaluate(model, data, teacher=open_model(teacher) if teacher else None, limit=arguments.rows)
+    print(f"{arguments.model}{f', step {model.step:,}' if model.step else ''} on the held-out rows of {data}")
+    print(f"  {'parameters':12} {count_parameters(model.config):,}")
+    for name, number in numbers.items():
+        print(f"  {name:12} {number:.4f}")
+
+
+def evaluate(model: Model, data: str | Path, *, teacher: Model | None = None, limit: int = 0) -> dict[str, float]:
+    """Held-out numbers of any masked language model.
+
+    Args:
+      model: whose numbers.
+      data: a folder of prepared rows.
+      teacher: adds kl and agreement with it.
+      limit: only so many rows; 0: all.
+
+    Raises:
+      InputError: a model without an MLM head, or rows of another tokenizer.
+    """
+    manifest, table = read_manifest(data), open_rows(data, "held_out")
+    compute = resolve_compute(ComputeConfig())
+    for each in (model, teacher):
+        if each is not None:
+            check_tokenizer(each.tokenizer, each.config, manifest)
+            if not each.config.mlm_head:
+                raise InputError(f"{each.tokenizer} has no MLM head, so it predicts no words: train one first.")
+    if not len(table):
+        raise InputError(f"{data} has no held-out rows: prepare it with --held-out above 0.")
+    masking = MaskingConfig(mask_token_id=manifest.mask_id)
+    config = StepConfig(
+        student=with_compute(model.config, compute),
+        teacher=with_compute(teacher.config, compute) if teacher else None,
+        loss=LossConfig(kl=0, cosine=0, targets_per_row=most_targets(manifest.sequence_length, masking.rate)),
+        masking=masking,
+        optimizer=OptimizerConfig(steps=1),
+    )
+    mesh = make_mesh(MeshConfig())
+    shapes = abstract_state(config).replace(opt_state=None)
+    params = jax.device_put(model.params, shardings_of(shapes, mesh).params)
+    state = TrainState(jnp.zeros((), jnp.int32), params, None, jax.random.key_data(jax.random.key(0)), config)
+    teacher_shapes = abstract_params(config.teacher) if teacher else None
+    return held_out_numbers(
+        jit_eval(mask_and_eval_step, mesh, shapes, teacher_shapes),
+        state,
+        jax.device_put(teacher.params, shardings_of(teacher_shapes, mesh)) if teacher else None,
+        table,
+        token_weights(data, manifest, model.config, smoothing=0.0),
+        mesh=mesh,
+        batch_rows=mesh.size * max(1, _BATCH_TOKENS // manifest.sequence_length),
+        limit=limit,
+    )
+
+
+def held_out_numbers(
+    step: Callable,
+    state: TrainState,
+    teacher_params: Any,
+    table: RowTable,
+    weights: np.ndarray,
+    *,
+    mesh: Mesh,
+    batch_rows: int,
+    limit: int = 0,
+) -> dict[str, float]:
+    """Means over the held-out rows: mlm, accuracy, perplexity, and kl and agreement with a teacher.
+
+    Args:
+      step: `mask_and_eval_step`, compiled with `jit_eval`.
+      state: the student.
+      teacher_params: the teacher's tree or None.
+      table: held-out rows; the masks are the same at every call.
+      weights: [V].
+      mesh: where the rows go.
+      batch_rows: rows per call of `step`.
+      limit: only so many rows; 0: all.
+    """
+    sums = None
+    for rows in held_out_batches(
+        table,
+        batch_rows=batch_rows,
+        limit=limit,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    ):
+        metrics = step(state, teacher_params, put_rows(rows, mesh), weights)
+        # Sums stay on the device: the host waits once, at the end.
+        sums = metrics if sums is None else jax.tree.map(jnp.add, sums, metrics)
+    numbers = to_numbers(sums)
+    return {"mlm": numbers.pop("mlm"), "perplexity": perplexity(float(sums["mlm"].value())), **numbers}

@@ -1,0 +1,36 @@
+"""What a model puts in a gap: the quickest look at whether it has learnt anything."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+
+from distil_jax.commands.run_folder import Model
+from distil_jax.config import InputError
+from distil_jax.data.tokenizer import load_tokenizer
+from distil_jax.models.encoder import MaskedLm
+from distil_jax.objective.distillation import logits
+from distil_jax.structs import Batch
+
+
+def fill_mask(model: Model, texts: list[str], *, best: int = 3) -> list[list[tuple[str, float]]]:
+    """The `best` words, and their probabilities, for the [MASK] of each text.
+
+    Raises:
+      InputError: a text without exactly one [MASK], or too long for the model.
+    """
+    tokenizer = load_tokenizer(model.tokenizer)
+    encoded = tokenizer(texts, padding=True, return_tensors="np")
+    is_gap = encoded["input_ids"] == tokenizer.mask_token_id
+    if (is_gap.sum(axis=1) != 1).any() or is_gap.shape[1] > model.config.max_positions:
+        raise InputError(
+            f"Each text needs exactly one {tokenizer.mask_token} and at most {model.config.max_positions} tokens."
+        )
+    batch = Batch.from_padded(encoded["input_ids"], encoded["attention_mask"], np.zeros_like(encoded["input_ids"]))
+    output = MaskedLm(model.config).apply({"params": model.params}, batch)
+    probabilities_BxV = jax.nn.softmax(logits(output.features[is_gap], output.head))
+    values, ids = jax.lax.top_k(probabilities_BxV, best)
+    return [
+        [(tokenizer.decode([int(i)]), float(value)) for i, value in zip(row_ids, row_values, strict=True)]
+        for row_ids, row_values in zip(ids, values, strict=True)
+    ]

@@ -1,0 +1,140 @@
+"""A run's folder: config.toml, metrics.jsonl, checkpoints/, tokenizer/, tensorboard/, report.md; and what it says."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import tomli_w
+
+from distil_jax import __version__
+from distil_jax.commands.assemble import Parts
+from distil_jax.config import Config, InputError, LossConfig, ModelConfig, StepConfig, build, differences, load, to_dict
+from distil_jax.io import huggingface
+from distil_jax.io.checkpoint import Checkpoints
+from distil_jax.training.state import TrainState, init_state
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A model that a command was pointed at.
+
+    Attributes:
+      config, params: as `huggingface.load` returns them.
+      tokenizer: the folder with its tokenizer files.
+      run: the run folder it was read from, or None for a model folder.
+      step: the checkpoint's, or None.
+      facts: what was saved beside the checkpoint, or None.
+    """
+
+    config: ModelConfig
+    params: Any
+    tokenizer: Path
+    run: Path | None = None
+    step: int | None = None
+    facts: dict[str, Any] | None = None
+
+    @property
+    def run_config(self) -> Config:
+        return build(Config, self.facts["config"])
+
+
+def check(folder: Path) -> None:
+    """Refuses a folder that is neither new, nor empty, nor a run's."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file: name a folder for the run.")
+    if folder.is_dir() and any(folder.iterdir()) and not is_run(folder):
+        raise InputError(f"{folder} holds something other than a run: name a new folder; nothing was changed.")
+
+
+def is_run(folder: Path) -> bool:
+    """Whether `distil-jax train` made it."""
+    return (folder / "config.toml").exists()
+
+
+def begin(folder: Path, config: Config, tokenizer: Path) -> None:
+    """Makes the folder, or takes up the run that it holds.
+
+    Raises:
+      InputError: the run it holds has other mathematics.
+    """
+    if is_run(folder):
+        changed = differences(load(folder / "config.toml"), config)
+        if changed:
+            raise InputError(
+                f"{folder} holds a run with another configuration ({'; '.join(changed)}): give it the same one to go "
+                "on, or name a new folder."
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    # Kept with the run, so that it can be exported when the data is gone.
+    shutil.copytree(tokenizer, folder / "tokenizer", dirs_exist_ok=True)
+    (folder / "config.toml").write_text(tomli_w.dumps(to_dict(config)), encoding="utf-8")
+
+
+def facts(parts: Parts, step: int) -> dict[str, Any]:
+    """What a checkpoint says beside its arrays. `position`, the rows consumed, is all the state the data has."""
+    models, manifest = parts.step, parts.manifest
+    return {
+        "version": __version__,
+        "position": step * parts.config.train.batch_rows,
+        "identity": parts.identity,
+        "config": to_dict(parts.config),
+        "student": to_dict(models.student),
+        "teacher": to_dict(models.teacher) if models.teacher else None,
+        "data": {
+            "sequence_length": manifest.sequence_length,
+            "rows": manifest.train.rows,
+            "sequences": manifest.train.sequences,
+            "tokens": manifest.train.tokens,
+            "held_out_tokens": manifest.held_out.tokens,
+            "sources": list(manifest.settings["sources"]),
+        },
+    }
+
+
+def arrays(state: TrainState) -> dict[str, Any]:
+    """The leaves of a state, without its static config: what a checkpoint holds."""
+    return {"step": state.step, "params": state.params, "opt_state": state.opt_state, "key": state.key}
+
+
+def restore(checkpoints: Checkpoints, step: int, config: StepConfig, shardings: Any = None) -> TrainState:
+    """The state that the checkpoint of `step` holds; `shardings` (a state's) may be of any mesh."""
+    abstract = jax.eval_shape(partial(init_state, config=config), jax.random.key(0))
+    if shardings is None:
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        shardings = jax.tree.map(lambda _: here, abstract)
+    abstract = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
+    )
+    return abstract.replace(**checkpoints.restore(step, arrays(abstract)))
+
+
+def open_model(path: str | Path, step: int | None = None) -> Model:
+    """The student of a run folder (its newest checkpoint, or that of `step`), or the model of a model folder.
+
+    Raises:
+      InputError: neither; or no such checkpoint.
+    """
+    folder = Path(path)
+    if not is_run(folder):
+        config, params = huggingface.load(path)
+        return Model(config, params, tokenizer=folder)
+    checkpoints = Checkpoints(folder / "checkpoints")
+    try:
+        saved = checkpoints.steps()
+        if not saved or step not in (None, *saved):
+            raise InputError(f"{folder} has checkpoints of the steps {saved}, and not {step or 'one to read'}.")
+        step = saved[-1] if step is None else step
+        found = checkpoints.facts(step)
+        student = build(ModelConfig, found["student"])
+        run_config = build(Config, found["config"])
+        # Enough to shape the state; a teacher or the data are not needed to read it.
+        alone = StepConfig(student, loss=LossConfig(kl=0, cosine=0), optimizer=run_config.optimizer)
+        state = restore(checkpoints, step, alone)
+    finally:
+        checkpoints.close()
+    return Model(student, jax.device_get(state.params), folder / "tokenizer", run=folder, step=step, facts=found)

@@ -1,0 +1,242 @@
+"""`distil-jax train`: from a config to a trained student in a run folder; started again, it goes on."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import tomli_w
+
+from distil_jax.commands import run_folder
+from distil_jax.commands.assemble import Parts, assemble
+from distil_jax.commands.evaluate import held_out_numbers
+from distil_jax.commands.progress import Progress, Stopped
+from distil_jax.config import Config, InputError, TrainConfig, load, to_dict
+from distil_jax.data.loader import batches, prefetch
+from distil_jax.io.checkpoint import Checkpoints
+from distil_jax.io.metrics import MetricsWriter
+from distil_jax.models.encoder import abstract_params, count_parameters
+from distil_jax.structs import Rows
+from distil_jax.training.sharding import jit_eval, jit_step, make_mesh, put_rows, shardings_of
+from distil_jax.training.state import TrainState, abstract_state, init_state
+from distil_jax.training.step import mask_and_eval_step, mask_and_train_step
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `distil-jax train`."""
+    parser.add_argument("config", help="a TOML file; see configs/")
+    parser.add_argument("--output", metavar="FOLDER", help="the run folder (default: runs/NAME_OF_CONFIG)")
+    parser.add_argument(
+        "--set", metavar="KEY=VALUE", action="append", default=[], help="override a config key: --set train.steps=100"
+    )
+    parser.add_argument("--print-config", action="store_true", help="print the whole configuration and stop")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Trains, or prints the configuration that would be used."""
+    config = load(arguments.config, arguments.set)
+    if arguments.print_config:
+        print(tomli_w.dumps(to_dict(config)), end="")
+        return
+    output = Path(arguments.output or Path("runs") / Path(arguments.config).stem)
+    train(config, output)
+    print(f"Done. The run is in {output}. Next: distil-jax export {output} MODEL_FOLDER")
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """A run, compiled for the machine: the mesh, the step, the evaluation, and where its state lives."""
+
+    parts: Parts
+    mesh: jax.sharding.Mesh
+    step: Callable
+    eval_step: Callable
+    state_sharding: Any
+    teacher_params: Any
+
+    def held_out(self, state: TrainState) -> dict[str, float]:
+        config = self.parts.config.train
+        return held_out_numbers(
+            self.eval_step,
+            state,
+            self.teacher_params,
+            self.parts.rows("held_out"),
+            self.parts.held_out_weights,
+            mesh=self.mesh,
+            batch_rows=config.batch_rows // config.accumulation,
+            limit=config.eval_rows,
+        )
+
+
+def train(config: Config, workdir: str | Path) -> dict[str, float]:
+    """Trains a student, or goes on with the run that `workdir` holds.
+
+    Args:
+      config: of the run; where the folder holds one already, only what changes no number may differ.
+      workdir: gets config.toml, metrics.jsonl, checkpoints/ and tensorboard/.
+
+    Returns:
+      The held-out numbers of the finished student.
+
+    Raises:
+      InputError: bad input; nothing was written.
+      Stopped: SIGTERM or Ctrl-C; a checkpoint was saved.
+      Diverged: the loss is not finite; the last checkpoint is from before.
+    """
+    workdir = Path(workdir)
+    run_folder.check(workdir)
+    parts = assemble(config)
+    program = compile_run(parts)
+    run_folder.begin(workdir, parts.config, Path(parts.config.data.path) / "tokenizer")
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints)
+    state = _begin(program, checkpoints)
+    _announce(program, workdir, int(state.step))
+    writer = MetricsWriter(workdir, step=int(state.step), tensorboard=config.train.tensorboard)
+    try:
+        return _loop(program, state, checkpoints, writer)
+    finally:
+        checkpoints.wait()
+        checkpoints.close()
+        writer.close()
+
+
+def compile_run(parts: Parts) -> Program:
+    """Mesh, shardings and jitted steps; nothing is computed yet (XLA compiles at the first call)."""
+    mesh, train = make_mesh(parts.config.mesh), parts.config.train
+    pieces = mesh.shape["data"] * mesh.shape["fsdp"] * train.accumulation
+    if train.batch_rows % pieces:
+        raise InputError(
+            f"train.batch_rows {train.batch_rows} does not divide into {pieces} equal pieces (devices along data and "
+            "fsdp, times train.accumulation): change one of them."
+        )
+    state_shapes = abstract_state(parts.step)
+    teacher_shapes, teacher_params = None, None
+    if parts.teacher_params is not None:
+        teacher_shapes = abstract_params(parts.step.teacher)
+        teacher_params = jax.device_put(parts.teacher_params, shardings_of(teacher_shapes, mesh))
+    return Program(
+        parts=parts,
+        mesh=mesh,
+        step=jit_step(mask_and_train_step, mesh, state_shapes, teacher_shapes),
+        eval_step=jit_eval(mask_and_eval_step, mesh, state_shapes, teacher_shapes),
+        state_sharding=shardings_of(state_shapes, mesh),
+        teacher_params=teacher_params,
+    )
+
+
+def first_state(program: Program) -> TrainState:
+    """The student before its first step, made where it will live."""
+    make = partial(init_state, jax.random.key(program.parts.config.seed), program.parts.step)
+    return jax.jit(lambda params: make(params=params), out_shardings=program.state_sharding)(
+        program.parts.student_params
+    )
+
+
+def _begin(program: Program, checkpoints: Checkpoints) -> TrainState:
+    steps = checkpoints.steps()
+    if not steps:
+        return first_state(program)
+    saved = checkpoints.facts(steps[-1])
+    for name, digest in program.parts.identity.items():
+        if saved["identity"].get(name) != digest:
+            raise InputError(
+                f"The run was started with other {'prepared rows' if name == 'rows' else 'teacher weights'}: "
+                "point the config at the ones it began with, or start a new run folder."
+            )
+    return run_folder.restore(checkpoints, steps[-1], program.parts.step, program.state_sharding)
+
+
+def _loop(program: Program, state: TrainState, checkpoints: Checkpoints, writer: MetricsWriter) -> dict[str, float]:
+    config, start = program.parts.config.train, int(state.step)
+    progress, stop = Progress(config.steps, start, every=config.log_every, writer=writer), StopRequest()
+    numbers: dict[str, float] = {}
+    if start in (0, config.steps):
+        numbers = _evaluate(program, state, progress, start)
+    rows = prefetch(_device_rows(program, start))
+    for step in range(start + 1, config.steps + 1):
+        with _profiled(step, config, writer.folder):
+            state, metrics = program.step(state, program.teacher_params, next(rows), program.parts.weights)
+        progress.add(step, metrics)
+        last = step == config.steps
+        if last or (config.eval_every and step % config.eval_every == 0):
+            numbers = _evaluate(program, state, progress, step)
+        if last or step % config.checkpoint_every == 0 or stop.requested:
+            progress.flush()  # a loss that is not finite stops the run here, before it is saved
+            with progress.paused():
+                checkpoints.save(step, run_folder.arrays(state), run_folder.facts(program.parts, step))
+        if stop.requested and not last:
+            checkpoints.wait()
+            raise Stopped(f"Stopped after step {step} with a checkpoint saved: run the same command to go on.")
+    rows.close()
+    progress.close()
+    return numbers
+
+
+def _evaluate(program: Program, state: TrainState, progress: Progress, step: int) -> dict[str, float]:
+    progress.flush()
+    with progress.paused():
+        numbers = program.held_out(state)
+    progress.held_out(step, numbers)
+    return numbers
+
+
+def _device_rows(program: Program, step: int) -> Iterator[Rows]:
+    config = program.parts.config
+    for rows in batches(
+        program.parts.rows("train"),
+        batch_rows=config.train.batch_rows,
+        seed=config.seed,
+        position=step * config.train.batch_rows,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    ):
+        yield put_rows(rows, program.mesh)
+
+
+@contextlib.contextmanager
+def _profiled(step: int, config: TrainConfig, folder: Path) -> Iterator[None]:
+    """Traces the steps of the profiler's window into the run folder; XProf and TensorBoard show them."""
+    if config.profile_at and step == config.profile_at:
+        jax.profiler.start_trace(str(folder / "profile"))
+    yield
+    if config.profile_at and step == min(config.profile_at + config.profile_steps, config.steps + 1) - 1:
+        jax.profiler.stop_trace()
+
+
+def _announce(program: Program, workdir: Path, step: int) -> None:
+    config, models, manifest = program.parts.config, program.parts.step, program.parts.manifest
+    student = f"student {models.student.num_layers} x {models.student.hidden_size}"
+    parameters = f"{count_parameters(models.student):,} parameters"
+    teacher = f", teacher {models.teacher.num_layers} x {models.teacher.hidden_size}" if models.teacher else ""
+    devices = f"{jax.device_count()} {jax.devices()[0].device_kind} device(s), {config.compute.dtype}"
+    print(f"{student} ({parameters}){teacher}; {devices}")
+    row_tokens = manifest.train.tokens / manifest.train.rows
+    row_sequences = manifest.train.sequences / manifest.train.rows
+    print(
+        f"{config.train.steps:,} steps of {config.train.batch_rows:,} rows (about "
+        f"{config.train.batch_rows * row_sequences:,.0f} sequences, {config.train.batch_rows * row_tokens:,.0f} tokens)"
+        f" in {workdir}" + (f", going on after step {step:,}" if step else ""),
+        flush=True,
+    )
+
+
+class StopRequest:
+    """Turns the first SIGTERM or Ctrl-C into a request; the second ends the process as usual."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.requested = True
+        for each, handler in self._before.items():
+            signal.signal(each, handler)
