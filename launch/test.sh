@@ -9,9 +9,11 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh
 
-extras=test,torch
-[[ "${DISTIL_TORCH:-yes}" == no ]] && extras=test
-make_environment ".[$extras]"
+if [[ "${DISTIL_TORCH:-yes}" == no ]]; then
+  make_environment ".[test]"
+else
+  make_environment ".[test,torch]"
+fi
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 exec "$PYTHON" -m pytest --numprocesses "$(nproc)" --dist worksteal "$@"

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from distil_jax.config import ComputeConfig, Config, InputError, ModelConfig, StepConfig, StudentConfig
-from distil_jax.data.loader import Manifest, RowTable, open_rows, read_manifest
+from distil_jax.data.loader import Manifest, RowTable, Split, open_rows, read_manifest
 from distil_jax.data.tokenizer import fingerprint as tokenizer_fingerprint
 from distil_jax.io import huggingface
 from distil_jax.models.encoder import init_params
@@ -46,8 +46,12 @@ class Parts:
     student_params: Any
     identity: dict[str, str]
 
-    def rows(self, split: str) -> RowTable:
+    def rows(self, split: Split) -> RowTable:
         return open_rows(self.config.data.path, split)
+
+    @property
+    def tokenizer(self) -> Path:
+        return Path(self.config.data.path) / "tokenizer"
 
 
 def assemble(config: Config) -> Parts:

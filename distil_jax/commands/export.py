@@ -133,9 +133,11 @@ def _text(data: dict[str, Any]) -> list[str]:
     if "docstrings" in data["sources"]:
         lines += [
             "",
-            "Docstrings are those of the installed packages: paragraphs of English, each once. A document is what "
-            "stands under one last name (of a function, class or module), because numpy, jax.numpy and pandas repeat "
-            "each other; a paragraph under several names is held out only if all of them are.",
+            "Docstrings are those of the installed packages: paragraphs of English, each once (two with the same 60 "
+            "first words are one). A document is what stands under one last name (of a function, class or module), "
+            "because numpy, jax.numpy and pandas repeat each other; a paragraph under several names is held out only "
+            "if all of them are, and only if it has at most 60 words: longer ones are cut, and their inner parts "
+            "repeat each other.",
         ]
     return lines
 

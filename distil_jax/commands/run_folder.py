@@ -43,36 +43,47 @@ class Model:
         return build(Config, self.facts["config"])
 
 
-def check(folder: Path) -> None:
-    """Refuses a folder that is neither new, nor empty, nor a run's."""
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file: name a folder for the run.")
-    if folder.is_dir() and any(folder.iterdir()) and not is_run(folder):
-        raise InputError(f"{folder} holds something other than a run: name a new folder; nothing was changed.")
-
-
 def is_run(folder: Path) -> bool:
     """Whether `distil-jax train` made it."""
     return (folder / "config.toml").exists()
 
 
-def begin(folder: Path, config: Config, tokenizer: Path) -> None:
-    """Makes the folder, or takes up the run that it holds.
+def check(folder: Path, config: Config | None = None) -> None:
+    """Refuses a folder that a run cannot use; writes nothing.
+
+    Args:
+      folder: of the run.
+      config: resolved, if it is known already.
 
     Raises:
-      InputError: the run it holds has other mathematics.
+      InputError: a file, a folder with something else in it, or a run with other mathematics than `config`.
     """
-    if is_run(folder):
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file: name a folder for the run.")
+    if folder.is_dir() and any(folder.iterdir()) and not is_run(folder):
+        raise InputError(f"{folder} holds something other than a run: name a new folder; nothing was changed.")
+    if config is not None and is_run(folder):
         changed = differences(load(folder / "config.toml"), config)
         if changed:
             raise InputError(
                 f"{folder} holds a run with another configuration ({'; '.join(changed)}): give it the same one to go "
                 "on, or name a new folder."
             )
-    folder.mkdir(parents=True, exist_ok=True)
-    # Kept with the run, so that it can be exported when the data is gone.
-    shutil.copytree(tokenizer, folder / "tokenizer", dirs_exist_ok=True)
-    (folder / "config.toml").write_text(tomli_w.dumps(to_dict(config)), encoding="utf-8")
+
+
+def begin(folder: Path, config: Config, tokenizer: Path) -> None:
+    """Makes the folder, or takes up the run that it holds.
+
+    Raises:
+      InputError: it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Kept with the run, so that it can be exported when the data is gone.
+        shutil.copytree(tokenizer, folder / "tokenizer", dirs_exist_ok=True)
+        (folder / "config.toml").write_text(tomli_w.dumps(to_dict(config)), encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"Cannot write the run folder {folder}: {error.strerror}.") from error
 
 
 def facts(parts: Parts, step: int) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from distil_jax.commands.progress import Progress, Stopped
 from distil_jax.config import Config, InputError, TrainConfig, load, to_dict
 from distil_jax.data.loader import batches, prefetch
 from distil_jax.io.checkpoint import Checkpoints
-from distil_jax.io.metrics import MetricsWriter
+from distil_jax.io.metrics import MetricsWriter, last_held_out, read_metrics
 from distil_jax.models.encoder import abstract_params, count_parameters
 from distil_jax.structs import Rows
 from distil_jax.training.sharding import jit_eval, jit_step, make_mesh, put_rows, shardings_of
@@ -94,18 +94,18 @@ def train(config: Config, workdir: str | Path) -> dict[str, float]:
     workdir = Path(workdir)
     run_folder.check(workdir)
     parts = assemble(config)
+    run_folder.check(workdir, parts.config)
     program = compile_run(parts)
-    run_folder.begin(workdir, parts.config, Path(parts.config.data.path) / "tokenizer")
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints)
-    state = _begin(program, checkpoints)
-    _announce(program, workdir, int(state.step))
-    writer = MetricsWriter(workdir, step=int(state.step), tensorboard=config.train.tensorboard)
-    try:
-        return _loop(program, state, checkpoints, writer)
-    finally:
-        checkpoints.wait()
-        checkpoints.close()
-        writer.close()
+    if not run_folder.is_run(workdir):
+        run_folder.begin(workdir, parts.config, parts.tokenizer)
+    with contextlib.closing(Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints)) as checkpoints:
+        state = _begin(program, checkpoints)
+        run_folder.begin(workdir, parts.config, parts.tokenizer)  # what may change, may have changed
+        step = int(state.step)
+        _announce(program, workdir, step)
+        writer = MetricsWriter(workdir, step=step, tensorboard=config.train.tensorboard)
+        with contextlib.closing(writer):
+            return _loop(program, state, checkpoints, writer)
 
 
 def compile_run(parts: Parts) -> Program:
@@ -156,27 +156,31 @@ def _begin(program: Program, checkpoints: Checkpoints) -> TrainState:
 
 def _loop(program: Program, state: TrainState, checkpoints: Checkpoints, writer: MetricsWriter) -> dict[str, float]:
     config, start = program.parts.config.train, int(state.step)
-    progress, stop = Progress(config.steps, start, every=config.log_every, writer=writer), StopRequest()
+    if start == config.steps:
+        print("This run is finished: nothing is left to train.")
+        return last_held_out(read_metrics(writer.folder))
     numbers: dict[str, float] = {}
-    if start in (0, config.steps):
-        numbers = _evaluate(program, state, progress, start)
-    rows = prefetch(_device_rows(program, start))
-    for step in range(start + 1, config.steps + 1):
-        with _profiled(step, config, writer.folder):
-            state, metrics = program.step(state, program.teacher_params, next(rows), program.parts.weights)
-        progress.add(step, metrics)
-        last = step == config.steps
-        if last or (config.eval_every and step % config.eval_every == 0):
-            numbers = _evaluate(program, state, progress, step)
-        if last or step % config.checkpoint_every == 0 or stop.requested:
-            progress.flush()  # a loss that is not finite stops the run here, before it is saved
-            with progress.paused():
-                checkpoints.save(step, run_folder.arrays(state), run_folder.facts(program.parts, step))
-        if stop.requested and not last:
-            checkpoints.wait()
-            raise Stopped(f"Stopped after step {step} with a checkpoint saved: run the same command to go on.")
-    rows.close()
-    progress.close()
+    with (
+        contextlib.closing(Progress(config.steps, start, every=config.log_every, writer=writer)) as progress,
+        contextlib.closing(prefetch(_device_rows(program, start))) as rows,
+        StopRequest() as stop,
+    ):
+        if start == 0:
+            _evaluate(program, state, progress, 0)
+        for step in range(start + 1, config.steps + 1):
+            with _profiled(step, config, writer.folder):
+                state, metrics = program.step(state, program.teacher_params, next(rows), program.parts.weights)
+            progress.add(step, metrics)
+            last = step == config.steps
+            if last or (config.eval_every and step % config.eval_every == 0):
+                numbers = _evaluate(program, state, progress, step)
+            if last or step % config.checkpoint_every == 0 or stop.requested:
+                progress.flush()  # a loss that is not finite stops the run here, before it is saved
+                with progress.paused():
+                    checkpoints.save(step, run_folder.arrays(state), run_folder.facts(program.parts, step))
+            if stop.requested and not last:
+                checkpoints.wait()
+                raise Stopped(f"Stopped after step {step} with a checkpoint saved: run the same command to go on.")
     return numbers
 
 
@@ -229,14 +233,21 @@ def _announce(program: Program, workdir: Path, step: int) -> None:
 
 
 class StopRequest:
-    """Turns the first SIGTERM or Ctrl-C into a request; the second ends the process as usual."""
+    """While entered, turns the first SIGTERM or Ctrl-C into a request; the second ends the process as usual."""
 
     def __init__(self) -> None:
         self.requested = False
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._before: dict[int, Any] = {}
 
-    def _note(self, number: int, frame: Any) -> None:
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, *_: object) -> None:
         self.requested = True
-        for each, handler in self._before.items():
-            signal.signal(each, handler)
+        self.__exit__()

@@ -132,11 +132,14 @@ def _docstring_pieces() -> Iterator[Piece]:
     """Paragraphs of docstrings; a document is what stands under one name.
 
     Of all the names that a paragraph occurs under, it goes to the one with the largest key: so it is held out only if
-    all of them are.
+    all of them are. Long ones never are: they will be cut, and inner parts of long paragraphs repeat each other.
     """
     documents: dict[bytes, list[str]] = {}
     for paragraph, names in docstrings.paragraphs().items():
-        documents.setdefault(max(map(_key, names)), []).append(paragraph)
+        key = max(map(_key, names))
+        if len(docstrings.words(paragraph)) > docstrings.FIRST_WORDS:
+            key = b"\xff" + key[1:]
+        documents.setdefault(key, []).append(paragraph)
     for key, texts in documents.items():
         yield from _document(key, texts)
 

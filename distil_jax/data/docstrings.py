@@ -17,6 +17,7 @@ from pathlib import Path
 PACKAGES = (
     "numpy", "scipy", "jax", "flax", "optax", "orbax", "datasets", "huggingface_hub", "pandas", "transformers",
 )  # fmt: skip
+FIRST_WORDS = 60  # as many as tell two paragraphs apart
 STATEMENTS = (ast.stmt, ast.ExceptHandler, ast.match_case)
 
 
@@ -24,17 +25,24 @@ STATEMENTS = (ast.stmt, ast.ExceptHandler, ast.match_case)
 def paragraphs() -> Mapping[str, frozenset[str]]:
     """Each paragraph once, with the last names (of functions, classes, modules) of the objects it is written under.
 
-    Names matter because numpy, jax.numpy and pandas repeat each other. Nothing is imported to be read.
+    Names matter because numpy, jax.numpy and pandas repeat each other, often with another comma, case or ending: what
+    has the same first words is one paragraph, and the first of its kind stands for all. Nothing is imported to be read.
     """
-    found: dict[str, set[str]] = {}
+    found: dict[str, tuple[str, set[str]]] = {}
     for package in PACKAGES:
         spec = importlib.util.find_spec(package)  # finds without importing
         for folder in (spec.submodule_search_locations or ()) if spec else ():
             for path in sorted(Path(folder).rglob("*.py")):
                 for name, text in _docstrings(path):
                     for paragraph in _english(text):
-                        found.setdefault(paragraph, set()).add(name)
-    return {paragraph: frozenset(names) for paragraph, names in found.items()}
+                        first_words = " ".join(words(paragraph)[:FIRST_WORDS])
+                        found.setdefault(first_words, (paragraph, set()))[1].add(name)
+    return {paragraph: frozenset(names) for paragraph, names in found.values()}
+
+
+def words(paragraph: str) -> list[str]:
+    """Its words and numbers, without case and punctuation."""
+    return re.findall(r"[^\W_]+", paragraph.casefold())
 
 
 def _docstrings(path: Path) -> Iterator[tuple[str, str]]:

@@ -75,4 +75,6 @@ class Checkpoints:
         self._manager.wait_until_finished()
 
     def close(self) -> None:
+        """Finishes what was started, and lets the folder go."""
+        self.wait()
         self._manager.close()

@@ -59,6 +59,12 @@ def read_metrics(folder: str | Path) -> list[dict[str, float | str]]:
     return list(_whole_lines(path.read_text(encoding="utf-8").splitlines())) if path.exists() else []
 
 
+def last_held_out(lines: list[dict[str, float | str]]) -> dict[str, float]:
+    """The numbers of the newest evaluation among the lines of a run."""
+    found = [line for line in lines if line["kind"] == "held_out"]
+    return {name: number for name, number in found[-1].items() if name not in ("step", "kind")}
+
+
 def _whole_lines(lines: list[str]) -> Iterable[dict[str, float | str]]:
     for number, line in enumerate(lines, 1):
         try:
