@@ -1,0 +1,138 @@
+"""Configs: every key checked, every mistake one sentence, nothing lost on the way through TOML."""
+
+import dataclasses
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import tomli_w
+
+from distil_jax.commands.assemble import student_model
+from distil_jax.config import Config, InputError, ModelConfig, build, differences, load, to_dict
+from distil_jax.models.encoder import count_parameters
+from distil_jax.models.student import choose_layers
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.toml"))
+
+
+def write(folder, text):
+    path = folder / "config.toml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[trane]\nsteps = 1", "Unknown config key trane: did you mean train"),
+        ("[train]\nstep = 1", "Unknown config key train.step: did you mean train.steps"),
+        ('[train]\nsteps = "many"', "train.steps must be of type int"),
+        ("[train]\nsteps = 1.5", "train.steps must be of type int"),
+        ("[train]\nsteps = true", "train.steps must be of type int"),
+        ('[loss]\nsoft_positions = "some"', "'all' or 'targets'"),
+        ("[student]\nlayers = 3", "student.layers must be a list"),
+        ("[student]\nlayers = [0, 'a']", "not valid TOML|student.layers"),
+        ("train = 3", "train must be a table"),
+        ("[train]\nsteps = 1\nepochs = 2", "either train.steps or train.epochs"),
+        ("[train]\nbatch_rows = 10\naccumulation = 3\nsteps = 1", "does not divide into 3 micro-batches"),
+        ("[student]\nlayers = [0, 1]\nnum_layers = 3", "names 2 layers"),
+        ("[loss]\nkl = 1.0", "need a teacher"),
+        ('[student]\ninit = "teacher"', "needs a teacher"),
+        ('[teacher]\npath = "t"\n[loss]\nkl = 0\nmlm = 0\ncosine = 0', "nothing to minimise"),
+        ('[teacher]\npath = "t"\n[loss]\ntemperature = 0.0', "temperature must be above 0"),
+        ("[mesh]\ndata = -1\nfsdp = -1", "at most one of them -1"),
+        ("[masking]\nmask = 0.8\nrandom = 0.3", "shares of one whole"),
+        ("this is no toml", "is not valid TOML"),
+    ],
+)
+def test_a_mistake_is_one_sentence(tmp_path, text, words):
+    with pytest.raises(InputError, match=words):
+        load(write(tmp_path, text))
+
+
+def test_a_config_that_is_not_there_names_those_that_are():
+    with pytest.raises(InputError, match="distilbert_base_uncased"):
+        load("distilbert_base_unkased")
+
+
+@pytest.mark.parametrize("override", ["train.steps", "train.stepz=3", "loss=4", "train.steps=x"])
+def test_bad_overrides(tmp_path, override):
+    with pytest.raises(InputError):
+        load(write(tmp_path, ""), [override])
+
+
+def test_overrides_win_and_are_typed(tmp_path):
+    config = load(write(tmp_path, "[train]\nsteps = 5"), ["train.steps=7", "data.path=a/b", "student.layers=[1, 3]"])
+    assert (config.train.steps, config.data.path, config.student.layers) == (7, "a/b", (1, 3))
+
+
+def test_without_a_teacher_it_is_masked_lm_training(tmp_path):
+    config = load(write(tmp_path, ""))
+    assert (config.loss.kl, config.loss.cosine, config.loss.mlm, config.student.init) == (0, 0, 2, "random")
+
+
+def test_the_defaults_are_the_published_recipe(tmp_path):
+    config = load(write(tmp_path, '[teacher]\npath = "bert"'))
+    loss, optimizer, masking = config.loss, config.optimizer, config.masking
+    assert (loss.kl, loss.mlm, loss.cosine, loss.temperature) == (5, 2, 1, 2)
+    assert (optimizer.learning_rate, optimizer.beta1, optimizer.beta2, optimizer.eps) == (5e-4, 0.9, 0.98, 1e-6)
+    assert (optimizer.weight_decay, optimizer.warmup, optimizer.clip) == (0, 0.05, 5)
+    assert (masking.rate, masking.mask, masking.random, masking.smoothing) == (0.15, 0.8, 0.1, 0.7)
+    assert (config.student.hidden_dropout, config.student.attention_dropout, config.train.epochs) == (0.1, 0.1, 3)
+
+
+def test_toml_round_trip_keeps_everything(tmp_path):
+    config = load(write(tmp_path, '[teacher]\npath = "bert"\n[student]\nlayers = [0, 5]\n[optimizer]\nfreeze = ["a"]'))
+    assert load(write(tmp_path, tomli_w.dumps(to_dict(config)))) == config
+    assert hash(config) == hash(load(write(tmp_path, tomli_w.dumps(to_dict(config)))))
+
+
+def test_differences_name_mathematics_only(tmp_path):
+    first = load(write(tmp_path, "[train]\nsteps = 5\nbatch_rows = 8"))
+    harmless = ["train.accumulation=2", "mesh.fsdp=2", "train.log_every=1", "compute.remat=full", "data.path=x"]
+    assert differences(first, load(write(tmp_path, "[train]\nsteps = 5\nbatch_rows = 8"), harmless)) == []
+    changed = load(write(tmp_path, "[train]\nsteps = 6\nbatch_rows = 8"), ["loss.mlm=1.0"])
+    assert differences(first, changed) == ["loss.mlm: 2.0 -> 1.0", "train.steps: 5 -> 6"]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_loads_and_begins_with_a_header(path):
+    load(path)
+    header = path.read_text().split("\n\n")[0].splitlines()
+    assert len(header) >= 3 and all(line.startswith("#") for line in header)
+
+
+@pytest.mark.parametrize(
+    ("name", "vocab_size", "body"),
+    [
+        ("distilbert_base_uncased", 30_522, 66_362_880),
+        ("distilbert_base_cased", 28_996, 65_190_912),
+        ("distilbert_base_multilingual", 119_547, 134_734_080),
+    ],
+)
+def test_full_size_students_have_the_published_size(name, vocab_size, body):
+    config = load(name)
+    assert config.train.batch_rows % config.train.accumulation == 0 and config.train.epochs == 3
+    teacher = ModelConfig(vocab_size)  # BERT-base
+    student = student_model(config.student, teacher, vocab_size)
+    assert count_parameters(dataclasses.replace(student, mlm_head=False)) == body
+    assert count_parameters(student) == body + (768 * 768 + 768) + 2 * 768 + vocab_size
+    assert choose_layers(teacher.num_layers, student.num_layers) == (0, 2, 4, 7, 9, 11)
+
+
+def test_model_config_refuses_what_cannot_be():
+    with pytest.raises(InputError, match="does not divide into 5 heads"):
+        ModelConfig(vocab_size=10, hidden_size=32, num_heads=5)
+    with pytest.raises(InputError, match="vocab_size must be at least 1"):
+        ModelConfig(vocab_size=0)
+    with pytest.raises(InputError, match="lacks vocab_size"):
+        build(ModelConfig, {"num_layers": 2})
+
+
+def test_print_config_needs_no_data_and_no_device(tmp_path):
+    path = write(tmp_path, "[train]\nsteps = 5")
+    command = [sys.executable, "-m", "distil_jax", "train", str(path), "--print-config", "--set", "seed=9"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert build(Config, tomllib.loads(done.stdout)).seed == 9

@@ -1,0 +1,70 @@
+"""The demonstration on a few lines of text, and the embedded teacher that it stands on."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from distil_jax.commands.demo import TEACHER, TEXT, _row, demo
+from distil_jax.commands.fill_mask import fill_mask
+from distil_jax.commands.run_folder import open_model
+from distil_jax.config import InputError, ModelConfig
+from distil_jax.io import huggingface
+
+LINES = (
+    "returns the sum of the array elements over the given axis of the input array",
+    "the shape of the output is the same as the shape of the input array",
+    "raises a value error if the given argument is not a valid function name",
+    "the dtype of the returned array is the same as that of the input data",
+)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "lines.txt"
+    path.write_text("\n".join(f"{line} {number}" for number in range(60) for line in LINES))
+    return replace(TEXT, sources=(str(path),), document="line", held_out=0.1)
+
+
+def test_the_whole_path_and_that_a_second_call_goes_on(text, tmp_path, capsys):
+    overrides = ["train.steps=4", "train.eval_every=2", "train.batch_rows=8", "train.log_every=2"]
+    numbers = demo(tmp_path / "demo", overrides=overrides, text=text)
+    shown = capsys.readouterr().out
+    for name in ("teacher", "student, untrained", "student, distilled", "student, no teacher"):
+        assert f"| {name}" in shown
+        assert f"{numbers[name][0]['mlm']:.3f}"[:4] in shown
+    for file in ("report.md", "curves.png", "student/config.json", "student/model.safetensors", "student/README.md"):
+        assert (tmp_path / "demo" / file).stat().st_size > 0
+    config, _ = huggingface.load(tmp_path / "demo" / "student")
+    assert (config.num_layers, config.token_types) == (2, 0)
+    assert demo(tmp_path / "demo", overrides=overrides, text=text) == numbers
+
+
+def test_several_seeds_are_shown_with_their_spread():
+    each = [{"mlm": n, "accuracy": 0.5, "perplexity": 9.0, "agreement": 0.25} for n in (3.0, 3.2)]
+    row = _row("student", ModelConfig(1000, 2, 64, 2, 128, 64), each, 1234.5, [60.0, 62.0])
+    assert row[3:] == ["3.100 ± 0.141", "50.0 ± 0.0 %", "9.0 ± 0.0", "25.0 ± 0.0 %", "1,234", "61 ± 1 s"]
+
+
+def test_another_folder_is_left_alone(tmp_path):
+    (tmp_path / "mine").write_text("precious")
+    with pytest.raises(InputError, match="something other than a demonstration"):
+        demo(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_the_embedded_teacher_is_small_whole_and_has_learnt():
+    assert sum(path.stat().st_size for path in TEACHER.iterdir()) < 12e6
+    card = (TEACHER / "README.md").read_text()
+    assert "last name" in card and "steps" in card and "| mlm |" in card.replace("  ", " ")
+    model = open_model(TEACHER)
+    assert all(np.isfinite(leaf).all() for leaf in _leaves(model.params))
+    (answers,) = fill_mask(model, ["if the [MASK] is not found, an exception is raised."], best=50)
+    words = [word for word, _ in answers]
+    assert sum(probability for _, probability in answers) <= 1 and len(set(words)) == 50
+    assert {"file", "name", "value", "key", "function"} & set(words[:20]), "it knows what docstrings talk about"
+
+
+def _leaves(tree):
+    for value in tree.values():
+        yield from _leaves(value) if isinstance(value, dict) else [value]

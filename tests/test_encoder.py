@@ -1,0 +1,140 @@
+"""The encoder: what may reach what, and that its settings change the cost and not the numbers."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import VOCAB, packed_rows, random_params
+
+from distil_jax.config import ModelConfig
+from distil_jax.models.attention import attend
+from distil_jax.models.encoder import MaskedLm, count_parameters
+from distil_jax.objective.distillation import logits
+from distil_jax.structs import Batch
+
+
+def as_batch(rows, **changes):
+    return Batch(rows.input_ids, rows.segment_ids, rows.position_ids, rows.input_ids).replace(**changes)
+
+
+def apply(config, params, batch, **kwargs):
+    return jax.jit(lambda p, b: MaskedLm(config).apply({"params": p}, b, **kwargs))(params, batch)
+
+
+def test_parameter_counts_are_the_published_ones():
+    body = ModelConfig(30_522, num_layers=6, token_types=0, mlm_head=False)
+    assert count_parameters(body) == 66_362_880
+    assert count_parameters(replace(body, mlm_head=True)) == 66_985_530
+    assert count_parameters(ModelConfig(30_522)) == 109_514_298
+
+
+def test_packed_equals_one_sequence_a_row(teacher_config, teacher_params, rows):
+    packed = apply(teacher_config, teacher_params, as_batch(rows))
+    segments = [(r, s) for r in range(len(rows.input_ids)) for s in range(1, rows.segment_ids[r].max() + 1)]
+    ids, mask = np.zeros((len(segments), 12), np.int32), np.zeros((len(segments), 12), np.int32)
+    for n, (r, s) in enumerate(segments):
+        tokens = rows.input_ids[r][rows.segment_ids[r] == s]
+        ids[n, : len(tokens)], mask[n, : len(tokens)] = tokens, 1
+    alone = apply(teacher_config, teacher_params, Batch.from_padded(ids, mask, ids))
+    for n, (r, s) in enumerate(segments):
+        where = rows.segment_ids[r] == s
+        np.testing.assert_allclose(packed.hidden[r][where], alone.hidden[n][: where.sum()], atol=1e-5)
+        np.testing.assert_allclose(packed.features[r][where], alone.features[n][: where.sum()], atol=1e-5)
+
+
+def test_no_gradient_crosses_segments(teacher_config, teacher_params, rows):
+    """Which embedding positions can change the output of segment 1 of row 0?"""
+    row = jax.tree.map(lambda leaf: leaf[:1], rows)
+    inside = row.segment_ids[0] == 1
+    probe = {
+        **teacher_params,
+        "embeddings": {**teacher_params["embeddings"], "word": np.tile(teacher_params["embeddings"]["word"], (1, 1))},
+    }
+    # One id per position, so that the gradient of the table tells positions apart.
+    batch = as_batch(row, input_ids=jnp.arange(5, 5 + row.input_ids.shape[1])[None])
+
+    def of_segment(word):
+        params = {**probe, "embeddings": {**probe["embeddings"], "word": word}}
+        return jnp.sum(MaskedLm(teacher_config).apply({"params": params}, batch).hidden[0] ** 3 * inside[:, None])
+
+    touched = np.abs(jax.grad(of_segment)(probe["embeddings"]["word"])).sum(axis=1)[5 : 5 + len(inside)] > 0
+    np.testing.assert_array_equal(touched, inside)
+
+
+@pytest.mark.parametrize("change", [{"unroll": True}, {"remat": "full"}, {"remat": "dots"}])
+def test_settings_of_the_machine_change_no_number(teacher_config, teacher_params, rows, change):
+    def value_and_gradient(config):
+        def loss(params):
+            return jnp.mean(MaskedLm(config).apply({"params": params}, as_batch(rows)).features ** 2)
+
+        return jax.jit(jax.value_and_grad(loss))(teacher_params)
+
+    plain, changed = value_and_gradient(teacher_config), value_and_gradient(replace(teacher_config, **change))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), plain, changed)
+
+
+def test_padding_ids_take_no_probability(teacher_config, teacher_params, rows):
+    output = apply(teacher_config, teacher_params, as_batch(rows))
+    probabilities = jax.nn.softmax(logits(output.features, output.head))
+    assert output.head.kernel.shape == (128, 32)
+    assert float(jnp.max(probabilities[..., VOCAB:])) == 0.0
+    assert bool(jnp.all(jnp.isfinite(jax.nn.log_softmax(logits(output.features, output.head)))))
+
+
+def test_dropout_acts_in_training_only_and_needs_a_key(teacher_config, teacher_params, rows):
+    config = replace(teacher_config, hidden_dropout=0.3, attention_dropout=0.3)
+    still = apply(config, teacher_params, as_batch(rows)).hidden
+    np.testing.assert_array_equal(still, apply(teacher_config, teacher_params, as_batch(rows)).hidden)
+    one, same, other = (
+        apply(config, teacher_params, as_batch(rows), train=True, rngs={"dropout": jax.random.key(k)}).hidden
+        for k in (0, 0, 1)
+    )
+    np.testing.assert_array_equal(one, same)
+    assert not np.allclose(one, other) and not np.allclose(one, still)
+
+
+@pytest.mark.parametrize("part", ["hidden_dropout", "attention_dropout"])
+def test_each_dropout_is_wired(teacher_config, teacher_params, rows, part):
+    config = replace(teacher_config, **{part: 0.5})
+    dropped = apply(config, teacher_params, as_batch(rows), train=True, rngs={"dropout": jax.random.key(0)})
+    assert not np.allclose(dropped.hidden, apply(config, teacher_params, as_batch(rows)).hidden)
+
+
+def test_attention_dropout_keeps_the_mean():
+    ones = jnp.ones((4, 64, 2, 8))
+    values = jax.random.normal(jax.random.key(1), ones.shape) + 1
+    segments = jnp.ones((4, 64), jnp.int32)
+    dropped = attend(ones, ones, values, segments, dropout_rate=0.5, dropout_key=jax.random.key(2))
+    np.testing.assert_allclose(dropped.mean(), values.mean(), rtol=0.05)
+
+
+def test_compute_in_bfloat16_keeps_float32_parameters_and_stays_close(teacher_config, teacher_params, rows):
+    rounded = apply(replace(teacher_config, dtype="bfloat16"), teacher_params, as_batch(rows))
+    exact = apply(teacher_config, teacher_params, as_batch(rows))
+    assert rounded.hidden.dtype == jnp.bfloat16 and rounded.head.kernel.dtype == jnp.float32
+    np.testing.assert_allclose(np.float32(rounded.hidden), exact.hidden, atol=0.15)
+
+
+def test_sinusoidal_positions_are_no_parameter_and_tell_positions_apart(teacher_config):
+    config = replace(teacher_config, positions="sinusoidal", token_types=0)
+    params = random_params(config, seed=5)
+    assert set(params["embeddings"]) == {"word", "norm"}
+    batch = as_batch(packed_rows(2, seed=1))
+    shifted = batch.replace(position_ids=batch.position_ids + 1)
+    assert not np.allclose(apply(config, params, batch).hidden, apply(config, params, shifted).hidden)
+
+
+def test_token_types_are_read_and_refused_where_there_are_none(teacher_config, teacher_params, step_config, rows):
+    typed = as_batch(rows, token_type_ids=jnp.ones_like(rows.input_ids))
+    plain = apply(teacher_config, teacher_params, as_batch(rows)).hidden
+    assert not np.allclose(plain, apply(teacher_config, teacher_params, typed).hidden)
+    with pytest.raises(ValueError, match="no token types"):
+        MaskedLm(step_config.student).apply({"params": random_params(step_config.student, 0)}, typed)
+
+
+def test_without_a_head_there_is_none(teacher_config, teacher_params, rows):
+    bare = {name: tree for name, tree in teacher_params.items() if name != "mlm"}
+    output = apply(replace(teacher_config, mlm_head=False), bare, as_batch(rows))
+    assert output.head is None and output.features is None

@@ -1,0 +1,63 @@
+"""Who may import whom, and what `import distil_jax` may pull in (the house's one direction of travel)."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HOUSE = Path(__file__).parents[1] / "distil_jax"
+GROUND = {"config", "structs"}
+BELOW = {
+    "models": set(),
+    "objective": set(),
+    "data": set(),
+    "io": set(),
+    "training": {"models", "objective"},
+    "commands": {"models", "objective", "data", "io", "training"},
+}
+EDGES = ("torch", "transformers", "datasets", "grain", "orbax", "tokenizers")
+
+
+def imported(path):
+    """The names under distil_jax that a file imports: ("models", "encoder") and the like."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "distil_jax":
+            parts = node.module.split(".")[1:]
+            for name in node.names:
+                yield tuple([*parts, name.name][:2])
+
+
+@pytest.mark.parametrize("room", BELOW)
+def test_a_room_uses_the_ground_and_what_is_below_it(room):
+    for path in (HOUSE / room).rglob("*.py"):
+        for target in imported(path):
+            allowed = GROUND | BELOW[room] | {room, "__version__"}
+            assert target[0] in allowed, f"{path.relative_to(HOUSE)} may not import {'.'.join(target)}"
+
+
+def test_the_ground_rests_on_nothing():
+    for name in GROUND:
+        assert {target[0] for target in imported(HOUSE / f"{name}.py")} <= GROUND
+
+
+def test_commands_call_each_other_in_no_circle():
+    uses = {
+        path.stem: {target[1] for target in imported(path) if target[0] == "commands" and len(target) > 1}
+        for path in (HOUSE / "commands").glob("*.py")
+    }
+
+    def reaches(name, seen):
+        assert name not in seen, f"a circle: {' -> '.join([*seen, name])}"
+        for used in uses.get(name, ()):
+            reaches(used, [*seen, name])
+
+    for name in uses:
+        reaches(name, [])
+
+
+def test_research_code_gets_no_edge_library():
+    code = f"import sys, distil_jax; print(*(n for n in {EDGES} if n in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""

@@ -1,0 +1,59 @@
+"""The scripts: they parse, they are executable, and the README says what is there."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+SCRIPTS = sorted((REPOSITORY / "launch").glob("*.sh"))
+README = (REPOSITORY / "README.md").read_text()
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_a_script_is_sound(script):
+    subprocess.run(["bash", "-n", script], check=True)
+    sourced = script.name == "environment.sh"
+    assert os.access(script, os.X_OK) != sourced
+    if not sourced:
+        assert script.read_text().splitlines()[0] == "#!/usr/bin/env bash" and "set -euo pipefail" in script.read_text()
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_shellcheck_finds_nothing(script):
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed")
+    subprocess.run(["shellcheck", "-x", script], check=True, cwd=REPOSITORY)
+
+
+def test_ci_runs_the_readmes_test_command():
+    assert "exec launch/test.sh" in (REPOSITORY / ".ci/run").read_text()
+    assert "launch/test.sh" in README and "launch/demo.sh" in README
+
+
+def test_an_old_python_is_refused(tmp_path):
+    fake = tmp_path / "python"
+    fake.write_text("#!/usr/bin/env bash\nexit 1\n")
+    fake.chmod(0o755)
+    environment = {**os.environ, "DISTIL_PYTHON": str(fake), "DISTIL_VENV": str(tmp_path / "venv")}
+    done = subprocess.run([REPOSITORY / "launch/demo.sh"], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "needs Python 3.11" in done.stderr and not (tmp_path / "venv").exists()
+
+
+def test_what_the_readme_names_is_there():
+    for path in re.findall(r"`((?:launch|configs|distil_jax)/[\w./]+)`", README):
+        assert (REPOSITORY / path).exists(), path
+    for preset in re.findall(r"distil-jax train (\w+)", README):
+        assert (REPOSITORY / "configs" / f"{preset}.toml").exists()
+
+
+def test_the_readmes_research_example_runs_as_it_stands(capsys):
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "train_step" in block)
+    assert len([line for line in code.splitlines() if line]) <= 25
+    exec(compile(code.replace('"MY_BERT"', repr(str(REPOSITORY / "distil_jax" / "teacher"))), "README", "exec"), {})
+    lines = capsys.readouterr().out.splitlines()
+    losses = [float(re.search(r"'loss': ([\d.]+)", line).group(1)) for line in lines]
+    assert len(losses) == 3 and losses[-1] < losses[0] * 1.01

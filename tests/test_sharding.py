@@ -1,0 +1,96 @@
+"""Eight virtual devices compute what one does, and say so in what they exchange."""
+
+import re
+from dataclasses import replace
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+
+from distil_jax.config import InputError, MeshConfig
+from distil_jax.models.encoder import abstract_params
+from distil_jax.training.sharding import jit_eval, jit_step, make_mesh, put_rows, shardings_of
+from distil_jax.training.state import abstract_state, init_state
+from distil_jax.training.step import mask_and_eval_step, mask_and_train_step
+
+KEY = jax.random.key(7)
+
+
+def on_mesh(mesh_config, config, student_params, teacher_params):
+    mesh = make_mesh(mesh_config)
+    state_shapes, teacher_shapes = abstract_state(config), abstract_params(config.teacher)
+    make = jax.jit(lambda p: init_state(KEY, config, params=p), out_shardings=shardings_of(state_shapes, mesh))
+    teacher = jax.device_put(teacher_params, shardings_of(teacher_shapes, mesh))
+    return mesh, make(student_params), teacher, partial(_compiled, mesh, state_shapes, teacher_shapes)
+
+
+def _compiled(mesh, state_shapes, teacher_shapes, wrap, step):
+    return wrap(step, mesh, state_shapes, teacher_shapes)
+
+
+@pytest.fixture(scope="module")
+def alone(step_config, student_params, teacher_params, rows, weights):
+    state, losses = init_state(KEY, step_config, params=student_params), []
+    step = jax.jit(mask_and_train_step)
+    for _ in range(5):
+        state, metrics = step(state, teacher_params, rows, weights)
+        losses.append(float(metrics["loss"].value()))
+    return losses, jax.device_get(state.params)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "accumulation"), [((8, 1, 1), 1), ((8, 1, 1), 2), ((4, 2, 1), 2), ((1, 8, 1), 1), ((2, 1, -1), 1)]
+)
+def test_sharded_equals_one_device(
+    step_config, student_params, teacher_params, rows, weights, alone, sizes, accumulation
+):
+    config = replace(step_config, accumulation=accumulation)
+    mesh, state, teacher, compiled = on_mesh(MeshConfig(*sizes), config, student_params, teacher_params)
+    step, losses = compiled(jit_step, mask_and_train_step), []
+    for _ in range(5):
+        state, metrics = step(state, teacher, put_rows(rows, mesh), weights)
+        losses.append(float(metrics["loss"].value()))
+    np.testing.assert_allclose(losses, alone[0], rtol=1e-5)
+    for (path, found), expected in zip(
+        jax.tree_util.tree_leaves_with_path(jax.device_get(state.params)), jax.tree.leaves(alone[1]), strict=True
+    ):
+        # A bias on the keys shifts every score of a query alike: its true gradient is 0, and Adam scales up the noise.
+        noisy = jax.tree_util.keystr(path, simple=True, separator="/") == "layers/key/bias"
+        np.testing.assert_allclose(found, expected, atol=1e-4 if noisy else 1e-5, err_msg=str(path))
+    assert state.params["layers"]["query"]["kernel"].sharding.is_equivalent_to(
+        state.opt_state[2][0].mu["layers"]["query"]["kernel"].sharding, 4
+    ), "the optimiser's moments lie where their parameters lie"
+
+
+def test_sharded_evaluation_equals_one_device(step_config, student_params, teacher_params, rows, weights):
+    mesh, state, teacher, compiled = on_mesh(MeshConfig(4, 2, 1), step_config, student_params, teacher_params)
+    found = compiled(jit_eval, mask_and_eval_step)(state, teacher, put_rows(rows, mesh), weights)
+    here = init_state(KEY, step_config, params=student_params)
+    expected = jax.jit(mask_and_eval_step)(here, teacher_params, rows, weights)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, expected)
+
+
+def test_gradients_are_exchanged_once_for_all_micro_batches(step_config, student_params, teacher_params, rows, weights):
+    config = replace(step_config, accumulation=2)
+    mesh, state, teacher, _ = on_mesh(MeshConfig(8, 1, 1), config, student_params, teacher_params)
+    with jax.set_mesh(mesh):
+        text = jax.jit(mask_and_train_step).lower(state, teacher, put_rows(rows, mesh), weights).compile().as_text()
+    reduced = 0
+    for shapes in re.findall(r"= (.*) all-reduce(?:-start)?\(", text):
+        for shape in re.findall(r"f32\[([\d,]*)\]", shapes):
+            reduced += int(np.prod([int(n) for n in shape.split(",") if n], initial=1))
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(student_params))
+    assert parameters <= reduced <= 1.05 * parameters
+    assert "all-gather" not in text, "no ids or activations cross devices"
+
+
+@pytest.mark.parametrize("sizes", [(3, 1, 1), (-1, 3, 1), (16, 1, 1)])
+def test_a_mesh_that_does_not_fit_is_refused(sizes):
+    with pytest.raises(InputError, match="does not fit 8 devices"):
+        make_mesh(MeshConfig(*sizes))
+
+
+def test_a_mesh_that_xla_cannot_compile_is_refused():
+    with pytest.raises(InputError, match="set one of them to 1"):
+        make_mesh(MeshConfig(2, 2, 2))

@@ -1,0 +1,230 @@
+"""The step: pure, exact under any cutting of the batch, and it never touches the teacher."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import random_params
+
+from distil_jax.config import InputError, LossConfig, OptimizerConfig
+from distil_jax.models.student import student_from_teacher
+from distil_jax.objective.masking import mask_tokens
+from distil_jax.structs import IGNORED, Batch
+from distil_jax.training.optimizer import learning_rate, make_optimizer
+from distil_jax.training.state import abstract_state, init_state
+from distil_jax.training.step import eval_step, mask_and_eval_step, mask_and_train_step, train_step
+
+KEY = jax.random.key(7)
+
+
+@pytest.fixture(scope="module")
+def batch(rows, weights, step_config):
+    return mask_tokens(KEY, rows, weights=weights, config=step_config.masking)
+
+
+def run(config, params, teacher_params, batch, steps=3):
+    state, losses = init_state(KEY, config, params=params), []
+    step = jax.jit(train_step)
+    for _ in range(steps):
+        state, metrics = step(state, teacher_params, batch)
+        losses.append({name: float(mean.value()) for name, mean in metrics.items()})
+    return state, losses
+
+
+def close(a, b, tolerance=1e-5):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance), a, b)
+
+
+@pytest.fixture(scope="module")
+def whole(step_config, student_params, teacher_params, batch):
+    return run(step_config, student_params, teacher_params, batch)
+
+
+@pytest.mark.parametrize("accumulation", [2, 8])
+def test_accumulation_equals_the_big_batch(step_config, student_params, teacher_params, batch, whole, accumulation):
+    state, losses = run(replace(step_config, accumulation=accumulation), student_params, teacher_params, batch)
+    close(losses, whole[1])
+    close(state.params, whole[0].params)
+    assert losses[0]["tokens"] == (batch.segment_ids > 0).sum()
+
+
+def test_order_and_padding_of_rows_change_nothing(step_config, student_params, teacher_params, batch, whole):
+    order = np.random.default_rng(0).permutation(16)
+    shuffled = jax.tree.map(lambda leaf: leaf[order], batch)
+    empty = jax.tree.map(lambda leaf: jnp.zeros_like(leaf[:4]), batch)
+    empty = empty.replace(labels=jnp.full_like(empty.labels, IGNORED))
+    filled = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), shuffled, empty)
+    wider = jax.tree.map(lambda leaf: jnp.pad(leaf, ((0, 0), (0, 8))), filled)
+    wider = wider.replace(labels=jnp.pad(filled.labels, ((0, 0), (0, 8)), constant_values=IGNORED))
+    state, losses = run(step_config, student_params, teacher_params, wider)
+    close(losses, whole[1])
+    close(state.params, whole[0].params)
+
+
+def test_packed_trains_as_one_sequence_a_row(step_config, student_params, teacher_params, batch, whole):
+    pieces = [
+        (jax.tree.map(lambda leaf, r=r: np.asarray(leaf[r]), batch), s)
+        for r in range(16)
+        for s in range(1, int(batch.segment_ids[r].max()) + 1)
+    ]
+    shape = (len(pieces), 12)
+    alone = Batch(*(np.zeros(shape, np.int32) for _ in range(3)), np.full(shape, IGNORED, np.int32))
+    for n, (row, s) in enumerate(pieces):
+        where = row.segment_ids == s
+        alone.input_ids[n, : where.sum()], alone.labels[n, : where.sum()] = row.input_ids[where], row.labels[where]
+        alone.segment_ids[n, : where.sum()], alone.position_ids[n, : where.sum()] = 1, np.arange(where.sum())
+    state, losses = run(step_config, student_params, teacher_params, alone)
+    close(losses, whole[1])
+    close(state.params, whole[0].params)
+
+
+def test_a_pure_step_changes_no_argument(step_config, student_params, teacher_params, batch):
+    state = init_state(KEY, step_config, params=student_params)
+    before = jax.tree.map(np.array, (state.params, teacher_params))
+    jax.jit(train_step)(state, teacher_params, batch)
+    jax.tree.map(np.testing.assert_array_equal, before, (state.params, teacher_params))
+
+
+def test_no_gradient_reaches_the_teacher(step_config, student_params, teacher_params, batch):
+    state = init_state(KEY, step_config, params=student_params)
+
+    def loss(teacher_params):
+        return train_step(state, teacher_params, batch)[1]["loss"].value()
+
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(jax.jit(jax.grad(loss))(teacher_params)))
+
+
+def test_twins_from_one_set_of_parameters(step_config, teacher_config, teacher_params, batch):
+    """Donating the first twin's state must leave the shared parameters, and the teacher's, alone."""
+    teacher = jax.device_put(teacher_params)
+    shared = student_from_teacher(teacher, teacher_config, step_config.student, layers=(0, 3))
+    donating = jax.jit(train_step, donate_argnums=0)
+    undistilled = replace(step_config, loss=LossConfig(kl=0, cosine=0, mlm=2.0))
+    begins = []
+    for config in (step_config, undistilled):
+        state = init_state(KEY, config, params=shared)
+        begins.append(jax.tree.map(np.array, state.params))
+        for _ in range(2):
+            state, metrics = donating(state, teacher, batch)
+        assert np.isfinite(float(metrics["loss"].value()))
+    jax.tree.map(np.testing.assert_array_equal, *begins)
+
+
+def test_masking_in_the_step_is_masking_before_it(step_config, student_params, teacher_params, rows, weights):
+    state = init_state(KEY, step_config, params=student_params)
+    state, _ = jax.jit(mask_and_train_step)(state, teacher_params, rows, weights)
+    again = init_state(KEY, step_config, params=student_params)
+    other, _ = jax.jit(mask_and_train_step)(again, teacher_params, rows, weights)
+    jax.tree.map(np.testing.assert_array_equal, state.params, other.params)
+    _, first = jax.jit(mask_and_train_step)(state, teacher_params, rows, weights)
+    _, other_masks = jax.jit(mask_and_train_step)(state.replace(step=state.step + 1), teacher_params, rows, weights)
+    assert first["mlm"].total != other_masks["mlm"].total, "each step draws its own masks"
+
+
+def test_held_out_masks_are_always_the_same(step_config, student_params, teacher_params, rows, weights):
+    step = jax.jit(mask_and_eval_step)
+    early = init_state(KEY, step_config, params=student_params)
+    late = init_state(jax.random.key(99), step_config, params=student_params).replace(step=jnp.int32(50))
+    first, later = (step(state, teacher_params, rows, weights) for state in (early, late))
+    jax.tree.map(np.testing.assert_array_equal, first, later)
+    assert set(first) == {"mlm", "accuracy", "kl", "agreement"}
+    assert set(step(early, None, rows, weights)) == {"mlm", "accuracy"}
+
+
+def test_evaluation_has_no_dropout(step_config, student_params, teacher_params, batch):
+    noisy = replace(step_config, student=replace(step_config.student, hidden_dropout=0.4))
+    plain, dropping = (
+        eval_step(init_state(KEY, config, params=student_params), teacher_params, batch)
+        for config in (step_config, noisy)
+    )
+    jax.tree.map(np.testing.assert_array_equal, plain, dropping)
+
+
+def test_dropout_differs_between_steps_and_micro_batches(step_config, student_params, teacher_params, batch):
+    config = replace(step_config, student=replace(step_config.student, hidden_dropout=0.4))
+    state = init_state(KEY, config, params=student_params)
+    step = jax.jit(train_step)
+    losses = {float(step(state.replace(step=jnp.int32(n)), teacher_params, batch)[1]["loss"].value()) for n in range(3)}
+    assert len(losses) == 3
+    same_rows = jax.tree.map(lambda leaf: jnp.repeat(leaf[:1], 2, axis=0), batch)
+    twice = step(init_state(KEY, replace(config, accumulation=2), params=student_params), teacher_params, same_rows)
+    once = step(state, teacher_params, jax.tree.map(lambda leaf: leaf[:1], batch))
+    assert not np.isclose(float(twice[1]["mlm"].value()), float(once[1]["mlm"].value()), rtol=1e-6)
+
+
+def test_no_teacher_is_masked_lm_training(step_config, student_params, batch):
+    config = replace(step_config, teacher=None, loss=LossConfig(kl=0, cosine=0, mlm=1.0))
+    _, losses = run(config, student_params, None, batch, steps=8)
+    assert losses[-1]["mlm"] < losses[1]["mlm"] and "kl" not in losses[0]
+    assert losses[0]["loss"] == pytest.approx(losses[0]["mlm"], rel=1e-6)
+
+
+def test_the_schedule_of_the_recipe():
+    rate = learning_rate(OptimizerConfig(learning_rate=1.0, steps=100, warmup=0.05))
+    np.testing.assert_allclose([rate(n) for n in (0, 1, 5, 52, 100)], [0, 0.2, 1, 48 / 95, 0], atol=1e-6)
+    assert float(learning_rate(OptimizerConfig(learning_rate=1.0, steps=3, warmup=0.0))(0)) == 1.0
+
+
+def test_biases_and_norms_do_not_decay_and_frozen_parameters_stay(student_params):
+    config = OptimizerConfig(steps=10, warmup=0.0, weight_decay=0.5, freeze=("embeddings/position",))
+    optimizer = make_optimizer(config)
+    nothing = jax.tree.map(jnp.zeros_like, student_params)
+    updates, _ = optimizer.update(nothing, optimizer.init(student_params), student_params)
+    moved = {
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, leaf in jax.tree_util.tree_leaves_with_path(updates)
+        if np.any(leaf)
+    }
+    assert "embeddings/word" in moved and "layers/query/kernel" in moved
+    assert not any(name.endswith(("bias", "scale")) for name in moved) and "embeddings/position" not in moved
+    ones = jax.tree.map(jnp.ones_like, student_params)
+    updates, _ = optimizer.update(ones, optimizer.init(student_params), student_params)
+    assert not np.any(updates["embeddings"]["position"]) and np.any(updates["embeddings"]["word"])
+    with pytest.raises(InputError, match="no parameter's path starts so"):
+        make_optimizer(replace(config, freeze=("embedings",))).init(student_params)
+
+
+def test_equal_configs_compile_once(step_config, student_params, teacher_params, batch):
+    traces = []
+
+    def counted(state, teacher_params, batch):
+        traces.append(1)
+        return train_step(state, teacher_params, batch)
+
+    step = jax.jit(counted)
+    for _ in range(2):
+        step(init_state(KEY, replace(step_config), params=student_params), teacher_params, batch)
+    assert len(traces) == 1
+
+
+def test_abstract_state_is_the_state(step_config):
+    import flax.linen as nn
+
+    real = jax.eval_shape(lambda: init_state(KEY, step_config))
+    assert jax.tree.structure(nn.unbox(abstract_state(step_config))) == jax.tree.structure(real)
+    random = init_state(KEY, step_config)
+    assert not np.any(random.params["embeddings"]["word"][step_config.student.vocab_size :])
+    assert jax.tree.map(np.shape, random.params) == jax.tree.map(np.shape, random_params(step_config.student, 0))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"loss": LossConfig(), "teacher": None}, "need a teacher"),
+        ({"accumulation": 0}, "at least 1"),
+    ],
+)
+def test_impossible_steps_are_refused(step_config, change, words):
+    with pytest.raises(InputError, match=words):
+        replace(step_config, **change)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"vocab_size": 80}, "one tokenizer"), ({"hidden_size": 16}, "one width"), ({"mlm_head": False}, "no MLM head")],
+)
+def test_teachers_that_do_not_fit_are_refused(step_config, change, words):
+    with pytest.raises(InputError, match=words):
+        replace(step_config, teacher=replace(step_config.teacher, **change))
