@@ -16,6 +16,7 @@ from distil_jax.config import ComputeConfig, Config, InputError, ModelConfig, St
 from distil_jax.data.loader import Manifest, RowTable, Split, open_rows, read_manifest
 from distil_jax.data.tokenizer import fingerprint as tokenizer_fingerprint
 from distil_jax.io import huggingface
+from distil_jax.io.tensors import local_folder
 from distil_jax.models.encoder import init_params
 from distil_jax.models.student import choose_layers, student_from_teacher
 from distil_jax.objective.masking import masking_weights, most_targets
@@ -68,8 +69,9 @@ def assemble(config: Config) -> Parts:
     compute = resolve_compute(config.compute)
     teacher_config, teacher_params = None, None
     if config.teacher.path:
-        teacher_config, teacher_params = huggingface.load(config.teacher.path)
-        check_tokenizer(config.teacher.path, teacher_config, manifest)
+        folder = local_folder(config.teacher.path)
+        teacher_config, teacher_params = huggingface.load(folder)
+        check_tokenizer(folder, teacher_config, manifest)
         teacher_config = with_compute(teacher_config, compute)
     student_config, student_params, layers = _student(
         config.student, teacher_config, teacher_params, manifest, config.seed
@@ -114,14 +116,14 @@ def assemble(config: Config) -> Parts:
     )
 
 
-def check_tokenizer(folder: str, model: ModelConfig, manifest: Manifest) -> None:
+def check_tokenizer(folder: Path, model: ModelConfig, manifest: Manifest) -> None:
     """Refuses rows whose ids mean something else to the model, as far as that can be told."""
     if manifest.vocab_size > model.vocab_size:
         raise InputError(
             f"The rows were prepared with a tokenizer of {manifest.vocab_size} tokens, but the model {folder} knows "
             f"{model.vocab_size}: prepare them with the model's own tokenizer."
         )
-    if (Path(folder) / "tokenizer.json").exists() and tokenizer_fingerprint(folder) != manifest.tokenizer_fingerprint:
+    if (folder / "tokenizer.json").exists() and tokenizer_fingerprint(folder) != manifest.tokenizer_fingerprint:
         raise InputError(
             f"The rows were prepared with another tokenizer than that of the model {folder}: prepare them with "
             f"`--tokenizer {folder}`."
@@ -160,8 +162,9 @@ def _student(
 ) -> tuple[ModelConfig, Any, tuple[int, ...]]:
     """The student's architecture, its first parameters (None: random) and the teacher's layers they came from."""
     if student.init not in ("teacher", "random"):
-        model, params = huggingface.load(student.init)
-        check_tokenizer(student.init, model, manifest)
+        folder = local_folder(student.init)
+        model, params = huggingface.load(folder)
+        check_tokenizer(folder, model, manifest)
         model = replace(model, hidden_dropout=student.hidden_dropout, attention_dropout=student.attention_dropout)
         if not model.mlm_head:
             # A bare encoder gets a new head; everything else is kept.

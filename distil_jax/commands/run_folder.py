@@ -16,6 +16,7 @@ from distil_jax.commands.assemble import Parts
 from distil_jax.config import Config, InputError, LossConfig, ModelConfig, StepConfig, build, differences, load, to_dict
 from distil_jax.io import huggingface
 from distil_jax.io.checkpoint import Checkpoints
+from distil_jax.io.tensors import local_folder
 from distil_jax.training.state import TrainState, init_state
 
 
@@ -132,7 +133,8 @@ def open_model(path: str | Path, step: int | None = None) -> Model:
     """
     folder = Path(path)
     if not is_run(folder):
-        config, params = huggingface.load(path)
+        folder = local_folder(path)
+        config, params = huggingface.load(folder)
         return Model(config, params, tokenizer=folder)
     checkpoints = Checkpoints(folder / "checkpoints")
     try:

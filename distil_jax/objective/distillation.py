@@ -88,30 +88,29 @@ def at_targets(features_BxLxD: Array, labels_BxL: Array, most: int) -> tuple[Arr
 
 
 def _vocabulary_terms(student: Encoded, teacher: Encoded | None, batch: Batch, config: LossConfig) -> Metrics:
-    """The terms that need logits: at every position, or at the targets only when no term asks for more."""
+    """The terms that need logits. MLM is computed at the targets alone, a seventh of the positions."""
     if student.head is None:
         raise ValueError("The student has no MLM head, so there are no logits to compare.")
-    soft = max(config.kl, config.mse) > 0
+    soft, most = max(config.kl, config.mse) > 0, config.targets_per_row
     if soft and teacher.head is None:
         raise ValueError("The teacher has no MLM head, so there are no soft targets.")
-    student_features, labels = student.features, batch.labels
-    teacher_features = teacher.features if soft else None
-    targets_only = config.targets_per_row is not None and (not soft or config.soft_positions == "targets")
-    overfull = jnp.zeros((), bool)
-    if targets_only:
-        most = config.targets_per_row
+    terms, overfull = {}, jnp.zeros((), bool)
+    target_features, labels = student.features, batch.labels
+    if most is not None:
         overfull = jnp.any(jnp.sum(labels != IGNORED, axis=1) > most)
-        if soft:
-            teacher_features, _ = at_targets(teacher_features, labels, most)
-        student_features, labels = at_targets(student_features, labels, most)
-    student_logits = logits(student_features, student.head)
-    terms = {}
+        target_features, labels = at_targets(target_features, labels, most)
+    target_logits = logits(target_features, student.head)
     if config.mlm > 0:
-        terms["mlm"] = mlm_loss(student_logits, labels)
+        terms["mlm"] = mlm_loss(target_logits, labels)
     if soft:
+        if config.soft_positions == "all":
+            student_logits, teacher_features = logits(student.features, student.head), teacher.features
+            where = batch.segment_ids > 0
+        else:
+            student_logits, teacher_features, where = target_logits, teacher.features, labels != IGNORED
+            if most is not None:
+                teacher_features, _ = at_targets(teacher_features, batch.labels, most)
         teacher_logits = logits(teacher_features, teacher.head)
-        everywhere = config.soft_positions == "all"
-        where = batch.segment_ids > 0 if everywhere else labels != IGNORED
         if config.kl > 0:
             terms["kl"] = kl_loss(student_logits, teacher_logits, where=where, temperature=config.temperature)
         if config.mse > 0:
