@@ -1,0 +1,277 @@
+"""What the command line says and how it ends: bad input is one sentence and status 2, and nothing is touched."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import LENGTH, file_hashes, random_params
+
+import distil_jax
+from distil_jax import cli
+from distil_jax.config import Config, build, load
+from distil_jax.data.prepare import PrepareConfig, prepare
+from distil_jax.io import huggingface
+
+REPOSITORY = Path(__file__).parents[1]
+VERBS = ("demo", "prepare", "train", "eval", "export", "report")
+
+
+def ended(arguments: list[str]) -> int:
+    """The status of a command line that argparse ends."""
+    with pytest.raises(SystemExit) as end:
+        cli.main(arguments)
+    return end.value.code
+
+
+# What it says
+
+
+def test_version(capsys):
+    assert ended(["--version"]) == 0
+    assert capsys.readouterr().out == f"distil-jax {distil_jax.__version__}\n"
+
+
+def test_help_names_every_verb(capsys):
+    assert ended(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"\n  {verb} " in shown for verb in VERBS) and max(map(len, shown.splitlines())) <= 120
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_a_verb(verb, capsys):
+    assert ended([verb, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"usage: distil-jax {verb} ") and "--help" in shown
+    # No flag without a word about it: argparse leaves the rest of the line, or the next line, empty then.
+    lines = shown.partition("options:")[2].splitlines()
+    for line, after in zip(lines, [*lines[1:], ""], strict=True):
+        if line.lstrip().startswith("-"):
+            assert "  " in line.strip() or after.startswith(" " * 20), line
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["trian"], ["train"], ["train", "x", "--nonsense"], ["eval"], ["export", "x"]]
+)
+def test_words_that_are_no_command_end_with_2(arguments, capsys):
+    assert ended(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("usage: distil-jax")
+    if arguments == ["trian"]:
+        assert all(verb in captured.err for verb in VERBS)
+
+
+def test_print_config_prints_and_writes_nothing(workshop, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = [
+        "train",
+        str(workshop / "run.toml"),
+        "--print-config",
+        "--set",
+        "train.steps=7",
+        "--set",
+        "student.init=random",
+    ]
+    assert cli.main(asked) == 0
+    found = build(Config, tomllib.loads(capsys.readouterr().out))
+    assert found == load(workshop / "run.toml", ["train.steps=7", "student.init=random"])
+    assert found.train.steps == 7 and found.student.init == "random"
+    assert list(tmp_path.iterdir()) == []
+
+
+# Bad input
+
+
+@pytest.fixture(scope="module")
+def bad(workshop, tmp_path_factory) -> Path:
+    """A folder with one of everything that is wrong."""
+    folder = tmp_path_factory.mktemp("bad")
+    config, _ = huggingface.load(workshop / "teacher")
+    for name, changes in (
+        ("small vocabulary", {"vocab_size": config.vocab_size - 5}),
+        ("few positions", {"max_positions": 16}),
+        ("no head", {"mlm_head": False}),
+    ):
+        other = replace(config, **changes)
+        params = random_params(replace(other, mlm_head=True), seed=1)
+        params = params if other.mlm_head else {part: tree for part, tree in params.items() if part != "mlm"}
+        huggingface.save(folder / name, other, params, tokenizer=workshop / "teacher")
+    shutil.copytree(workshop / "teacher", folder / "other words")
+    words = json.loads((folder / "other words" / "tokenizer.json").read_text())
+    vocabulary = words["model"]["vocab"]
+    first, second = [word for word in vocabulary if word.isalpha()][:2]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (folder / "other words" / "tokenizer.json").write_text(json.dumps(words))
+    shutil.copytree(workshop / "teacher", folder / "gpt2")
+    (folder / "gpt2" / "config.json").write_text('{"model_type": "gpt2", "vocab_size": 90}')
+    settings = PrepareConfig(
+        sources=(str(workshop / "text.txt"),),
+        tokenizer=str(workshop / "teacher"),
+        sequence_length=LENGTH,
+        held_out=0.0,
+        document="line",
+        min_tokens=5,
+    )
+    prepare(settings, folder / "nothing held out")
+    (folder / "used").mkdir()
+    (folder / "used" / "thesis.txt").write_text("the only copy")
+    (folder / "foreign").mkdir()
+    (folder / "foreign" / "config.toml").write_text('[theme]\ncolour = "blue"\n')
+    (folder / "file").write_text("just a file")
+    (folder / "broken.toml").write_text("[train\nsteps = 3")
+    (folder / "picture.toml").write_bytes(b"\x93\xff\x00")
+    (folder / "unknown.toml").write_text("[train]\nstps = 3\n")
+    (folder / "empty.txt").write_text("\n\n")
+    return folder
+
+
+# Arguments of `train`, or of another verb where the first word says so; {w} is the workshop, {b} the folder above.
+# And what the sentence must hold for a reader to know what to mend.
+NO_SUCH_FOLDER = {
+    "train {b}/none.toml": ["none.toml", "distilbert_base_uncased"],
+    "--set data.path={b}/none": ["{b}/none", "distil-jax prepare"],
+    "--set teacher.path={b}/none": ["no folder {b}/none"],
+    "--set student.init={b}/none": ["no folder {b}/none"],
+    "eval {b}/none --data {w}/rows": ["no folder {b}/none"],
+    "eval {w}/teacher --data {b}/none": ["{b}/none"],
+    "export {b}/none {o}": ["no folder {b}/none"],
+    "report {b}/none": ["{b}/none"],
+    "prepare {b}/none.txt --output {o} --tokenizer {w}/teacher": ["{b}/none.txt"],
+    "prepare {w}/text.txt --output {o} --tokenizer {b}/none": ["{b}/none"],
+}
+NOT_A_BERT = {
+    "--set teacher.path={b}/gpt2": ["gpt2", "{b}/gpt2"],
+    "--set student.init={b}/gpt2": ["gpt2", "{b}/gpt2"],
+    "--set teacher.path={w}/rows": ["{w}/rows"],
+    "eval {b}/gpt2 --data {w}/rows": ["gpt2"],
+    "export {b}/gpt2 {o}": ["gpt2"],
+    "eval {w}/rows --data {w}/rows": ["{w}/rows"],
+    "--set data.path={w}/teacher": ["{w}/teacher", "distil-jax prepare"],
+}
+ANOTHER_VOCABULARY = {
+    "--set teacher.path={b}/small_vocabulary": ["90", "85", "{b}/small_vocabulary"],
+    "--set student.init={b}/small_vocabulary": ["90", "85", "{b}/small_vocabulary"],
+    "--set teacher.path={b}/other_words": ["{b}/other_words", "tokenizer"],
+    "eval {b}/small_vocabulary --data {w}/rows": ["90", "85"],
+    "eval {b}/other_words --data {w}/rows": ["tokenizer"],
+    "eval {w}/teacher --data {w}/rows --teacher {b}/other_words": ["{b}/other_words", "tokenizer"],
+}
+NOT_A_CONFIG = {
+    "train {b}/unknown.toml": ["train.stps", "train.steps"],
+    "train {b}/broken.toml": ["broken.toml", "line 1"],
+    "train {b}/picture.toml": ["picture.toml"],
+    "train {b}": ["{b}"],
+    "--set train.stepz=3": ["train.stepz", "train.steps"],
+    "--set losss.kl=3": ["losss", "loss"],
+    "--set train.steps=many": ["train.steps", "int", "many"],
+    "--set train.tensorboard=1": ["train.tensorboard", "bool"],
+    "--set student.layers=3": ["student.layers", "list"],
+    "--set loss.soft_positions=some": ["loss.soft_positions", "'all'", "'targets'"],
+    "--set train=5": ["train", "[train]"],
+    "--set train.steps": ["section.key=value"],
+}
+IMPOSSIBLE = {
+    "--set train.epochs=2": ["train.steps", "train.epochs"],
+    "--set train.steps=0": ["train.steps", "train.epochs"],
+    "--set student.layers=[0,1,2]": ["3", "student.num_layers", "2"],
+    "--set student.layers=[0,9]": ["layers 0 to 3", "9"],
+    "--set student.num_layers=5": ["5", "4"],
+    "--set student.num_layers=0": ["num_layers"],
+    "--set student.num_heads=5": ["32", "5 heads"],
+    "--set student.hidden_size=16": ["16", "32", "random"],
+    "--set student.hidden_size=16 --set student.init=random": ["loss.cosine"],
+    "--set loss.kl=0 --set loss.mlm=0 --set loss.cosine=0": ["loss.kl", "loss.mlm"],
+    "--set loss.temperature=0": ["loss.temperature"],
+    "--set masking.mask=0.9 --set masking.random=0.2": ["masking.mask", "masking.random"],
+    "--set masking.mask_token_id=9999": ["mask_token_id", "9999"],
+    "--set teacher.path= --set loss.kl=5": ["loss.kl", "teacher.path"],
+    "--set teacher.path= --set student.init=teacher": ["student.init", "teacher.path"],
+    "--set teacher.path={b}/no_head": ["teacher", "head"],
+    "--set data.path={b}/nothing_held_out": ["{b}/nothing_held_out", "--held-out"],
+    "eval {w}/teacher --data {b}/nothing_held_out": ["{b}/nothing_held_out", "--held-out"],
+    "--set student.max_positions=16": ["24", "16", "student.max_positions"],
+    "--set student.init=random --set student.max_positions=32 --set teacher.path={b}/few_positions": ["24", "16"],
+    "--set train.accumulation=3": ["16", "3", "train.accumulation"],
+    "--set train.batch_rows=12": ["12", "16", "devices"],
+    "--set mesh.data=3": ["8 devices", "[mesh]"],
+    "--set mesh.data=1 --set mesh.tensor=8": ["tensor", "8", "4"],  # heads
+    "--set optimizer.freeze=['nothing']": ["optimizer.freeze", "nothing"],
+    "--set train.eval_rows=-1": ["train.eval_rows"],
+    "--set train.profile_at=1 --set train.profile_steps=0": ["train.profile_steps"],
+    "eval {w}/teacher --data {w}/rows --rows -3": ["rows"],
+    "eval {w}/teacher --data {w}/rows --step 3": ["step"],
+}
+SOMETHING_ELSE_THERE = {
+    "--output {b}/used": ["{b}/used", "something other than a run"],
+    "--output {w}/rows": ["{w}/rows", "something other than a run"],
+    "--output {b}/foreign": ["{b}/foreign", "something other than a run"],
+    "--output {b}/file": ["{b}/file", "is a file"],
+    "--output {b}/file/run": ["{b}/file/run"],
+    "eval {b}/foreign --data {w}/rows": ["{b}/foreign"],
+    "export {b}/foreign {o}": ["{b}/foreign"],
+    "export {w}/teacher {b}/used": ["{b}/used", "not empty"],
+    "export {w}/teacher {b}/file/out": ["{b}/file"],
+    "report {b}/foreign": ["{b}/foreign"],
+    "report {w}/teacher": ["{w}/teacher"],
+    "prepare {w}/text.txt --output {w}/rows --tokenizer {w}/teacher": ["{w}/rows"],
+    "prepare {b}/empty.txt --output {o} --tokenizer {w}/teacher": ["no text"],
+    "demo --output {b}/used": ["{b}/used", "demonstration"],
+    "demo --output {b}/file": ["{b}/file"],
+}
+BAD = NO_SUCH_FOLDER | NOT_A_BERT | ANOTHER_VOCABULARY | NOT_A_CONFIG | IMPOSSIBLE | SOMETHING_ELSE_THERE
+
+
+def command_line(words: str, **folders: Path) -> list[str]:
+    """The words, with `train run.toml --output OUT` in front where there are only flags, and folders for letters."""
+    found = words.split()
+    if found[0].startswith("--"):
+        found = ["train", "{w}/run.toml", *(() if "--output" in found else ("--output", "{o}")), *found]
+    elif found[0] == "train":
+        found += ["--output", "{o}"]
+    return [placed(word, **folders) for word in found]
+
+
+def placed(text: str, **folders: Path) -> str:
+    for name in ("small vocabulary", "few positions", "no head", "other words", "nothing held out"):
+        text = text.replace("{b}/" + name.replace(" ", "_"), "{b}/" + name)
+    for letter, folder in folders.items():
+        text = text.replace(f"{{{letter}}}", str(folder))
+    return text
+
+
+@pytest.mark.parametrize("words", BAD)
+def test_bad_input_is_one_sentence_and_changes_nothing(words, workshop, bad, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    before = file_hashes(bad), file_hashes(workshop)
+    folders = {"w": workshop, "b": bad, "o": tmp_path / "out"}
+    assert cli.main(command_line(words, **folders)) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("distil-jax: ") and message.endswith((".\n", "?\n")) and message.count("\n") == 1
+    lacking = [part for part in BAD[words] if placed(part, **folders) not in message]
+    assert not lacking, message
+    assert (file_hashes(bad), file_hashes(workshop)) == before
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_process_ends_as_the_function_does(workshop, tmp_path):
+    """The real thing, `python -m distil_jax`: status 2, one line, no traceback, nothing written."""
+    words = command_line("--set train.stepz=3", w=workshop, o=tmp_path / "out")
+    ended = subprocess.run(
+        [sys.executable, "-m", "distil_jax", *words],
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert ended.returncode == 2
+    assert ended.stdout == "" and ended.stderr.startswith("distil-jax: ") and ended.stderr.count("\n") == 1
+    assert "Traceback" not in ended.stderr and "train.steps" in ended.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,249 @@
+"""What a run is worth and what leaves the house: one set of numbers everywhere, and folders that PyTorch opens."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from conftest import file_hashes, random_params, same_leaves
+
+from distil_jax import cli
+from distil_jax.commands.evaluate import evaluate
+from distil_jax.commands.export import export
+from distil_jax.commands.fill_mask import fill_mask
+from distil_jax.commands.run_folder import open_model
+from distil_jax.config import InputError
+from distil_jax.data.tokenizer import fingerprint, load_tokenizer
+from distil_jax.io import huggingface
+from distil_jax.io.metrics import read_metrics
+from distil_jax.models.encoder import MaskedLm, count_parameters
+from distil_jax.objective.distillation import logits
+from distil_jax.structs import Batch
+
+TEXTS = ["the cat hunts the [MASK] in the garden.", "the [MASK] hears the wolf in the house. the dog sees the bear."]
+
+
+@pytest.fixture(scope="session")
+def exported(finished_run, workshop) -> Path:
+    """The finished run's student as a model folder."""
+    assert cli.main(["export", str(finished_run), str(workshop / "exported")]) == 0
+    return workshop / "exported"
+
+
+@pytest.fixture(scope="session")
+def of_the_run(finished_run) -> dict[str, float]:
+    """What the run said of itself at its end."""
+    last = [line for line in read_metrics(finished_run) if line["kind"] == "held_out"][-1]
+    return {name: number for name, number in last.items() if name not in ("step", "kind")}
+
+
+def printed(text: str) -> dict[str, float]:
+    """The numbers that `distil-jax eval` printed, by name."""
+    return {name: float(number.replace(",", "")) for name, number in re.findall(r"^  (\w+) +([\d.,]+)$", text, re.M)}
+
+
+# eval
+
+
+def test_eval_of_a_run_gives_the_numbers_of_its_end(finished_run, of_the_run, capsys):
+    before = file_hashes(finished_run)
+    assert cli.main(["eval", str(finished_run)]) == 0
+    shown = printed(capsys.readouterr().out)
+    assert shown.pop("parameters") == count_parameters(open_model(finished_run).config)
+    assert shown.keys() == of_the_run.keys()
+    assert shown == pytest.approx(of_the_run, rel=1e-5, abs=6e-5)  # four digits are printed
+    assert file_hashes(finished_run) == before, "reading a run changes nothing in it"
+
+
+def test_eval_of_a_model_folder_gives_the_same(exported, workshop, of_the_run, capsys):
+    asked = ["eval", str(exported), "--data", str(workshop / "rows")]
+    assert cli.main([*asked, "--teacher", str(workshop / "teacher")]) == 0
+    shown = printed(capsys.readouterr().out)
+    assert {name: shown[name] for name in of_the_run} == pytest.approx(of_the_run, rel=1e-5, abs=6e-5)
+    assert cli.main(asked) == 0
+    alone = printed(capsys.readouterr().out)
+    assert alone == {name: number for name, number in shown.items() if name not in ("kl", "agreement")}
+
+
+def test_eval_can_be_short_and_of_an_older_step(finished_run, workshop, of_the_run):
+    model, rows = open_model(finished_run, 8), workshop / "rows"
+    assert model.step == 8 and open_model(finished_run).step == 12
+    teacher = open_model(workshop / "teacher")
+    whole, few = (evaluate(model, rows, teacher=teacher, limit=limit) for limit in (0, 5))
+    assert whole["kl"] != few["kl"] and whole["kl"] > of_the_run["kl"]
+    assert evaluate(model, rows, teacher=teacher, limit=10**6) == whole
+
+
+def test_eval_refuses_what_it_cannot_judge(finished_run, exported, workshop, tmp_path, capsys):
+    student = open_model(exported)
+    body = {name: tree for name, tree in student.params.items() if name != "mlm"}
+    huggingface.save(tmp_path / "bare", replace(student.config, mlm_head=False), body, tokenizer=exported)
+    short = replace(student.config, max_positions=16)
+    huggingface.save(tmp_path / "short", short, random_params(short, 1), tokenizer=exported)
+    data = ["--data", str(workshop / "rows")]
+    for arguments, words in (
+        ([str(exported)], ["--data"]),
+        ([str(tmp_path / "bare"), *data], ["no MLM head"]),
+        ([str(tmp_path / "short"), *data], ["24", "16", "positions"]),
+        ([str(exported), *data, "--teacher", str(tmp_path / "short")], ["24", "16", "positions"]),
+        ([str(finished_run), "--step", "7"], ["8", "12", "7"]),
+    ):
+        assert cli.main(["eval", *arguments]) == 2, arguments
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1 and all(word in message for word in words), message
+
+
+# export
+
+
+def test_the_export_is_the_checkpoint(exported, finished_run, workshop):
+    config, params = huggingface.load(exported)
+    student = open_model(finished_run)
+    assert same_leaves(params, student.params)
+    assert (config.num_layers, config.token_types, config.vocab_size) == (2, 0, student.config.vocab_size)
+    assert fingerprint(exported) == fingerprint(workshop / "rows" / "tokenizer")
+
+
+def test_transformers_opens_the_export_and_computes_the_same(exported):
+    torch = pytest.importorskip("torch", reason="PyTorch is optional")
+    from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+    theirs, told = AutoModelForMaskedLM.from_pretrained(exported, output_loading_info=True)
+    assert {name: list(found) for name, found in told.items() if found} == {}
+    assert type(theirs).__name__ == "DistilBertForMaskedLM"
+    assert theirs.get_output_embeddings().weight is theirs.get_input_embeddings().weight
+    encoded = AutoTokenizer.from_pretrained(exported)(TEXTS, padding=True, return_tensors="np")
+    ids, mask = encoded["input_ids"], encoded["attention_mask"]
+    assert mask.min() == 0, "one text is padded"
+    with torch.no_grad():
+        expected = theirs(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask)).logits.numpy()
+    ours = open_model(exported)
+    output = jax.jit(MaskedLm(ours.config).apply)({"params": ours.params}, Batch.from_padded(ids, mask, ids))
+    found = logits(output.features, output.head)[..., : ours.config.vocab_size]
+    np.testing.assert_allclose(found[mask == 1], expected[mask == 1], atol=1e-4)
+
+
+def test_the_card_holds_the_real_numbers(exported, finished_run, workshop, of_the_run):
+    card = (exported / "README.md").read_text()
+    baseline = read_metrics(finished_run)[0]
+    for name, number in of_the_run.items():
+        assert f"{number:.4f}" in card and f"{baseline[name]:.4f}" in card, name
+    student, teacher = open_model(finished_run), open_model(workshop / "teacher")
+    for model in (student, teacher):
+        assert f"{count_parameters(model.config):,}" in card
+    told = ("12 of 12", "16 rows of 24", "kl 5, mlm 2, cosine 1", "temperature 2", "0.003", "text.txt", "`teacher`")
+    assert [words for words in told if words not in card] == []
+    front = card.split("---\n")[1]
+    assert "library_name: transformers" in front and "pipeline_tag: fill-mask" in front
+
+
+def test_an_older_step_is_exported_with_its_own_numbers(finished_run, tmp_path, capsys):
+    assert cli.main(["export", str(finished_run), str(tmp_path / "older"), "--step", "8"]) == 0
+    _, params = huggingface.load(tmp_path / "older")
+    assert same_leaves(params, open_model(finished_run, 8).params)
+    assert not same_leaves(params, open_model(finished_run).params)
+    card = (tmp_path / "older" / "README.md").read_text()
+    lines = {line["step"]: line for line in read_metrics(finished_run) if line["kind"] == "held_out"}
+    assert "8 of 12" in card
+    assert f"{lines[5]['mlm']:.4f}" in card and f"{lines[12]['mlm']:.4f}" not in card
+    assert cli.main(["export", str(finished_run), str(tmp_path / "none"), "--step", "7"]) == 2
+    assert not (tmp_path / "none").exists()
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "8" in message and "12" in message
+
+
+def test_half_precision_on_disk(exported, finished_run, tmp_path):
+    assert cli.main(["export", str(finished_run), str(tmp_path / "half"), "--dtype", "float16"]) == 0
+    _, params = huggingface.load(tmp_path / "half")
+    rounded = jax.tree.map(lambda leaf: leaf.astype(np.float16).astype(np.float32), open_model(finished_run).params)
+    assert same_leaves(params, rounded)
+    sizes = [(folder / "model.safetensors").stat().st_size for folder in (tmp_path / "half", exported)]
+    assert sizes[0] < 0.6 * sizes[1]
+
+
+def test_a_model_folder_can_be_written_anew(workshop, exported, tmp_path):
+    for source in (workshop / "teacher", exported):
+        target = tmp_path / source.name
+        assert cli.main(["export", str(source), str(target)]) == 0
+        assert (target / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+        assert huggingface.load(target)[0] == huggingface.load(source)[0]
+        assert f"{count_parameters(huggingface.load(source)[0]):,}" in (target / "README.md").read_text()
+
+
+def test_nothing_is_overwritten(finished_run, tmp_path, capsys):
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "mine.txt").write_text("keep")
+    (tmp_path / "file").write_text("keep")
+    before = file_hashes(tmp_path)
+    for target in (tmp_path / "used", tmp_path / "file"):
+        assert cli.main(["export", str(finished_run), str(target)]) == 2
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1 and str(target) in message
+    assert file_hashes(tmp_path) == before
+
+
+def test_a_run_can_be_exported_when_its_data_and_teacher_are_gone(finished_run, exported, workshop, tmp_path):
+    away = {name: workshop / f"away {name}" for name in ("rows", "teacher")}
+    for name, path in away.items():
+        (workshop / name).rename(path)
+    try:
+        export(open_model(finished_run), tmp_path / "student")
+    finally:
+        for name, path in away.items():
+            path.rename(workshop / name)
+    assert file_hashes(tmp_path / "student") == file_hashes(exported)
+
+
+def test_a_run_without_a_checkpoint_is_named(finished_run, tmp_path, capsys):
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    shutil.rmtree(run / "checkpoints")
+    before = file_hashes(run)
+    for arguments in (["eval", str(run)], ["export", str(run), str(tmp_path / "student")]):
+        assert cli.main(arguments) == 2
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1 and str(run) in message and "checkpoint" in message
+    assert file_hashes(run) == before and not (tmp_path / "student").exists()
+
+
+# Gaps
+
+
+def test_gaps_are_filled_with_the_likeliest_words(exported):
+    model, tokenizer = open_model(exported), load_tokenizer(exported)
+    found = fill_mask(model, TEXTS, best=5)
+    assert [len(answers) for answers in found] == [5, 5]
+    known = {tokenizer.decode([number]) for number in range(len(tokenizer))}
+    for answers in found:
+        words, probabilities = zip(*answers, strict=True)
+        assert list(probabilities) == sorted(probabilities, reverse=True)
+        assert probabilities[-1] > 0 and sum(probabilities) <= 1 + 1e-6
+        assert len(set(words)) == 5 and set(words) <= known
+    # Alone or beside a longer text: padding says nothing.
+    (alone,) = fill_mask(model, TEXTS[:1], best=5)
+    assert [word for word, _ in alone] == [word for word, _ in found[0]]
+    assert [p for _, p in alone] == pytest.approx([p for _, p in found[0]], rel=1e-4)
+
+
+def test_gaps_are_those_of_pytorch(exported):
+    torch = pytest.importorskip("torch", reason="PyTorch is optional")
+    from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    ids = tokenizer(TEXTS[0], return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        scores = AutoModelForMaskedLM.from_pretrained(exported)(input_ids=ids).logits
+    likeliest = torch.softmax(scores[0, (ids[0] == tokenizer.mask_token_id).nonzero()[0, 0]], -1).topk(3)
+    (found,) = fill_mask(open_model(exported), TEXTS[:1])
+    assert [word for word, _ in found] == [tokenizer.decode([number]) for number in likeliest.indices.tolist()]
+    assert [p for _, p in found] == pytest.approx(likeliest.values.tolist(), rel=1e-4)
+
+
+@pytest.mark.parametrize("text", ["the cat.", "the [MASK] and the [MASK].", "the cat " * 20 + "[MASK]."])
+def test_texts_without_one_gap_are_refused(exported, text):
+    with pytest.raises(InputError, match="exactly one"):
+        fill_mask(open_model(exported), [text])

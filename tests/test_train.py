@@ -1,0 +1,561 @@
+"""A run from its first step to its last: what it leaves, how it goes on, and what it refuses; all on files."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from conftest import LENGTH, RUN_STEPS, file_hashes, random_params, run_numbers, same_leaves, write_sentences
+
+from distil_jax import cli
+from distil_jax.commands import train as command
+from distil_jax.commands.assemble import assemble
+from distil_jax.commands.run_folder import open_model
+from distil_jax.config import Config as RunConfig
+from distil_jax.config import build, load, to_dict
+from distil_jax.data.loader import batches, read_manifest
+from distil_jax.data.prepare import PrepareConfig, prepare
+from distil_jax.io import huggingface
+from distil_jax.io.checkpoint import Checkpoints
+from distil_jax.io.metrics import MetricsWriter, read_metrics
+from distil_jax.training.sharding import put_rows
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def train(workshop: Path, output: Path, *overrides: str) -> int:
+    """`distil-jax train run.toml --output OUTPUT --set ...`, in this process."""
+    sets = [word for override in overrides for word in ("--set", override)]
+    return cli.main(["train", str(workshop / "run.toml"), "--output", str(output), *sets])
+
+
+def of_kind(folder: Path, kind: str) -> list[dict]:
+    return [line for line in read_metrics(folder) if line["kind"] == kind]
+
+
+def saved_steps(run: Path) -> list[int]:
+    return sorted(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
+
+
+def params_of(run: Path, step: int | None = None):
+    return open_model(run, step).params
+
+
+def all_finite(tree) -> bool:
+    return all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))
+
+
+@pytest.fixture
+def at_step(monkeypatch):
+    """Calls `action` as soon as the line of a training step is on disk."""
+
+    def arrange(step: int, action) -> None:
+        write = MetricsWriter.write
+
+        def write_and_act(self, at, kind, numbers):
+            write(self, at, kind, numbers)
+            if (at, kind) == (step, "train"):
+                action()
+
+        monkeypatch.setattr(MetricsWriter, "write", write_and_act)
+
+    return arrange
+
+
+@pytest.fixture(autouse=True)
+def harmless_sigterm():
+    """A SIGTERM that a run fails to catch must not end the whole test session."""
+    before = signal.signal(signal.SIGTERM, lambda number, frame: None)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.fixture(scope="session")
+def stopped_run(workshop) -> Path:
+    """A run that SIGTERM stopped where no save was due. Copy it."""
+    run = workshop / "stopped"
+    before = signal.signal(signal.SIGTERM, lambda number, frame: None)
+    with pytest.MonkeyPatch.context() as patch:
+        write = MetricsWriter.write
+
+        def write_and_stop(self, at, kind, numbers):
+            write(self, at, kind, numbers)
+            if (at, kind) == (5, "train"):
+                terminate()
+
+        patch.setattr(MetricsWriter, "write", write_and_stop)
+        assert train(workshop, run) == 75
+    signal.signal(signal.SIGTERM, before)
+    return run
+
+
+@pytest.fixture
+def stopped_copy(stopped_run, tmp_path) -> Path:
+    return shutil.copytree(stopped_run, tmp_path / "run")
+
+
+# What a run leaves
+
+
+def test_the_folder_holds_what_the_design_says(finished_run, workshop):
+    assert {"config.toml", "metrics.jsonl", "checkpoints", "tokenizer"} <= {
+        path.name for path in finished_run.iterdir()
+    }
+    assert saved_steps(finished_run) == [8, 12]  # the last one, and keep_checkpoints = 2
+    assert file_hashes(finished_run / "tokenizer") == file_hashes(workshop / "rows" / "tokenizer")
+    resolved = load(finished_run / "config.toml")
+    given = load(workshop / "run.toml")
+    assert resolved.student.layers and resolved.student.num_layers == len(resolved.student.layers)
+    assert resolved.compute.dtype == "float32"
+    assert resolved.masking.mask_token_id == read_manifest(workshop / "rows").mask_id
+    # Nothing else was changed by resolving.
+    plain = [
+        replace(
+            config,
+            student=replace(config.student, layers=(), num_layers=None),
+            compute=given.compute,
+            masking=given.masking,
+        )
+        for config in (resolved, given)
+    ]
+    assert plain[0] == plain[1]
+    # config.toml is whole: what it says is what a reader without any default would get.
+    assert build(RunConfig, tomllib.loads((finished_run / "config.toml").read_text())) == resolved
+    assert to_dict(resolved).keys() == tomllib.loads((finished_run / "config.toml").read_text()).keys()
+
+
+def test_metrics_have_every_step_and_the_untrained_baseline(finished_run, workshop):
+    trained, held_out = of_kind(finished_run, "train"), of_kind(finished_run, "held_out")
+    assert [line["step"] for line in trained] == list(range(1, RUN_STEPS + 1))
+    assert [line["step"] for line in held_out] == [0, 5, 10, 12]
+    for line in trained:
+        assert {"loss", "kl", "mlm", "cosine", "gradient_norm", "learning_rate", "tokens_per_step"} <= line.keys()
+        assert line["loss"] == pytest.approx(5 * line["kl"] + 2 * line["mlm"] + line["cosine"], rel=1e-5)
+    assert "compile_seconds" in trained[0] and "tokens_per_second" not in trained[0]
+    assert all(line["tokens_per_second"] > 0 for line in trained[1:])
+    for line in held_out:
+        assert line["perplexity"] == pytest.approx(math.exp(line["mlm"]), rel=1e-4)
+        assert 0 <= line["agreement"] <= 1 and 0 <= line["accuracy"] <= 1 and line["kl"] > 0
+    # Training moves towards the teacher, on text that it is trained on and on text that it is not.
+    assert trained[-1]["loss"] < 0.9 * trained[0]["loss"]
+    assert held_out[-1]["kl"] < 0.7 * held_out[0]["kl"]
+    assert held_out[-1]["agreement"] > held_out[0]["agreement"]
+
+
+def test_the_run_saw_more_than_one_epoch_and_batches_across_their_border(workshop):
+    """What is proven here about resuming is proven for data that starts again in the middle of a batch."""
+    rows = read_manifest(workshop / "rows").train.rows
+    assert rows < 16 * RUN_STEPS and rows % 16
+
+
+def test_tensorboard_holds_the_same_numbers(finished_run):
+    pytest.importorskip("tensorboardX", reason="TensorBoard files are optional")
+    (events,) = (finished_run / "tensorboard").iterdir()
+    written = events.read_bytes()
+    for tag in (b"train/loss", b"train/kl", b"held_out/agreement"):
+        assert written.count(tag) == len(of_kind(finished_run, tag.decode().split("/")[0]))
+
+
+def test_tensorboard_can_be_left_out(workshop, tmp_path):
+    assert train(workshop, tmp_path / "run", "train.steps=1", "train.tensorboard=false") == 0
+    assert not (tmp_path / "run" / "tensorboard").exists()
+
+
+def test_the_same_run_again_gives_the_same_bits(finished_run, workshop, tmp_path):
+    """And so the comparisons below mean something: nothing in a run depends on the time or the folder."""
+    assert train(workshop, tmp_path / "again", "train.steps=4", "train.log_every=2") == 0
+    ours = [line for line in run_numbers(tmp_path / "again") if line["step"] < 4 and line["kind"] == "held_out"]
+    assert ours == [line for line in run_numbers(finished_run) if line["step"] == 0]
+    whole = [line for line in run_numbers(finished_run) if line["kind"] == "train"]
+    (pair,) = [line for line in of_kind(tmp_path / "again", "train") if line["step"] == 4][-1:]
+    assert pair["loss"] == pytest.approx((whole[2]["loss"] + whole[3]["loss"]) / 2, rel=1e-12)  # a line is a mean
+
+
+# Whom it trains
+
+
+def test_every_kind_of_first_student(finished_run, workshop, tmp_path):
+    """Random, from a folder, and from a folder without an MLM head, beside the default from the teacher."""
+    student = open_model(finished_run)
+    huggingface.save(tmp_path / "whole", student.config, student.params, tokenizer=student.tokenizer)
+    body = {name: tree for name, tree in student.params.items() if name != "mlm"}
+    huggingface.save(tmp_path / "bare", replace(student.config, mlm_head=False), body, tokenizer=student.tokenizer)
+    first = {}
+    for init in ("random", str(tmp_path / "whole"), str(tmp_path / "bare")):
+        name = Path(init).name
+        run = tmp_path / f"run {name}"
+        assert train(workshop, run, f"student.init={init}", "train.steps=3", "train.eval_every=0") == 0
+        held_out = of_kind(run, "held_out")
+        assert [line["step"] for line in held_out] == [0, 3]
+        assert name == "whole" or held_out[1]["kl"] < held_out[0]["kl"]
+        assert load(run / "config.toml").student.layers == ()
+        first[name] = held_out[0]
+    # A student that goes on begins where the other ended, on the same held-out words.
+    last = of_kind(finished_run, "held_out")[-1]
+    compared = [name for name in last if name not in ("step", "kind")]
+    assert [first["whole"][name] for name in compared] == pytest.approx([last[name] for name in compared], rel=1e-5)
+    untrained = of_kind(finished_run, "held_out")[0]
+    assert len({untrained["kl"], *(line["kl"] for line in first.values())}) == 4
+
+
+def test_a_bare_encoder_keeps_everything_and_gets_a_head(finished_run, workshop, tmp_path):
+    student = open_model(finished_run)
+    body = {name: tree for name, tree in student.params.items() if name != "mlm"}
+    huggingface.save(tmp_path / "bare", replace(student.config, mlm_head=False), body, tokenizer=student.tokenizer)
+    parts = assemble(load(workshop / "run.toml", [f"student.init={tmp_path / 'bare'}"]))
+    head = parts.student_params["mlm"]
+    assert same_leaves({name: tree for name, tree in parts.student_params.items() if name != "mlm"}, body)
+    assert jax.tree.map(np.shape, head) == jax.tree.map(np.shape, student.params["mlm"])
+    assert all_finite(head) and np.std(head["transform"]["kernel"]) > 0
+
+
+def test_without_its_losses_a_teacher_only_judges_and_token_types_stay(workshop, tmp_path):
+    """The undistilled twin: it begins as the distilled one and is trained on the text alone. A BERT, by the way."""
+    settings = ("student.token_types=2", "loss.kl=0", "loss.cosine=0", "train.steps=4", "train.eval_every=0")
+    assert train(workshop, tmp_path / "run", *settings) == 0
+    lines = read_metrics(tmp_path / "run")
+    assert all("agreement" in line and "kl" in line for line in lines if line["kind"] == "held_out")
+    assert not any("kl" in line or "cosine" in line for line in lines if line["kind"] == "train")
+    parts = assemble(load(workshop / "run.toml", settings))
+    teacher = parts.teacher_params
+    for table in ("token_type", "position", "word"):
+        assert same_leaves(parts.student_params["embeddings"][table], teacher["embeddings"][table])
+    trained = open_model(tmp_path / "run")
+    assert trained.config.token_types == 2
+    assert trained.params["embeddings"]["token_type"].shape == (2, 32)
+    # Texts of one kind train row 0 and leave row 1 as it was.
+    moved = trained.params["embeddings"]["token_type"] != teacher["embeddings"]["token_type"]
+    assert moved.any(axis=1).tolist() == [True, False]
+
+
+ALONE = (
+    "teacher.path=",
+    "student.hidden_size=32",
+    "student.num_heads=4",
+    "student.intermediate_size=48",
+    "student.max_positions=32",
+)
+
+
+def test_no_teacher_at_all_is_plain_pretraining(workshop, tmp_path):
+    run = tmp_path / "run"
+    assert train(workshop, run, *ALONE, "train.eval_every=0", "train.checkpoint_every=100") == 0
+    held_out, trained = of_kind(run, "held_out"), of_kind(run, "train")
+    assert not {"kl", "agreement"} & {name for line in (*held_out, *trained) for name in line}
+    assert held_out[1]["mlm"] < 0.9 * held_out[0]["mlm"] and trained[-1]["loss"] < 0.9 * trained[0]["loss"]
+    assert cli.main(["export", str(run), str(tmp_path / "model")]) == 0
+    config, params = huggingface.load(tmp_path / "model")
+    assert config.num_layers == 2 and same_leaves(params, params_of(run))
+    assert "without a teacher" in (tmp_path / "model" / "README.md").read_text()
+
+
+# Not a number
+
+
+def test_a_run_that_diverges_ends_with_status_3_and_finite_checkpoints(workshop, tmp_path, monkeypatch, capsys):
+    """Step 3 has a finite loss, taken before its update, and that update gives an infinity: it must not be saved."""
+    compile_run = command.compile_run
+
+    def with_a_bad_step(parts):
+        program = compile_run(parts)
+
+        def step(state, *rest):
+            state, metrics = program.step(state, *rest)
+            if int(state.step) == 3:
+                state.params["embeddings"]["norm"]["scale"] *= np.inf
+            return state, metrics
+
+        return replace(program, step=step)
+
+    monkeypatch.setattr(command, "compile_run", with_a_bad_step)
+    run = tmp_path / "run"
+    assert train(workshop, run, "train.checkpoint_every=1", "train.keep_checkpoints=9") == 3
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "learning_rate" in message
+    assert saved_steps(run) == [1, 2]
+    assert all_finite(params_of(run))
+
+
+def test_a_teacher_that_computes_no_numbers_ends_the_run_too(workshop, tmp_path, capsys):
+    config, params = huggingface.load(workshop / "teacher")
+    huge = jax.tree.map(lambda leaf: leaf * np.float32(1e30), params)
+    huggingface.save(tmp_path / "teacher", config, huge, tokenizer=workshop / "teacher")
+    # The student begins sane, from the teacher as it was.
+    first = assemble(load(workshop / "run.toml"))
+    huggingface.save(tmp_path / "student", first.step.student, first.student_params, tokenizer=workshop / "teacher")
+    changes = (f"teacher.path={tmp_path / 'teacher'}", f"student.init={tmp_path / 'student'}")
+    assert train(workshop, tmp_path / "run", *changes) == 3
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "step" in message
+    assert saved_steps(tmp_path / "run") == []
+    # Other programs read these lines: JSON has no word for what is not a number.
+    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)
+
+
+# Started again
+
+
+def test_killed_runs_end_as_unbroken_ones(finished_run, workshop, tmp_path):
+    """SIGKILL, twice in one run, as soon as a seeded step's line is on disk: before and after the first save."""
+    draw = random.Random(7)
+    run = tmp_path / "run"
+    environment = {
+        name: os.environ[name] for name in ("PATH", "XLA_FLAGS", "JAX_PLATFORMS", "JAX_COMPILATION_CACHE_DIR")
+    }
+    environment |= {"PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    start = [sys.executable, "-m", "distil_jax", "train", str(workshop / "run.toml"), "--output", str(run)]
+    for point in (draw.randint(1, 3), draw.randint(5, 7)):
+        with (tmp_path / f"killed at {point}.log").open("w") as log:
+            process = subprocess.Popen(start, env=environment, stdout=log, stderr=log)
+            try:
+                while process.poll() is None and not (run / "metrics.jsonl").exists():
+                    time.sleep(0.05)
+                while process.poll() is None and not any(line["step"] >= point for line in of_kind(run, "train")):
+                    time.sleep(0.002)
+            finally:
+                process.kill()
+        assert process.wait() == -signal.SIGKILL, Path(log.name).read_text()
+        assert RUN_STEPS not in saved_steps(run)
+    assert train(workshop, run) == 0
+    assert same_leaves(params_of(run), params_of(finished_run))
+    assert run_numbers(run) == run_numbers(finished_run)
+    assert saved_steps(run) == saved_steps(finished_run)
+
+
+def test_a_stopped_run_says_so_and_saves_between_two_intervals(stopped_run, finished_run):
+    steps = saved_steps(stopped_run)
+    assert steps and steps[-1] % 4 and 5 <= steps[-1] < RUN_STEPS
+    done = [line for line in run_numbers(stopped_run) if line["step"] <= steps[-1]]
+    assert done == run_numbers(stopped_run)  # no number of a step that is not saved
+    assert done == run_numbers(finished_run)[: len(done)]
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(stopped_copy, finished_run, workshop, capsys):
+    step = saved_steps(stopped_copy)[-1]
+    assert train(workshop, stopped_copy) == 0
+    assert f"going on after step {step}" in capsys.readouterr().out
+    assert same_leaves(params_of(stopped_copy), params_of(finished_run))
+    assert run_numbers(stopped_copy) == run_numbers(finished_run)
+
+
+def test_stopping_tells_the_status_and_what_to_do(workshop, tmp_path, at_step, capsys):
+    at_step(2, terminate)
+    assert train(workshop, tmp_path / "run", "train.checkpoint_every=1000") == 75
+    step = saved_steps(tmp_path / "run")[-1]
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and f"step {step}" in message and "checkpoint saved" in message
+
+
+def test_a_stop_is_never_without_its_checkpoint(workshop, tmp_path, monkeypatch, capsys):
+    """Whenever the signal arrives: here right after the loop has looked once."""
+
+    class Late(command.StopRequest):
+        looks = 0
+
+        @property
+        def requested(self) -> bool:
+            self.looks += 1
+            return self.looks > 1
+
+        @requested.setter
+        def requested(self, value: bool) -> None:
+            pass
+
+    monkeypatch.setattr(command, "StopRequest", Late)
+    assert train(workshop, tmp_path / "run", "train.checkpoint_every=1000") == 75
+    assert saved_steps(tmp_path / "run"), capsys.readouterr().err
+
+
+def test_a_stop_in_the_last_step_is_no_stop(workshop, tmp_path, at_step):
+    at_step(1, terminate)
+    assert train(workshop, tmp_path / "run", "train.steps=2") == 0
+    assert saved_steps(tmp_path / "run") == [2]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_mean_what_they_meant_before_once_a_run_is_over(workshop, tmp_path, number):
+    before = signal.getsignal(number)
+    try:
+        assert train(workshop, tmp_path / "run", "train.steps=1") == 0
+        assert signal.getsignal(number) == before
+    finally:
+        signal.signal(number, before)
+
+
+def test_a_finished_run_keeps_what_it_has(finished_run, workshop, tmp_path, capsys):
+    run = shutil.copytree(finished_run, tmp_path / "run")
+
+    def kept() -> dict[str, str]:
+        return {name: digest for name, digest in file_hashes(run).items() if not name.startswith("tensorboard")}
+
+    before, numbers = kept(), run_numbers(run)
+    found = command.train(load(workshop / "run.toml"), run)
+    assert kept() == before
+    # Who calls it gets the numbers all the same, and who reads along is told.
+    assert {name: found[name] for name in ("mlm", "kl", "agreement")} == pytest.approx(
+        {name: numbers[-1][name] for name in ("mlm", "kl", "agreement")}, rel=1e-6
+    )
+    shown = capsys.readouterr().out
+    assert "finished" in shown and "tokens/s" not in shown
+
+
+def test_what_changes_no_number_may_change(stopped_copy, workshop, finished_run):
+    """Another mesh, accumulation, logging and saving; only the masks of dropout are others then."""
+    step = saved_steps(stopped_copy)[-1]
+    changes = ("mesh.fsdp=2", "train.accumulation=1", "train.log_every=3", "train.eval_rows=8")
+    assert train(workshop, stopped_copy, *changes, "train.checkpoint_every=2") == 0
+    assert saved_steps(stopped_copy)[-1] == RUN_STEPS
+    numbers, whole = run_numbers(stopped_copy), run_numbers(finished_run)
+    assert [line for line in numbers if line["step"] <= step] == [line for line in whole if line["step"] <= step]
+    assert all(one["step"] <= other["step"] for one, other in pairwise(numbers))
+    last = {line["kind"]: line for line in numbers}["train"]
+    assert last["step"] == RUN_STEPS and last["loss"] == pytest.approx(whole[-2]["loss"], rel=0.1)
+    assert load(stopped_copy / "config.toml").mesh.fsdp == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("seed", "3", "4"),
+        ("train.steps", "12", "13"),
+        ("train.batch_rows", "16", "32"),
+        ("student.hidden_dropout", "0.1", "0.2"),
+        ("student.init", "teacher", "random"),
+        ("masking.rate", "0.15", "0.2"),
+        ("loss.temperature", "2.0", "4.0"),
+        ("optimizer.learning_rate", "0.003", "0.001"),
+        ("compute.dtype", "float32", "bfloat16"),
+    ],
+    ids=lambda change: change[0],
+)
+def test_other_mathematics_is_refused(stopped_copy, workshop, change, capsys):
+    key, old, new = change
+    before = file_hashes(stopped_copy)
+    assert train(workshop, stopped_copy, f"{key}={new}") == 2
+    assert f"{key}: {old} -> {new}" in capsys.readouterr().err
+    assert file_hashes(stopped_copy) == before
+
+
+def test_other_rows_are_refused(stopped_copy, workshop, tmp_path, capsys):
+    write_sentences(tmp_path / "other.txt", documents=90, seed=5)
+    settings = PrepareConfig(
+        sources=(str(tmp_path / "other.txt"),),
+        tokenizer=str(workshop / "rows" / "tokenizer"),
+        sequence_length=LENGTH,
+        held_out=0.2,
+        document="line",
+        min_tokens=5,
+    )
+    prepare(settings, tmp_path / "rows")
+    before = file_hashes(stopped_copy)
+    assert train(workshop, stopped_copy, f"data.path={tmp_path / 'rows'}") == 2
+    assert "rows" in capsys.readouterr().err
+    assert file_hashes(stopped_copy) == before
+
+
+def test_the_same_rows_elsewhere_are_not(stopped_copy, workshop, tmp_path):
+    shutil.copytree(workshop / "rows", tmp_path / "moved")
+    assert train(workshop, stopped_copy, f"data.path={tmp_path / 'moved'}") == 0
+
+
+def test_other_teacher_weights_are_refused(stopped_copy, workshop, tmp_path, capsys):
+    config, _ = huggingface.load(workshop / "teacher")
+    other = random_params(config, seed=2)
+    huggingface.save(tmp_path / "teacher", config, other, tokenizer=workshop / "rows" / "tokenizer")
+    before = file_hashes(stopped_copy)
+    assert train(workshop, stopped_copy, f"teacher.path={tmp_path / 'teacher'}") == 2
+    assert "teacher" in capsys.readouterr().err
+    assert file_hashes(stopped_copy) == before
+
+
+def test_what_an_interrupted_save_leaves_does_no_harm(stopped_copy, workshop, finished_run):
+    checkpoints = stopped_copy / "checkpoints"
+    whole = checkpoints / str(saved_steps(stopped_copy)[-1])
+    # A save that was cut off, under the names that Orbax gives to one; one that got its name and nothing else, below
+    # and above the steps to come; and a file that somebody left.
+    shutil.copytree(whole, checkpoints / "9.orbax-checkpoint-tmp")
+    (checkpoints / "9.orbax-checkpoint-tmp" / "commit_success.txt").unlink(missing_ok=True)
+    (checkpoints / "10.orbax-checkpoint-tmp-1700000000").mkdir()
+    for step in ("8", "11", "99"):
+        (checkpoints / step).mkdir()
+    (checkpoints / "notes").write_text("mine")
+    assert train(workshop, stopped_copy) == 0
+    assert same_leaves(params_of(stopped_copy), params_of(finished_run))
+    assert same_leaves(params_of(stopped_copy, RUN_STEPS), params_of(finished_run))
+    assert run_numbers(stopped_copy) == run_numbers(finished_run)
+
+
+@pytest.mark.parametrize("part", ["state", "facts"])
+def test_a_damaged_checkpoint_is_named(stopped_copy, workshop, part, capsys):
+    step = saved_steps(stopped_copy)[-1]
+    for file in (stopped_copy / "checkpoints" / str(step) / part).rglob("*"):
+        if file.is_file() and file.name != "commit_success.txt":
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    before = file_hashes(stopped_copy / "checkpoints")
+    assert train(workshop, stopped_copy) == 2
+    message = capsys.readouterr().err
+    assert f"heckpoint {step}" in message and "Traceback" not in message
+    assert file_hashes(stopped_copy / "checkpoints") == before
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_anew(stopped_copy, workshop, finished_run, tmp_path):
+    shutil.rmtree(stopped_copy / "checkpoints")
+    with (stopped_copy / "metrics.jsonl").open("a") as lines:
+        lines.write('{"step": 6, "kind": "tr')  # what a kill leaves of a line
+    assert train(workshop, stopped_copy, "train.tensorboard=false") == 0
+    assert run_numbers(stopped_copy) == run_numbers(finished_run)
+    assert same_leaves(params_of(stopped_copy), params_of(finished_run))
+
+
+def test_a_profile_window_that_the_run_stopped_in_does_no_harm(stopped_copy, workshop, tmp_path):
+    step = saved_steps(stopped_copy)[-1]
+    assert train(workshop, stopped_copy, f"train.profile_at={step - 1}", "train.profile_steps=4") == 0
+    assert saved_steps(stopped_copy)[-1] == RUN_STEPS
+
+
+def test_a_profile_is_written(workshop, tmp_path):
+    assert train(workshop, tmp_path / "run", "train.steps=3", "train.profile_at=2", "train.profile_steps=1") == 0
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+
+
+# What is on disk is what was trained
+
+
+def test_every_checkpoint_holds_the_parameters_of_its_own_step(workshop, tmp_path):
+    """The step donates its state while an earlier one is still being written: none may leak into the other."""
+    saves = ("train.checkpoint_every=1", "train.keep_checkpoints=100", "train.eval_every=0", "train.tensorboard=false")
+    assert train(workshop, tmp_path / "run", *saves) == 0
+    program = command.compile_run(assemble(load(workshop / "run.toml")))
+    state = command.first_state(program)
+    rows = batches(program.parts.rows("train"), batch_rows=16, seed=3)
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
+    shapes = {name: getattr(shapes, name) for name in ("step", "params", "opt_state", "key")}
+    assert checkpoints.steps() == list(range(1, RUN_STEPS + 1))
+    for step in checkpoints.steps():
+        state, _ = program.step(
+            state, program.teacher_params, put_rows(next(rows), program.mesh), program.parts.weights
+        )
+        expected = {name: getattr(state, name) for name in shapes}
+        assert same_leaves(checkpoints.restore(step, shapes), expected), step
+        assert checkpoints.facts(step)["position"] == 16 * step
+    checkpoints.close()
