@@ -102,6 +102,7 @@ class StudentConfig:
     attention_dropout: float = 0.1
 
     def __post_init__(self) -> None:
+        _require(self.num_layers is None or self.num_layers > 0, "student.num_layers must be at least 1.")
         _require(
             not self.layers or self.num_layers in (None, len(self.layers)),
             f"student.layers names {len(self.layers)} layers and student.num_layers says {self.num_layers}: "
@@ -233,8 +234,17 @@ class TrainConfig:
     tensorboard: bool = _may_change(True)
 
     def __post_init__(self) -> None:
-        for name in ("batch_rows", "accumulation", "log_every", "checkpoint_every", "keep_checkpoints"):
+        for name in (
+            "batch_rows",
+            "accumulation",
+            "log_every",
+            "checkpoint_every",
+            "keep_checkpoints",
+            "profile_steps",
+        ):
             _require(getattr(self, name) >= 1, f"train.{name} must be at least 1, not {getattr(self, name)}.")
+        for name in ("eval_every", "eval_rows", "profile_at"):
+            _require(getattr(self, name) >= 0, f"train.{name} must not be negative, but is {getattr(self, name)}.")
         _require(
             self.batch_rows % self.accumulation == 0,
             f"train.batch_rows {self.batch_rows} does not divide into {self.accumulation} micro-batches: "

@@ -220,3 +220,13 @@ def same_leaves(first, second) -> bool:
     return jax.tree.structure(first) == jax.tree.structure(second) and all(
         np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in zip(leaves, others, strict=True)
     )
+
+
+def assert_params_close(found, expected, tolerance=1e-5):
+    """Equal parameters after a few optimiser steps, up to rounding."""
+    for (path, ours), theirs in zip(
+        jax.tree_util.tree_leaves_with_path(jax.device_get(found)), jax.tree.leaves(expected), strict=True
+    ):
+        # A bias on the keys shifts every score of a query alike: its true gradient is 0, and Adam scales up the noise.
+        noisy = jax.tree_util.keystr(path, simple=True, separator="/") == "layers/key/bias"
+        np.testing.assert_allclose(ours, theirs, atol=1e-4 if noisy else tolerance, err_msg=str(path))

@@ -7,6 +7,7 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
+from conftest import assert_params_close
 
 from distil_jax.config import InputError, MeshConfig
 from distil_jax.models.encoder import abstract_params
@@ -40,7 +41,7 @@ def alone(step_config, student_params, teacher_params, rows, weights):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "accumulation"), [((8, 1, 1), 1), ((8, 1, 1), 2), ((4, 2, 1), 2), ((1, 8, 1), 1), ((2, 1, -1), 1)]
+    ("sizes", "accumulation"), [((8, 1, 1), 1), ((8, 1, 1), 2), ((4, 2, 1), 2), ((1, 8, 1), 1), ((1, 2, -1), 1)]
 )
 def test_sharded_equals_one_device(
     step_config, student_params, teacher_params, rows, weights, alone, sizes, accumulation
@@ -52,12 +53,7 @@ def test_sharded_equals_one_device(
         state, metrics = step(state, teacher, put_rows(rows, mesh), weights)
         losses.append(float(metrics["loss"].value()))
     np.testing.assert_allclose(losses, alone[0], rtol=1e-5)
-    for (path, found), expected in zip(
-        jax.tree_util.tree_leaves_with_path(jax.device_get(state.params)), jax.tree.leaves(alone[1]), strict=True
-    ):
-        # A bias on the keys shifts every score of a query alike: its true gradient is 0, and Adam scales up the noise.
-        noisy = jax.tree_util.keystr(path, simple=True, separator="/") == "layers/key/bias"
-        np.testing.assert_allclose(found, expected, atol=1e-4 if noisy else 1e-5, err_msg=str(path))
+    assert_params_close(state.params, alone[1])
     assert state.params["layers"]["query"]["kernel"].sharding.is_equivalent_to(
         state.opt_state[2][0].mu["layers"]["query"]["kernel"].sharding, 4
     ), "the optimiser's moments lie where their parameters lie"
@@ -93,4 +89,4 @@ def test_a_mesh_that_does_not_fit_is_refused(sizes):
 
 def test_a_mesh_that_xla_cannot_compile_is_refused():
     with pytest.raises(InputError, match="set one of them to 1"):
-        make_mesh(MeshConfig(2, 2, 2))
+        make_mesh(MeshConfig(2, 1, 4))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import random_params
+from conftest import assert_params_close, random_params
 
 from distil_jax.config import InputError, LossConfig, OptimizerConfig
 from distil_jax.models.student import student_from_teacher
@@ -46,7 +46,7 @@ def whole(step_config, student_params, teacher_params, batch):
 def test_accumulation_equals_the_big_batch(step_config, student_params, teacher_params, batch, whole, accumulation):
     state, losses = run(replace(step_config, accumulation=accumulation), student_params, teacher_params, batch)
     close(losses, whole[1])
-    close(state.params, whole[0].params)
+    assert_params_close(state.params, whole[0].params)
     assert losses[0]["tokens"] == (batch.segment_ids > 0).sum()
 
 
@@ -60,7 +60,7 @@ def test_order_and_padding_of_rows_change_nothing(step_config, student_params, t
     wider = wider.replace(labels=jnp.pad(filled.labels, ((0, 0), (0, 8)), constant_values=IGNORED))
     state, losses = run(step_config, student_params, teacher_params, wider)
     close(losses, whole[1])
-    close(state.params, whole[0].params)
+    assert_params_close(state.params, whole[0].params)
 
 
 def test_packed_trains_as_one_sequence_a_row(step_config, student_params, teacher_params, batch, whole):
@@ -77,7 +77,7 @@ def test_packed_trains_as_one_sequence_a_row(step_config, student_params, teache
         alone.segment_ids[n, : where.sum()], alone.position_ids[n, : where.sum()] = 1, np.arange(where.sum())
     state, losses = run(step_config, student_params, teacher_params, alone)
     close(losses, whole[1])
-    close(state.params, whole[0].params)
+    assert_params_close(state.params, whole[0].params)
 
 
 def test_a_pure_step_changes_no_argument(step_config, student_params, teacher_params, batch):

@@ -77,10 +77,16 @@ def assemble(config: Config) -> Parts:
         config.student, teacher_config, teacher_params, manifest, config.seed
     )
     student_config = with_compute(student_config, compute)
-    if manifest.sequence_length > student_config.max_positions:
+    for name, model in (("student", student_config), ("teacher", teacher_config)):
+        if model is not None and manifest.sequence_length > model.max_positions:
+            raise InputError(
+                f"The rows are {manifest.sequence_length} long and the {name} has {model.max_positions} positions "
+                f"({name}.max_positions): prepare shorter rows."
+            )
+    if not 0 <= config.masking.mask_token_id < manifest.vocab_size:
         raise InputError(
-            f"The rows are {manifest.sequence_length} long and the student has {student_config.max_positions} "
-            "positions: prepare shorter rows, or raise student.max_positions."
+            f"masking.mask_token_id {config.masking.mask_token_id} is no id of this vocabulary of "
+            f"{manifest.vocab_size}: leave it out, and the tokenizer's own is taken."
         )
     steps = config.train.steps or max(1, int(config.train.epochs * manifest.train.rows / config.train.batch_rows))
     config = replace(

@@ -78,7 +78,7 @@ def demo(
     """
     began = time.monotonic()
     rows = output / "rows"
-    if output.exists() and any(output.iterdir()) and not rows.exists():
+    if output.exists() and not (output.is_dir() and (rows.exists() or not any(output.iterdir()))):
         raise InputError(f"{output} holds something other than a demonstration: name a new folder with --output.")
     if not rows.exists():
         _title("Text, from the docstrings of the installed packages")

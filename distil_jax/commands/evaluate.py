@@ -45,6 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Evaluates and prints one line a number."""
+    if arguments.rows < 0:
+        raise InputError(f"--rows must not be negative, but is {arguments.rows}.")
     model = open_model(arguments.model, arguments.step)
     data, teacher = arguments.data, arguments.teacher
     if model.run is not None:
@@ -78,6 +80,11 @@ def evaluate(model: Model, data: str | Path, *, teacher: Model | None = None, li
             check_tokenizer(each.tokenizer, each.config, manifest)
             if not each.config.mlm_head:
                 raise InputError(f"{each.tokenizer} has no MLM head, so it predicts no words: train one first.")
+            if manifest.sequence_length > each.config.max_positions:
+                raise InputError(
+                    f"The rows are {manifest.sequence_length} long and {each.tokenizer} has "
+                    f"{each.config.max_positions} positions: prepare shorter rows."
+                )
     if not len(table):
         raise InputError(f"{data} has no held-out rows: prepare it with --held-out above 0.")
     masking = MaskingConfig(mask_token_id=manifest.mask_id)

@@ -55,10 +55,12 @@ class Progress:
         step, metrics = self._behind
         self._behind = None
         numbers = to_numbers(metrics)
-        if not math.isfinite(numbers["loss"]):
+        # The gradients too: from them on, the parameters are no numbers either, though the loss still is one.
+        if not (math.isfinite(numbers["loss"]) and math.isfinite(numbers["gradient_norm"])):
             raise Diverged(
-                f"The loss of step {step} is {numbers['loss']}: go on from the last checkpoint with a lower "
-                "optimizer.learning_rate, or a longer optimizer.warmup, in a new run folder."
+                f"At step {step} the loss is {numbers['loss']:.4g} and the norm of its gradient "
+                f"{numbers['gradient_norm']:.4g}: go on from the last checkpoint with a lower optimizer.learning_rate, "
+                "or a longer optimizer.warmup, in a new run folder."
             )
         self._window.append(numbers)
         self._bar.update(step - self._bar.n)

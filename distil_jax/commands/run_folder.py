@@ -46,7 +46,7 @@ class Model:
 
 def is_run(folder: Path) -> bool:
     """Whether `distil-jax train` made it."""
-    return (folder / "config.toml").exists()
+    return (folder / "config.toml").exists() and (folder / "tokenizer").is_dir()
 
 
 def check(folder: Path, config: Config | None = None) -> None:
@@ -133,9 +133,13 @@ def open_model(path: str | Path, step: int | None = None) -> Model:
     """
     folder = Path(path)
     if not is_run(folder):
+        if step is not None:
+            raise InputError(f"{path} is not a run, so it has no checkpoint of step {step}: leave --step out.")
         folder = local_folder(path)
         config, params = huggingface.load(folder)
         return Model(config, params, tokenizer=folder)
+    if not (folder / "checkpoints").is_dir():
+        raise InputError(f"{folder} has no checkpoint yet: let it train for longer.")
     checkpoints = Checkpoints(folder / "checkpoints")
     try:
         saved = checkpoints.steps()

@@ -19,7 +19,7 @@ from distil_jax.commands import run_folder
 from distil_jax.commands.assemble import Parts, assemble
 from distil_jax.commands.evaluate import held_out_numbers
 from distil_jax.commands.progress import Progress, Stopped
-from distil_jax.config import Config, InputError, TrainConfig, load, to_dict
+from distil_jax.config import Config, InputError, StepConfig, TrainConfig, load, to_dict
 from distil_jax.data.loader import batches, prefetch
 from distil_jax.io.checkpoint import Checkpoints
 from distil_jax.io.metrics import MetricsWriter, last_held_out, read_metrics
@@ -117,6 +117,7 @@ def compile_run(parts: Parts) -> Program:
             f"train.batch_rows {train.batch_rows} does not divide into {pieces} equal pieces (devices along data and "
             "fsdp, times train.accumulation): change one of them."
         )
+    _check_mesh(mesh, parts.step)
     state_shapes = abstract_state(parts.step)
     teacher_shapes, teacher_params = None, None
     if parts.teacher_params is not None:
@@ -130,6 +131,19 @@ def compile_run(parts: Parts) -> Program:
         state_sharding=shardings_of(state_shapes, mesh),
         teacher_params=teacher_params,
     )
+
+
+def _check_mesh(mesh: jax.sharding.Mesh, step: StepConfig) -> None:
+    """Refuses a mesh that cuts an axis of a model into unequal pieces."""
+    for name, model in (("student", step.student), ("teacher", step.teacher)):
+        if model is None:
+            continue
+        for axis, field in (("fsdp", "hidden_size"), ("tensor", "num_heads"), ("tensor", "intermediate_size")):
+            if getattr(model, field) % mesh.shape[axis]:
+                raise InputError(
+                    f"The {name}'s {field} {getattr(model, field)} does not divide by mesh.{axis} = "
+                    f"{mesh.shape[axis]}: choose a size that divides it."
+                )
 
 
 def first_state(program: Program) -> TrainState:
@@ -163,22 +177,24 @@ def _loop(program: Program, state: TrainState, checkpoints: Checkpoints, writer:
     with (
         contextlib.closing(Progress(config.steps, start, every=config.log_every, writer=writer)) as progress,
         contextlib.closing(prefetch(_device_rows(program, start))) as rows,
+        Profiler(config, writer.folder) as profiler,
         StopRequest() as stop,
     ):
         if start == 0:
             _evaluate(program, state, progress, 0)
         for step in range(start + 1, config.steps + 1):
-            with _profiled(step, config, writer.folder):
-                state, metrics = program.step(state, program.teacher_params, next(rows), program.parts.weights)
+            profiler.before(step)
+            state, metrics = program.step(state, program.teacher_params, next(rows), program.parts.weights)
+            profiler.after(step)
             progress.add(step, metrics)
-            last = step == config.steps
+            last, stopping = step == config.steps, stop.requested
             if last or (config.eval_every and step % config.eval_every == 0):
                 numbers = _evaluate(program, state, progress, step)
-            if last or step % config.checkpoint_every == 0 or stop.requested:
+            if last or step % config.checkpoint_every == 0 or stopping:
                 progress.flush()  # a loss that is not finite stops the run here, before it is saved
                 with progress.paused():
                     checkpoints.save(step, run_folder.arrays(state), run_folder.facts(program.parts, step))
-            if stop.requested and not last:
+            if stopping and not last:
                 checkpoints.wait()
                 raise Stopped(f"Stopped after step {step} with a checkpoint saved: run the same command to go on.")
     return numbers
@@ -205,14 +221,29 @@ def _device_rows(program: Program, step: int) -> Iterator[Rows]:
         yield put_rows(rows, program.mesh)
 
 
-@contextlib.contextmanager
-def _profiled(step: int, config: TrainConfig, folder: Path) -> Iterator[None]:
-    """Traces the steps of the profiler's window into the run folder; XProf and TensorBoard show them."""
-    if config.profile_at and step == config.profile_at:
-        jax.profiler.start_trace(str(folder / "profile"))
-    yield
-    if config.profile_at and step == min(config.profile_at + config.profile_steps, config.steps + 1) - 1:
-        jax.profiler.stop_trace()
+class Profiler:
+    """While entered, traces the steps of the configured window into the run folder; XProf and TensorBoard show them."""
+
+    def __init__(self, config: TrainConfig, folder: Path) -> None:
+        self._first, self._last = config.profile_at, config.profile_at + config.profile_steps - 1
+        self._folder, self._tracing = folder / "profile", False
+
+    def before(self, step: int) -> None:
+        if step == self._first:
+            jax.profiler.start_trace(str(self._folder))
+            self._tracing = True
+
+    def after(self, step: int) -> None:
+        if self._tracing and step == self._last:
+            self.__exit__()
+
+    def __enter__(self) -> Profiler:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._tracing:
+            jax.profiler.stop_trace()
+            self._tracing = False
 
 
 def _announce(program: Program, workdir: Path, step: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,24 @@ class Checkpoints:
     """The checkpoints of one run folder, by step.
 
     Args:
-      folder: made if it is not there.
-      keep: how many of the newest stay.
+      folder: made if it is not there and `keep` is given.
+      keep: how many of the newest stay; None: only to read, and nothing on disk changes.
     """
 
-    def __init__(self, folder: str | Path, *, keep: int = 1) -> None:
+    def __init__(self, folder: str | Path, *, keep: int | None = None) -> None:
         self._folder = Path(folder).absolute()
-        self._manager = ocp.CheckpointManager(
-            self._folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-        )
+        if keep is None:
+            options = ocp.CheckpointManagerOptions(read_only=True)
+        else:
+            self._set_unfinished_aside()
+            options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
+
+    def _set_unfinished_aside(self) -> None:
+        """Renames what bears a step's name and was never committed: Orbax would take it for that step."""
+        for path in self._folder.glob("*"):
+            if path.is_dir() and path.name.isdigit() and int(path.name) not in self.steps():
+                path.rename(path.with_name(f"{path.name}.unfinished-{time.time_ns()}"))
 
     def steps(self) -> list[int]:
         """The steps whose checkpoints were committed, in order (an interrupted save leaves no commit file)."""
@@ -48,8 +58,15 @@ class Checkpoints:
             )
 
     def facts(self, step: int) -> dict[str, Any]:
-        """What was saved beside the arrays of `step`."""
-        return self._manager.restore(step, args=ocp.args.Composite(facts=ocp.args.JsonRestore())).facts
+        """What was saved beside the arrays of `step`.
+
+        Raises:
+          InputError: it cannot be read.
+        """
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(facts=ocp.args.JsonRestore())).facts
+        except (ValueError, KeyError, OSError) as error:
+            raise self._damaged(step, error) from error
 
     def restore(self, step: int, abstract: Any) -> Any:
         """The arrays of `step`.
@@ -63,12 +80,15 @@ class Checkpoints:
         """
         try:
             return self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))).state
-        except (ValueError, KeyError) as error:
-            reason = " ".join(str(error).split())[:500]
-            raise InputError(
-                f"Checkpoint {step} in {self._folder} does not fit this run, or is damaged ({reason}): use the "
-                "configuration it was written with, or remove that step's folder to go on from an older one."
-            ) from error
+        except (ValueError, KeyError, OSError) as error:
+            raise self._damaged(step, error) from error
+
+    def _damaged(self, step: int, error: Exception) -> InputError:
+        reason = " ".join(str(error).split())[:500]
+        return InputError(
+            f"Checkpoint {step} in {self._folder} does not fit this run, or is damaged ({reason}): use the "
+            "configuration it was written with, or move that step's folder away to go on from an older one."
+        )
 
     def wait(self) -> None:
         """Until every save that was started is on disk."""

@@ -147,9 +147,11 @@ def save(
 
     from safetensors.numpy import save_file
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
     draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
-    draft.mkdir()
+    try:
+        draft.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"Cannot write {folder}: {error.strerror}.") from error
     try:
         save_file(tensors, draft / SINGLE, metadata={"format": "pt"})
         (draft / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -35,13 +35,13 @@ class MetricsWriter:
         self.folder = Path(folder)
         path = self.folder / "metrics.jsonl"
         kept = [line for line in read_metrics(folder) if line["step"] <= step] if step else []
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        path.write_text("".join(map(_dumps, kept)), encoding="utf-8")
         self._lines = path.open("a", encoding="utf-8")
         self._events = _event_writer(self.folder / "tensorboard", step) if tensorboard else None
 
     def write(self, step: int, kind: str, numbers: dict[str, float]) -> None:
         """Writes the numbers of one step; `kind` is "train" or "held_out"."""
-        self._lines.write(json.dumps({"step": step, "kind": kind, **numbers}) + "\n")
+        self._lines.write(_dumps({"step": step, "kind": kind, **numbers}))
         self._lines.flush()
         if self._events is not None:
             for name, number in numbers.items():
@@ -65,12 +65,18 @@ def last_held_out(lines: list[dict[str, float | str]]) -> dict[str, float]:
     return {name: number for name, number in found[-1].items() if name not in ("step", "kind")}
 
 
+def _dumps(line: dict[str, float | str]) -> str:
+    # JSON has no word for what is not a number.
+    plain = {name: None if isinstance(n, float) and not math.isfinite(n) else n for name, n in line.items()}
+    return json.dumps(plain) + "\n"
+
+
 def _whole_lines(lines: list[str]) -> Iterable[dict[str, float | str]]:
-    for number, line in enumerate(lines, 1):
+    for place, line in enumerate(lines, 1):
         try:
-            yield json.loads(line)
+            yield {name: math.nan if number is None else number for name, number in json.loads(line).items()}
         except json.JSONDecodeError:
-            if number < len(lines):
+            if place < len(lines):
                 raise
 
 
