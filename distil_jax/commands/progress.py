@@ -15,7 +15,13 @@ from distil_jax.structs import Metrics
 
 
 class Diverged(Exception):
-    """The loss is not a number any more; the last checkpoint is from before that."""
+    """The loss or the parameters are no numbers any more; the last checkpoint is from before that."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"{what}: go on from the last checkpoint with a lower optimizer.learning_rate, or a longer "
+            "optimizer.warmup, in a new run folder."
+        )
 
 
 class Stopped(Exception):
@@ -59,8 +65,7 @@ class Progress:
         if not (math.isfinite(numbers["loss"]) and math.isfinite(numbers["gradient_norm"])):
             raise Diverged(
                 f"At step {step} the loss is {numbers['loss']:.4g} and the norm of its gradient "
-                f"{numbers['gradient_norm']:.4g}: go on from the last checkpoint with a lower optimizer.learning_rate, "
-                "or a longer optimizer.warmup, in a new run folder."
+                f"{numbers['gradient_norm']:.4g}"
             )
         self._window.append(numbers)
         self._bar.update(step - self._bar.n)

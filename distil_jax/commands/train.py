@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import tomli_w
 
 from distil_jax.commands import run_folder
 from distil_jax.commands.assemble import Parts, assemble
 from distil_jax.commands.evaluate import held_out_numbers
-from distil_jax.commands.progress import Progress, Stopped
+from distil_jax.commands.progress import Diverged, Progress, Stopped
 from distil_jax.config import Config, InputError, StepConfig, TrainConfig, load, to_dict
 from distil_jax.data.loader import batches, prefetch
 from distil_jax.io.checkpoint import Checkpoints
@@ -193,11 +194,18 @@ def _loop(program: Program, state: TrainState, checkpoints: Checkpoints, writer:
             if last or step % config.checkpoint_every == 0 or stopping:
                 progress.flush()  # a loss that is not finite stops the run here, before it is saved
                 with progress.paused():
+                    if not _finite(state.params):
+                        raise Diverged(f"After step {step} the parameters are not finite")
                     checkpoints.save(step, run_folder.arrays(state), run_folder.facts(program.parts, step))
             if stopping and not last:
                 checkpoints.wait()
                 raise Stopped(f"Stopped after step {step} with a checkpoint saved: run the same command to go on.")
     return numbers
+
+
+@jax.jit
+def _finite(params: Any) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params)]))
 
 
 def _evaluate(program: Program, state: TrainState, progress: Progress, step: int) -> dict[str, float]:
