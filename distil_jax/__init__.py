@@ -2,7 +2,6 @@
 
 # The ground: configurations and the values that travel.
 from distil_jax.config import Config as Config
-from distil_jax.config import InputError as InputError
 from distil_jax.config import LossConfig as LossConfig
 from distil_jax.config import MaskingConfig as MaskingConfig
 from distil_jax.config import MeshConfig as MeshConfig
@@ -26,6 +25,7 @@ from distil_jax.objective.losses import mlm_loss as mlm_loss
 from distil_jax.objective.losses import mse_loss as mse_loss
 from distil_jax.objective.masking import mask_tokens as mask_tokens
 from distil_jax.objective.masking import masking_weights as masking_weights
+from distil_jax.schema import InputError as InputError
 from distil_jax.structs import Batch as Batch
 from distil_jax.structs import Encoded as Encoded
 from distil_jax.structs import Head as Head

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from distil_jax import __version__
-from distil_jax.config import InputError
+from distil_jax.schema import InputError
 
 # Each verb is a module of `distil_jax.commands` with add_arguments(parser) and run(arguments); only the one that is
 # asked for is imported.

@@ -5,29 +5,13 @@ Every field says in its comment what it means; a default that looks odd says whe
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import tomllib
-import types
-import typing
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-
-class InputError(ValueError):
-    """Something the person running the command can mend: one sentence that says what is wrong and what to do."""
-
-
-def _may_change(default: Any) -> Any:
-    """A field that a resumed run may set differently, because it changes no number beyond rounding."""
-    return field(default=default, metadata={"may_change": True})
-
-
-def _require(condition: bool, sentence: str) -> None:
-    if not condition:
-        raise InputError(sentence)
+from distil_jax.schema import InputError, build, may_change, require, set_value, table_of
 
 
 @dataclass(frozen=True)
@@ -56,16 +40,16 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "num_layers", "hidden_size", "num_heads", "intermediate_size", "max_positions"):
-            _require(getattr(self, name) > 0, f"{name} must be at least 1, not {getattr(self, name)}.")
-        _require(
+            require(getattr(self, name) > 0, f"{name} must be at least 1, not {getattr(self, name)}.")
+        require(
             self.hidden_size % self.num_heads == 0,
             f"hidden_size {self.hidden_size} does not divide into {self.num_heads} heads: "
             "choose num_heads so that it does.",
         )
-        _require(self.token_types >= 0, f"token_types must be 0 or more, not {self.token_types}.")
+        require(self.token_types >= 0, f"token_types must be 0 or more, not {self.token_types}.")
         for name in ("hidden_dropout", "attention_dropout"):
-            _require(0 <= getattr(self, name) < 1, f"{name} must be in [0, 1), not {getattr(self, name)}.")
-        _require(
+            require(0 <= getattr(self, name) < 1, f"{name} must be in [0, 1), not {getattr(self, name)}.")
+        require(
             self.positions == "learned" or self.hidden_size % 2 == 0, "Sinusoidal positions need an even hidden_size."
         )
 
@@ -81,7 +65,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    path: str = field(default="", metadata={"may_change": True})  # a model folder or a hub id; empty: no teacher
+    path: str = may_change("")  # a model folder or a hub id; empty: no teacher
 
 
 @dataclass(frozen=True)
@@ -102,8 +86,8 @@ class StudentConfig:
     attention_dropout: float = 0.1
 
     def __post_init__(self) -> None:
-        _require(self.num_layers is None or self.num_layers > 0, "student.num_layers must be at least 1.")
-        _require(
+        require(self.num_layers is None or self.num_layers > 0, "student.num_layers must be at least 1.")
+        require(
             not self.layers or self.num_layers in (None, len(self.layers)),
             f"student.layers names {len(self.layers)} layers and student.num_layers says {self.num_layers}: "
             "set one of them.",
@@ -121,8 +105,8 @@ class MaskingConfig:
     mask_token_id: int = 0  # 0: taken from the tokenizer of the prepared data
 
     def __post_init__(self) -> None:
-        _require(0 < self.rate < 1, f"masking.rate must be between 0 and 1, not {self.rate}.")
-        _require(
+        require(0 < self.rate < 1, f"masking.rate must be between 0 and 1, not {self.rate}.")
+        require(
             self.mask >= 0 and self.random >= 0 and self.mask + self.random <= 1,
             f"masking.mask {self.mask} and masking.random {self.random} must be shares of one whole.",
         )
@@ -139,16 +123,18 @@ class LossConfig:
     temperature: float = 2.0
     soft_positions: Literal["all", "targets"] = "all"  # where kl and mse are taken: every token, or MLM targets only
     targets_per_row: int | None = None  # no row has more targets (masking sets it); None: any number
+    chunk: int = may_change(32)  # positions of every row whose logits exist at a time (`fused.py`); 0: all at once
 
     def __post_init__(self) -> None:
         for name in ("kl", "mlm", "cosine", "mse"):
-            _require(getattr(self, name) >= 0, f"loss.{name} must not be negative, but is {getattr(self, name)}.")
-        _require(
+            require(getattr(self, name) >= 0, f"loss.{name} must not be negative, but is {getattr(self, name)}.")
+        require(
             max(self.kl, self.mlm, self.cosine, self.mse) > 0,
             "Every loss weight is 0, so there is nothing to minimise: set at least one of loss.kl, loss.mlm, "
             "loss.cosine, loss.mse.",
         )
-        _require(self.temperature > 0, f"loss.temperature must be above 0, not {self.temperature}.")
+        require(self.chunk >= 0, f"loss.chunk must not be negative, but is {self.chunk}.")
+        require(self.temperature > 0, f"loss.temperature must be above 0, not {self.temperature}.")
 
     @property
     def needs_teacher(self) -> bool:
@@ -170,9 +156,9 @@ class OptimizerConfig:
     freeze: tuple[str, ...] = ()  # parameters left as they are, by the start of their path: "embeddings/position"
 
     def __post_init__(self) -> None:
-        _require(self.learning_rate > 0, f"optimizer.learning_rate must be above 0, not {self.learning_rate}.")
-        _require(0 <= self.warmup <= 1, f"optimizer.warmup is a share of the steps, 0 to 1, not {self.warmup}.")
-        _require(self.clip > 0, f"optimizer.clip must be above 0, not {self.clip}.")
+        require(self.learning_rate > 0, f"optimizer.learning_rate must be above 0, not {self.learning_rate}.")
+        require(0 <= self.warmup <= 1, f"optimizer.warmup is a share of the steps, 0 to 1, not {self.warmup}.")
+        require(self.clip > 0, f"optimizer.clip must be above 0, not {self.clip}.")
 
 
 @dataclass(frozen=True)
@@ -187,26 +173,26 @@ class StepConfig:
     accumulation: int = 1  # micro-batches per update
 
     def __post_init__(self) -> None:
-        _require(self.accumulation >= 1, f"accumulation must be at least 1, not {self.accumulation}.")
-        _require(self.student.mlm_head, "The student has no MLM head, which masked-LM training needs.")
+        require(self.accumulation >= 1, f"accumulation must be at least 1, not {self.accumulation}.")
+        require(self.student.mlm_head, "The student has no MLM head, which masked-LM training needs.")
         if self.teacher is None:
-            _require(
+            require(
                 not self.loss.needs_teacher,
                 "loss.kl, loss.cosine and loss.mse need a teacher: set teacher.path, or set them to 0.",
             )
             return
-        _require(
+        require(
             self.teacher.vocab_size == self.student.vocab_size,
             f"The teacher knows {self.teacher.vocab_size} tokens and the student {self.student.vocab_size}: "
             "both must use one tokenizer.",
         )
-        _require(
+        require(
             self.loss.cosine == 0 or self.teacher.hidden_size == self.student.hidden_size,
             f"The cosine loss compares hidden states of one width, but the teacher's is {self.teacher.hidden_size} "
             f'and the student\'s {self.student.hidden_size}: set loss.cosine = 0 (and student.init = "random"), '
             "or give both one width.",
         )
-        _require(
+        require(
             self.teacher.mlm_head or max(self.loss.kl, self.loss.mse) == 0,
             "The teacher has no MLM head, so it has no soft targets: train its head first "
             "(`distil-jax train` without a teacher), or set loss.kl = 0 and loss.mse = 0.",
@@ -215,7 +201,7 @@ class StepConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    path: str = field(default="", metadata={"may_change": True})  # the folder that `distil-jax prepare` wrote
+    path: str = may_change("")  # the folder that `distil-jax prepare` wrote
 
 
 @dataclass(frozen=True)
@@ -223,15 +209,15 @@ class TrainConfig:
     batch_rows: int = 256  # rows per optimiser step, over all devices and micro-batches
     steps: int = 0  # optimiser steps; or
     epochs: float = 0.0  # passes over the training rows
-    accumulation: int = _may_change(1)  # micro-batches per step: less memory, same update
-    log_every: int = _may_change(20)  # steps
-    eval_every: int = _may_change(1000)  # steps; 0: only before the first and after the last
-    eval_rows: int = _may_change(512)  # held-out rows per evaluation; 0: all
-    checkpoint_every: int = _may_change(1000)  # steps
-    keep_checkpoints: int = _may_change(3)
-    profile_at: int = _may_change(0)  # first step of the profiler's window; 0: no profile
-    profile_steps: int = _may_change(5)
-    tensorboard: bool = _may_change(True)
+    accumulation: int = may_change(1)  # micro-batches per step: less memory, same update
+    log_every: int = may_change(20)  # steps
+    eval_every: int = may_change(1000)  # steps; 0: only before the first and after the last
+    eval_rows: int = may_change(512)  # held-out rows per evaluation; 0: all
+    checkpoint_every: int = may_change(1000)  # steps
+    keep_checkpoints: int = may_change(3)
+    profile_at: int = may_change(0)  # first step of the profiler's window; 0: no profile
+    profile_steps: int = may_change(5)
+    tensorboard: bool = may_change(True)
 
     def __post_init__(self) -> None:
         for name in (
@@ -242,15 +228,15 @@ class TrainConfig:
             "keep_checkpoints",
             "profile_steps",
         ):
-            _require(getattr(self, name) >= 1, f"train.{name} must be at least 1, not {getattr(self, name)}.")
+            require(getattr(self, name) >= 1, f"train.{name} must be at least 1, not {getattr(self, name)}.")
         for name in ("eval_every", "eval_rows", "profile_at"):
-            _require(getattr(self, name) >= 0, f"train.{name} must not be negative, but is {getattr(self, name)}.")
-        _require(
+            require(getattr(self, name) >= 0, f"train.{name} must not be negative, but is {getattr(self, name)}.")
+        require(
             self.batch_rows % self.accumulation == 0,
             f"train.batch_rows {self.batch_rows} does not divide into {self.accumulation} micro-batches: "
             "change train.accumulation.",
         )
-        _require(
+        require(
             (self.steps > 0) != (self.epochs > 0),
             f"Set either train.steps or train.epochs above 0 (steps is {self.steps}, epochs {self.epochs}).",
         )
@@ -260,13 +246,13 @@ class TrainConfig:
 class MeshConfig:
     """Devices per mesh axis; one of them may be -1, which takes what is left."""
 
-    data: int = _may_change(-1)
-    fsdp: int = _may_change(1)
-    tensor: int = _may_change(1)
+    data: int = may_change(-1)
+    fsdp: int = may_change(1)
+    tensor: int = may_change(1)
 
     def __post_init__(self) -> None:
         sizes = (self.data, self.fsdp, self.tensor)
-        _require(
+        require(
             all(size > 0 or size == -1 for size in sizes) and sizes.count(-1) <= 1,
             f"mesh sizes must be positive, and at most one of them -1, but are {sizes}.",
         )
@@ -275,8 +261,8 @@ class MeshConfig:
 @dataclass(frozen=True)
 class ComputeConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on accelerators, float32 on CPUs
-    unroll: Literal["auto", "yes", "no"] = _may_change("auto")  # auto: on CPUs, where it is faster
-    remat: Literal["none", "dots", "full"] = _may_change("none")
+    unroll: Literal["auto", "yes", "no"] = may_change("auto")  # auto: on CPUs, where it is faster
+    remat: Literal["none", "dots", "full"] = may_change("none")
 
 
 @dataclass(frozen=True)
@@ -296,11 +282,11 @@ class Config:
 
     def __post_init__(self) -> None:
         if not self.teacher.path:
-            _require(
+            require(
                 not self.loss.needs_teacher,
                 "loss.kl, loss.cosine and loss.mse need a teacher: set teacher.path, or set them to 0.",
             )
-            _require(
+            require(
                 self.student.init != "teacher",
                 'student.init = "teacher" needs a teacher: set teacher.path, or student.init = "random".',
             )
@@ -314,7 +300,7 @@ def preset(path: str | Path) -> Path:
     folder = next(each for each in (here / "configs", here.parent / "configs") if each.is_dir())
     named = folder / f"{path}.toml"
     known = sorted(file.stem for file in folder.glob("*.toml"))
-    _require(named.exists(), f"There is no config {path}: name a TOML file, or one of {', '.join(known)}.")
+    require(named.exists(), f"There is no config {path}: name a TOML file, or one of {', '.join(known)}.")
     return named
 
 
@@ -336,88 +322,12 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid TOML: {error}.") from error
     for override in overrides:
-        _override(values, override)
+        set_value(values, override)
     # Without a teacher the terms that need one are off unless asked for, and then refused: the same file
     # with `teacher.path` removed is plain masked-LM training.
-    if not _table(values, "teacher").get("path"):
-        values["loss"] = {"kl": 0.0, "cosine": 0.0} | _table(values, "loss")
-        values["student"] = {"init": "random"} | _table(values, "student")
-    if not {"steps", "epochs"} & _table(values, "train").keys():
-        values["train"] = {"epochs": 3.0} | _table(values, "train")
+    if not table_of(values, "teacher").get("path"):
+        values["loss"] = {"kl": 0.0, "cosine": 0.0} | table_of(values, "loss")
+        values["student"] = {"init": "random"} | table_of(values, "student")
+    if not {"steps", "epochs"} & table_of(values, "train").keys():
+        values["train"] = {"epochs": 3.0} | table_of(values, "train")
     return build(Config, values)
-
-
-def build(kind: type, values: Mapping[str, Any], where: str = "") -> Any:
-    """The dataclass `kind` from nested plain values; every key and type is checked."""
-    types_of = typing.get_type_hints(kind)
-    known = [f.name for f in dataclasses.fields(kind)]
-    for key in values:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-            raise InputError(f"Unknown config key {where}{key}: did you mean {where}{near}?")
-    missing = [f.name for f in dataclasses.fields(kind) if f.name not in values and f.default is dataclasses.MISSING]
-    _require(not missing, f"The config lacks {where}{', '.join(missing)}.")
-    return kind(**{key: _convert(types_of[key], value, where + key) for key, value in values.items()})
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """Nested plain values, None left out (TOML has none): `build(type(config), to_dict(config)) == config`."""
-    values = {}
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        if dataclasses.is_dataclass(value):
-            values[f.name] = to_dict(value)
-        elif value is not None:
-            values[f.name] = list(value) if isinstance(value, tuple) else value
-    return values
-
-
-def differences(old: Any, new: Any, where: str = "") -> list[str]:
-    """What differs between two configs in fields that a resumed run may not change, one line each."""
-    found = []
-    for f in dataclasses.fields(old):
-        before, after = getattr(old, f.name), getattr(new, f.name)
-        if dataclasses.is_dataclass(before) and type(before) is type(after):
-            found += differences(before, after, f"{where}{f.name}.")
-        elif before != after and not f.metadata.get("may_change"):
-            found.append(f"{where}{f.name}: {before} -> {after}")
-    return found
-
-
-def _table(values: Mapping[str, Any], name: str) -> dict[str, Any]:
-    table = values.get(name, {})
-    _require(isinstance(table, dict), f"Config key {name} must be a table: write [{name}], then its keys.")
-    return table
-
-
-def _override(values: dict[str, Any], override: str) -> None:
-    path, separator, text = override.partition("=")
-    _require(bool(separator), f"--set takes section.key=value, not {override!r}.")
-    *sections, key = path.strip().split(".")
-    for section in sections:
-        values[section] = dict(_table(values, section))
-        values = values[section]
-    try:
-        values[key] = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        values[key] = text
-
-
-def _convert(kind: Any, value: Any, where: str) -> Any:
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind):
-        _require(isinstance(value, Mapping), f"Config key {where} must be a table: write [{where}], then its keys.")
-        return build(kind, value, where + ".")
-    if origin is Literal:
-        choices = " or ".join(map(repr, arguments))
-        _require(value in arguments, f"Config key {where} must be {choices}, not {value!r}.")
-        return value
-    if origin is tuple:
-        _require(isinstance(value, (list, tuple)), f"Config key {where} must be a list, not {value!r}.")
-        return tuple(_convert(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-    if origin is types.UnionType:
-        return None if value is None else _convert(arguments[0], value, where)
-    if kind is float and type(value) is int:
-        return float(value)
-    _require(type(value) is kind, f"Config key {where} must be of type {kind.__name__}, not {value!r}.")
-    return value

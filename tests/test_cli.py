@@ -16,9 +16,10 @@ from conftest import LENGTH, file_hashes, random_params
 
 import distil_jax
 from distil_jax import cli
-from distil_jax.config import Config, build, load
+from distil_jax.config import Config, load
 from distil_jax.data.prepare import PrepareConfig, prepare
 from distil_jax.io import huggingface
+from distil_jax.schema import build
 
 REPOSITORY = Path(__file__).parents[1]
 VERBS = ("demo", "prepare", "train", "eval", "export", "report")

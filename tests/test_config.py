@@ -10,9 +10,10 @@ import pytest
 import tomli_w
 
 from distil_jax.commands.assemble import student_model
-from distil_jax.config import Config, InputError, ModelConfig, build, differences, load, to_dict
+from distil_jax.config import Config, ModelConfig, load
 from distil_jax.models.encoder import count_parameters
 from distil_jax.models.student import choose_layers
+from distil_jax.schema import InputError, build, differences, to_dict
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.toml"))
 

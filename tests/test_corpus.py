@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from distil_jax.config import InputError
 from distil_jax.data import corpus, docstrings
+from distil_jax.schema import InputError
 
 
 def read(*sources: object, **options) -> list[corpus.Piece]:

@@ -8,8 +8,9 @@ import pytest
 from distil_jax.commands.demo import TEACHER, TEXT, _row, demo
 from distil_jax.commands.fill_mask import fill_mask
 from distil_jax.commands.run_folder import open_model
-from distil_jax.config import InputError, ModelConfig
+from distil_jax.config import ModelConfig
 from distil_jax.io import huggingface
+from distil_jax.schema import InputError
 
 LINES = (
     "returns the sum of the array elements over the given axis of the input array",

@@ -17,13 +17,13 @@ from distil_jax.commands.evaluate import evaluate
 from distil_jax.commands.export import export
 from distil_jax.commands.fill_mask import fill_mask
 from distil_jax.commands.run_folder import open_model
-from distil_jax.config import InputError
 from distil_jax.data.loader import read_manifest
 from distil_jax.data.tokenizer import fingerprint, load_tokenizer
 from distil_jax.io import huggingface
 from distil_jax.io.metrics import read_metrics
 from distil_jax.models.encoder import MaskedLm, count_parameters
 from distil_jax.objective.distillation import logits
+from distil_jax.schema import InputError
 from distil_jax.structs import Batch
 
 TEXTS = ["the cat hunts the [MASK] in the garden.", "the [MASK] hears the wolf in the house. the dog sees the bear."]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 HOUSE = Path(__file__).parents[1] / "distil_jax"
-GROUND = {"config", "structs"}
+GROUND = {"schema", "config", "structs"}
 BELOW = {
     "models": set(),
     "objective": set(),

@@ -14,10 +14,10 @@ import jax
 import numpy as np
 import pytest
 
-from distil_jax.config import InputError
 from distil_jax.data import loader
 from distil_jax.data.loader import FORMAT, Manifest, RowTable, StoredFile
 from distil_jax.data.packing import RowWriter
+from distil_jax.schema import InputError
 
 LENGTH, ROWS, HELD_OUT, PAD = 16, 23, 5, 9
 

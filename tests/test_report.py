@@ -15,8 +15,9 @@ from matplotlib.image import imread
 
 from distil_jax import cli
 from distil_jax.commands.report import table
-from distil_jax.config import Config, build, load
+from distil_jax.config import Config, load
 from distil_jax.io.metrics import read_metrics
+from distil_jax.schema import build
 
 WIDTH, HEIGHT = 546, 832  # pixels of a panel's column, and of the page
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from conftest import assert_params_close
 
-from distil_jax.config import InputError, MeshConfig
+from distil_jax.config import MeshConfig
 from distil_jax.models.encoder import abstract_params
+from distil_jax.schema import InputError
 from distil_jax.training.sharding import jit_eval, jit_step, make_mesh, put_rows, shardings_of
 from distil_jax.training.state import abstract_state, init_state
 from distil_jax.training.step import mask_and_eval_step, mask_and_train_step

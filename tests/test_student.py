@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from distil_jax.config import InputError
 from distil_jax.models.encoder import MaskedLm
 from distil_jax.models.student import choose_layers, student_from_teacher
+from distil_jax.schema import InputError
 from distil_jax.structs import Batch
 
 

@@ -26,12 +26,13 @@ from distil_jax.commands import train as command
 from distil_jax.commands.assemble import assemble
 from distil_jax.commands.run_folder import open_model
 from distil_jax.config import Config as RunConfig
-from distil_jax.config import build, load, to_dict
+from distil_jax.config import load
 from distil_jax.data.loader import batches, read_manifest
 from distil_jax.data.prepare import PrepareConfig, prepare
 from distil_jax.io import huggingface
 from distil_jax.io.checkpoint import Checkpoints
 from distil_jax.io.metrics import MetricsWriter, read_metrics
+from distil_jax.schema import build, to_dict
 from distil_jax.training.sharding import put_rows
 
 REPOSITORY = Path(__file__).parents[1]

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distil_jax.config import ComputeConfig, Config, InputError, ModelConfig, StepConfig, StudentConfig
+from distil_jax.config import ComputeConfig, Config, ModelConfig, StepConfig, StudentConfig
 from distil_jax.data.loader import Manifest, RowTable, Split, open_rows, read_manifest
 from distil_jax.data.tokenizer import fingerprint as tokenizer_fingerprint
 from distil_jax.io import huggingface
@@ -20,6 +20,7 @@ from distil_jax.io.tensors import local_folder
 from distil_jax.models.encoder import init_params
 from distil_jax.models.student import choose_layers, student_from_teacher
 from distil_jax.objective.masking import masking_weights, most_targets
+from distil_jax.schema import InputError
 
 
 @dataclass(frozen=True, eq=False)

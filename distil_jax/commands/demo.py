@@ -23,10 +23,11 @@ from distil_jax.commands.prepare import prepare_rows
 from distil_jax.commands.report import table, write_report
 from distil_jax.commands.run_folder import Model, open_model
 from distil_jax.commands.train import train
-from distil_jax.config import InputError, ModelConfig, load
+from distil_jax.config import ModelConfig, load
 from distil_jax.data.prepare import PrepareConfig
 from distil_jax.io.metrics import read_metrics
 from distil_jax.models.encoder import MaskedLm, count_parameters
+from distil_jax.schema import InputError
 from distil_jax.structs import Batch
 
 TEACHER = Path(__file__).parents[1] / "teacher"

@@ -14,19 +14,12 @@ from jax.sharding import Mesh
 
 from distil_jax.commands.assemble import check_tokenizer, resolve_compute, token_weights, with_compute
 from distil_jax.commands.run_folder import Model, open_model
-from distil_jax.config import (
-    ComputeConfig,
-    InputError,
-    LossConfig,
-    MaskingConfig,
-    MeshConfig,
-    OptimizerConfig,
-    StepConfig,
-)
+from distil_jax.config import ComputeConfig, LossConfig, MaskingConfig, MeshConfig, OptimizerConfig, StepConfig
 from distil_jax.data.loader import RowTable, held_out_batches, open_rows, read_manifest
 from distil_jax.io.metrics import perplexity, to_numbers
 from distil_jax.models.encoder import abstract_params, count_parameters
 from distil_jax.objective.masking import most_targets
+from distil_jax.schema import InputError
 from distil_jax.training.sharding import jit_eval, make_mesh, put_rows, shardings_of
 from distil_jax.training.state import TrainState, abstract_state
 from distil_jax.training.step import mask_and_eval_step

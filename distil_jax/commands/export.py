@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from distil_jax.commands.run_folder import Model, open_model
-from distil_jax.config import ModelConfig, build
+from distil_jax.config import ModelConfig
 from distil_jax.io import huggingface
 from distil_jax.io.metrics import read_metrics
 from distil_jax.models.encoder import count_parameters
+from distil_jax.schema import build
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

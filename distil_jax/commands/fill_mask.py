@@ -6,10 +6,10 @@ import jax
 import numpy as np
 
 from distil_jax.commands.run_folder import Model
-from distil_jax.config import InputError
 from distil_jax.data.tokenizer import load_tokenizer
 from distil_jax.models.encoder import MaskedLm
 from distil_jax.objective.distillation import logits
+from distil_jax.schema import InputError
 from distil_jax.structs import Batch
 
 

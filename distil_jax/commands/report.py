@@ -9,8 +9,9 @@ from pathlib import Path
 import tomli_w
 
 from distil_jax.commands.run_folder import is_run
-from distil_jax.config import InputError, load, to_dict
+from distil_jax.config import load
 from distil_jax.io.metrics import read_metrics
+from distil_jax.schema import InputError, to_dict
 
 _TERMS = {
     "kl": "KL to the teacher (T² included)",

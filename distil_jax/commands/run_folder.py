@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from dataclasses import dataclass
 from functools import partial
@@ -13,10 +14,11 @@ import tomli_w
 
 from distil_jax import __version__
 from distil_jax.commands.assemble import Parts
-from distil_jax.config import Config, InputError, LossConfig, ModelConfig, StepConfig, build, differences, load, to_dict
+from distil_jax.config import Config, LossConfig, ModelConfig, StepConfig, load
 from distil_jax.io import huggingface
 from distil_jax.io.checkpoint import Checkpoints
 from distil_jax.io.tensors import local_folder
+from distil_jax.schema import InputError, build, differences, to_dict
 from distil_jax.training.state import TrainState, init_state
 
 
@@ -49,31 +51,43 @@ def is_run(folder: Path) -> bool:
     return (folder / "config.toml").exists() and (folder / "tokenizer").is_dir()
 
 
-def check(folder: Path, config: Config | None = None) -> None:
+def check(folder: Path, parts: Parts | None = None) -> None:
     """Refuses a folder that a run cannot use; writes nothing.
 
     Args:
       folder: of the run.
-      config: resolved, if it is known already.
+      parts: of the run, if they are known already.
 
     Raises:
-      InputError: a file, a folder with something else in it, or a run with other mathematics than `config`.
+      InputError: a file, a folder with something else in it, or a run with other mathematics, rows or teacher.
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file: name a folder for the run.")
     if folder.is_dir() and any(folder.iterdir()) and not is_run(folder):
         raise InputError(f"{folder} holds something other than a run: name a new folder; nothing was changed.")
-    if config is not None and is_run(folder):
-        changed = differences(load(folder / "config.toml"), config)
-        if changed:
+    if parts is None or not is_run(folder):
+        return
+    changed = differences(load(folder / "config.toml"), parts.config)
+    if changed:
+        raise InputError(
+            f"{folder} holds a run with another configuration ({'; '.join(changed)}): give it the same one to go on, "
+            "or name a new folder."
+        )
+    if not (folder / "checkpoints").is_dir():
+        return
+    with contextlib.closing(Checkpoints(folder / "checkpoints")) as checkpoints:
+        steps = checkpoints.steps()
+        identity = checkpoints.facts(steps[-1])["identity"] if steps else parts.identity
+    for name, digest in parts.identity.items():
+        if identity.get(name) != digest:
             raise InputError(
-                f"{folder} holds a run with another configuration ({'; '.join(changed)}): give it the same one to go "
-                "on, or name a new folder."
+                f"The run was started with other {'prepared rows' if name == 'rows' else 'teacher weights'}: "
+                "point the config at the ones it began with, or start a new run folder."
             )
 
 
-def begin(folder: Path, config: Config, tokenizer: Path) -> None:
-    """Makes the folder, or takes up the run that it holds.
+def begin(folder: Path, parts: Parts) -> None:
+    """Makes the folder, or takes up the run that it holds with what may change and has changed.
 
     Raises:
       InputError: it cannot be written.
@@ -81,8 +95,8 @@ def begin(folder: Path, config: Config, tokenizer: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # Kept with the run, so that it can be exported when the data is gone.
-        shutil.copytree(tokenizer, folder / "tokenizer", dirs_exist_ok=True)
-        (folder / "config.toml").write_text(tomli_w.dumps(to_dict(config)), encoding="utf-8")
+        shutil.copytree(parts.tokenizer, folder / "tokenizer", dirs_exist_ok=True)
+        (folder / "config.toml").write_text(tomli_w.dumps(to_dict(parts.config)), encoding="utf-8")
     except OSError as error:
         raise InputError(f"Cannot write the run folder {folder}: {error.strerror}.") from error
 
@@ -140,8 +154,7 @@ def open_model(path: str | Path, step: int | None = None) -> Model:
         return Model(config, params, tokenizer=folder)
     if not (folder / "checkpoints").is_dir():
         raise InputError(f"{folder} has no checkpoint yet: let it train for longer.")
-    checkpoints = Checkpoints(folder / "checkpoints")
-    try:
+    with contextlib.closing(Checkpoints(folder / "checkpoints")) as checkpoints:
         saved = checkpoints.steps()
         if not saved or step not in (None, *saved):
             raise InputError(f"{folder} has checkpoints of the steps {saved}, and not {step or 'one to read'}.")
@@ -152,6 +165,4 @@ def open_model(path: str | Path, step: int | None = None) -> Model:
         # Enough to shape the state; a teacher or the data are not needed to read it.
         alone = StepConfig(student, loss=LossConfig(kl=0, cosine=0), optimizer=run_config.optimizer)
         state = restore(checkpoints, step, alone)
-    finally:
-        checkpoints.close()
     return Model(student, jax.device_get(state.params), folder / "tokenizer", run=folder, step=step, facts=found)

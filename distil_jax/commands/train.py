@@ -20,11 +20,12 @@ from distil_jax.commands import run_folder
 from distil_jax.commands.assemble import Parts, assemble
 from distil_jax.commands.evaluate import held_out_numbers
 from distil_jax.commands.progress import Diverged, Progress, Stopped
-from distil_jax.config import Config, InputError, StepConfig, TrainConfig, load, to_dict
+from distil_jax.config import Config, StepConfig, TrainConfig, load
 from distil_jax.data.loader import batches, prefetch
 from distil_jax.io.checkpoint import Checkpoints
 from distil_jax.io.metrics import MetricsWriter, last_held_out, read_metrics
 from distil_jax.models.encoder import abstract_params, count_parameters
+from distil_jax.schema import InputError, to_dict
 from distil_jax.structs import Rows
 from distil_jax.training.sharding import jit_eval, jit_step, make_mesh, put_rows, shardings_of
 from distil_jax.training.state import TrainState, abstract_state, init_state
@@ -95,13 +96,11 @@ def train(config: Config, workdir: str | Path) -> dict[str, float]:
     workdir = Path(workdir)
     run_folder.check(workdir)
     parts = assemble(config)
-    run_folder.check(workdir, parts.config)
+    run_folder.check(workdir, parts)
     program = compile_run(parts)
-    if not run_folder.is_run(workdir):
-        run_folder.begin(workdir, parts.config, parts.tokenizer)
+    run_folder.begin(workdir, parts)
     with contextlib.closing(Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints)) as checkpoints:
         state = _begin(program, checkpoints)
-        run_folder.begin(workdir, parts.config, parts.tokenizer)  # what may change, may have changed
         step = int(state.step)
         _announce(program, workdir, step)
         writer = MetricsWriter(workdir, step=step, tensorboard=config.train.tensorboard)
@@ -159,13 +158,6 @@ def _begin(program: Program, checkpoints: Checkpoints) -> TrainState:
     steps = checkpoints.steps()
     if not steps:
         return first_state(program)
-    saved = checkpoints.facts(steps[-1])
-    for name, digest in program.parts.identity.items():
-        if saved["identity"].get(name) != digest:
-            raise InputError(
-                f"The run was started with other {'prepared rows' if name == 'rows' else 'teacher weights'}: "
-                "point the config at the ones it began with, or start a new run folder."
-            )
     return run_folder.restore(checkpoints, steps[-1], program.parts.step, program.state_sharding)
 
 

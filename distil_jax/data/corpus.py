@@ -17,8 +17,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from distil_jax.config import InputError
 from distil_jax.data import docstrings
+from distil_jax.schema import InputError
 
 Document = Literal["block", "file", "line"]
 

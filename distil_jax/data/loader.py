@@ -20,7 +20,7 @@ from typing import Literal, TypeVar, get_args
 
 import numpy as np
 
-from distil_jax.config import InputError, build
+from distil_jax.schema import InputError, build
 from distil_jax.structs import Rows
 
 FORMAT = 1  # of the folder; a reader refuses any other

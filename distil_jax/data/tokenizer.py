@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distil_jax.config import InputError
 from distil_jax.data.corpus import Piece
+from distil_jax.schema import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

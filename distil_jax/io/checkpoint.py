@@ -9,7 +9,7 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
-from distil_jax.config import InputError
+from distil_jax.schema import InputError
 
 # Orbax reports every directory it makes at INFO and WARNING; a run's own lines must stay readable.
 logging.getLogger("absl").setLevel(logging.ERROR)

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from distil_jax.config import InputError, ModelConfig
+from distil_jax.config import ModelConfig
+from distil_jax.schema import InputError
 
 BERT, DISTILBERT = "bert", "distilbert"
 SINUSOIDAL_KEY = "sinusoidal_pos_embds"

@@ -1,7 +1,6 @@
-"""Model folders as `transformers` writes and reads them: the one name table, read in both directions.
+"""Model folders as `transformers` writes and reads them, without PyTorch.
 
-Nothing is guessed: every tensor is known by name and shape, and what a file may lawfully lack or carry beyond is
-written down here. PyTorch is not needed.
+Nothing is guessed: every tensor is known by name and shape, from the one name table, read in both directions.
 """
 
 from __future__ import annotations
@@ -9,72 +8,24 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from flax import traverse_util
 
-from distil_jax.config import InputError, ModelConfig
-from distil_jax.io.config_json import BERT, DISTILBERT, SINUSOIDAL_KEY, from_json, model_type, to_json
+from distil_jax.config import ModelConfig
+from distil_jax.io.config_json import BERT, SINUSOIDAL_KEY, from_json, model_type, to_json
+from distil_jax.io.name_table import HEAD, IGNORED, LEGACY, TIED, leaves
 from distil_jax.io.tensors import SINGLE, TOKENIZER_FILES, Tensor, local_folder, open_tensors, read_json
+from distil_jax.schema import InputError
 from distil_jax.structs import sinusoidal_table
 
 Params = Mapping[str, Any]
-
-# THE NAME TABLE: our module, its kind and axes, BERT's name, DistilBERT's name. The axes are those of structs.py, and
-# P positions, T token types; letters that stand together are one axis in the file. `{}` is the layer: ours are stacked.
-_MODULES = (
-    ("embeddings/word", "table V D", "embeddings.word_embeddings", "embeddings.word_embeddings"),
-    ("embeddings/position", "table P D", "embeddings.position_embeddings", "embeddings.position_embeddings"),
-    ("embeddings/token_type", "table T D", "embeddings.token_type_embeddings", None),
-    ("embeddings/norm", "norm D", "embeddings.LayerNorm", "embeddings.LayerNorm"),
-    ("layers/query", "linear D HK", "encoder.layer.{}.attention.self.query", "transformer.layer.{}.attention.q_lin"),
-    ("layers/key", "linear D HK", "encoder.layer.{}.attention.self.key", "transformer.layer.{}.attention.k_lin"),
-    ("layers/value", "linear D HK", "encoder.layer.{}.attention.self.value", "transformer.layer.{}.attention.v_lin"),
-    (
-        "layers/attention_output",
-        "linear HK D",
-        "encoder.layer.{}.attention.output.dense",
-        "transformer.layer.{}.attention.out_lin",
-    ),
-    (
-        "layers/attention_norm",
-        "norm D",
-        "encoder.layer.{}.attention.output.LayerNorm",
-        "transformer.layer.{}.sa_layer_norm",
-    ),
-    ("layers/intermediate", "linear D F", "encoder.layer.{}.intermediate.dense", "transformer.layer.{}.ffn.lin1"),
-    ("layers/output", "linear F D", "encoder.layer.{}.output.dense", "transformer.layer.{}.ffn.lin2"),
-    ("layers/output_norm", "norm D", "encoder.layer.{}.output.LayerNorm", "transformer.layer.{}.output_layer_norm"),
-    ("pooler", "linear D D", "pooler.dense", None),
-    ("mlm/transform", "linear D D", "cls.predictions.transform.dense", "vocab_transform"),
-    ("mlm/norm", "norm D", "cls.predictions.transform.LayerNorm", "vocab_layer_norm"),
-    ("mlm", "bias V", "cls.predictions", "vocab_projector"),
-)
-# Our leaves of each kind, and theirs. A linear kernel is [in, out] here and [out, in] there.
-_LEAVES = {
-    "table": {"": ".weight"},
-    "norm": {"/scale": ".weight", "/bias": ".bias"},
-    "linear": {"/kernel": ".weight", "/bias": ".bias"},
-    "bias": {"/bias": ".bias"},
-}
-_HEAD = ("cls.predictions.", "vocab_")  # how the names of MLM heads begin; all others have the body's prefix
-
-# What a file may carry beyond the table: a buffer, BERT's second pre-training task, and copies of what is tied.
-_IGNORED = ("embeddings.position_ids", "cls.seq_relationship.weight", "cls.seq_relationship.bias")
-_TIED = {
-    "cls.predictions.decoder.weight": "embeddings.word_embeddings.weight",
-    "cls.predictions.decoder.bias": "cls.predictions.bias",
-    "vocab_projector.weight": "embeddings.word_embeddings.weight",
-}
-_LEGACY = {".gamma": ".weight", ".beta": ".bias"}  # LayerNorm in the first published files
 
 # How near the formula a stored table must be to count as sinusoidal: rounding, and no more.
 _ROUNDING = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 1e-2}
@@ -96,7 +47,7 @@ def load(folder: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
     folder = local_folder(folder)
     with open_tensors(folder) as opened:
         config, tensors = _examine(folder, opened)
-        flat = {leaf.path: leaf.read(tensors) for leaf in _leaves(config)}
+        flat = {leaf.path: leaf.read(tensors) for leaf in leaves(config)}
     return config, traverse_util.unflatten_dict(flat, sep="/")
 
 
@@ -175,88 +126,6 @@ def fingerprint(params: Params) -> str:
     return digest.hexdigest()
 
 
-@dataclass(frozen=True)
-class _Leaf:
-    """One array of ours, and its tensors in the file: one, or one per layer.
-
-    Attributes:
-      path: ours, "layers/query/kernel".
-      names: theirs, without the "bert." or "distilbert." in front.
-      shape: ours, of one layer.
-      rows: how much of our first axis is in the file: the vocabulary is padded here and not there.
-      file_shape: theirs.
-    """
-
-    path: str
-    names: tuple[str, ...]
-    shape: tuple[int, ...]
-    rows: int
-    file_shape: tuple[int, ...]
-
-    @property
-    def transposed(self) -> bool:
-        return self.path.endswith("/kernel")
-
-    @property
-    def full_shape(self) -> tuple[int, ...]:
-        return (len(self.names), *self.shape) if self.path.startswith("layers/") else self.shape
-
-    def read(self, tensors: Mapping[str, Tensor]) -> np.ndarray:
-        value = np.zeros((len(self.names), *self.shape), np.float32)
-        for name, part in zip(self.names, value, strict=True):
-            array = tensors[name].read()
-            array = array.T if self.transposed else array
-            part[: self.rows] = array.reshape(self.rows, *self.shape[1:])
-        return value.reshape(self.full_shape)
-
-    def write(self, value: Any) -> Iterator[tuple[str, np.ndarray]]:
-        for name, part in zip(self.names, np.asarray(value).reshape(len(self.names), *self.shape), strict=True):
-            part = part[: self.rows]
-            yield name, part.reshape(self.file_shape[::-1]).T if self.transposed else part.reshape(self.file_shape)
-
-
-def _leaves(config: ModelConfig) -> list[_Leaf]:
-    """The name table for one architecture."""
-    real = {
-        "V": config.vocab_size,
-        "P": config.max_positions,
-        "T": config.token_types,
-        "D": config.hidden_size,
-        "H": config.num_heads,
-        "K": config.head_size,
-        "F": config.intermediate_size,
-    }
-    padded = real | {"V": config.padded_vocab_size}
-    absent = {
-        "embeddings/position": config.positions == "sinusoidal",
-        "embeddings/token_type": config.token_types == 0,
-        "pooler": not config.pooler,
-        "mlm/transform": not config.mlm_head,
-        "mlm/norm": not config.mlm_head,
-        "mlm": not config.mlm_head,
-    }
-    leaves = []
-    for module, what, bert_name, distilbert_name in _MODULES:
-        if absent.get(module):
-            continue
-        kind, *module_axes = what.split()
-        name = {BERT: bert_name, DISTILBERT: distilbert_name}[model_type(config)]
-        layers = range(config.num_layers) if "{}" in name else range(1)
-        for our_leaf, their_leaf in _LEAVES[kind].items():
-            axes = module_axes[-1:] if our_leaf == "/bias" else module_axes
-            file_shape = tuple(math.prod(real[letter] for letter in axis) for axis in axes)
-            leaves.append(
-                _Leaf(
-                    path=module + our_leaf,
-                    names=tuple(name.format(layer) + their_leaf for layer in layers),
-                    shape=tuple(padded[letter] for letter in "".join(axes)),
-                    rows=real[axes[0][0]],
-                    file_shape=file_shape[::-1] if our_leaf == "/kernel" else file_shape,
-                )
-            )
-    return leaves
-
-
 def _examine(folder: Path, opened: Mapping[str, Tensor]) -> tuple[ModelConfig, dict[str, Tensor]]:
     """The architecture, and the tensors under the names of the table, after every check."""
     values = read_json(folder / "config.json")
@@ -264,12 +133,12 @@ def _examine(folder: Path, opened: Mapping[str, Tensor]) -> tuple[ModelConfig, d
     tensors = _plain_names(folder, opened, model_type(config))
     config = dataclasses.replace(
         config,
-        mlm_head=any(name.startswith(_HEAD) for name in tensors),
+        mlm_head=any(name.startswith(HEAD) for name in tensors),
         pooler=model_type(config) == BERT and any(name.startswith("pooler.") for name in tensors),
     )
     _join_tied(folder, tensors)
 
-    expected = {name: leaf.file_shape for leaf in _leaves(config) for name in leaf.names}
+    expected = {name: leaf.file_shape for leaf in leaves(config) for name in leaf.names}
     problems = [f"{name} is missing" for name in expected if name not in tensors]
     problems += [f"{name} is unexpected" for name in tensors if name not in expected]
     for name in expected.keys() & tensors.keys():
@@ -297,19 +166,19 @@ def _plain_names(folder: Path, opened: Mapping[str, Tensor], kind: str) -> dict[
     tensors: dict[str, Tensor] = {}
     for name, tensor in opened.items():
         plain = name.removeprefix(f"{kind}.")
-        for old, new in _LEGACY.items():
+        for old, new in LEGACY.items():
             if plain.endswith(old):
                 plain = plain.removesuffix(old) + new
         if plain in tensors:
             raise InputError(f"{folder} holds {plain} under two names, one of them {name}: export the model again.")
-        if plain not in _IGNORED:
+        if plain not in IGNORED:
             tensors[plain] = tensor
     return tensors
 
 
 def _join_tied(folder: Path, tensors: dict[str, Tensor]) -> None:
     """Takes out the copies of tied tensors; a copy stands in for an original that was not written."""
-    for copy, original in _TIED.items():
+    for copy, original in TIED.items():
         if copy not in tensors:
             continue
         tensor = tensors.pop(copy)
@@ -324,7 +193,7 @@ def _join_tied(folder: Path, tensors: dict[str, Tensor]) -> None:
 def _file_tensors(config: ModelConfig, params: Params, dtype: str) -> dict[str, np.ndarray]:
     """The tensors of model.safetensors: checked, unstacked, unpadded, contiguous."""
     flat = traverse_util.flatten_dict(params, sep="/")
-    shapes = {leaf.path: leaf.full_shape for leaf in _leaves(config)}
+    shapes = {leaf.path: leaf.full_shape for leaf in leaves(config)}
     problems = [f"{path} is missing" for path in shapes if path not in flat]
     problems += [f"{path} is unexpected" for path in flat if path not in shapes]
     for path in shapes.keys() & flat.keys():
@@ -338,7 +207,7 @@ def _file_tensors(config: ModelConfig, params: Params, dtype: str) -> dict[str, 
     if config.positions == "sinusoidal":  # transformers stores the table all the same
         flat["embeddings/position"] = sinusoidal_table(config.max_positions, config.hidden_size)
     tensors = {}
-    for leaf in _leaves(dataclasses.replace(config, positions="learned")):
+    for leaf in leaves(dataclasses.replace(config, positions="learned")):
         for name, array in leaf.write(flat[leaf.path]):
             with np.errstate(over="ignore"):  # an overflow gives an infinity, which is refused
                 array = np.ascontiguousarray(array, dtype)  # safetensors scrambles a transposed view, in silence
@@ -347,7 +216,7 @@ def _file_tensors(config: ModelConfig, params: Params, dtype: str) -> dict[str, 
                     f"{leaf.path} holds numbers that are not finite in {dtype}, so the model is not saved: "
                     "take an earlier checkpoint, or another dtype."
                 )
-            prefixed = config.mlm_head and not name.startswith(_HEAD)
+            prefixed = config.mlm_head and not name.startswith(HEAD)
             tensors[f"{model_type(config)}.{name}" if prefixed else name] = array
     return tensors
 

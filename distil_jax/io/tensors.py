@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from distil_jax.config import InputError
+from distil_jax.schema import InputError
 
 SINGLE, INDEX, PICKLE = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import jax
 import numpy as np
 
-from distil_jax.config import InputError, ModelConfig
+from distil_jax.config import ModelConfig
+from distil_jax.schema import InputError
 
 
 def choose_layers(teacher_layers: int, student_layers: int) -> tuple[int, ...]:

@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import optax
 
-from distil_jax.config import InputError, OptimizerConfig
+from distil_jax.config import OptimizerConfig
+from distil_jax.schema import InputError
 
 
 def learning_rate(config: OptimizerConfig) -> optax.Schedule:

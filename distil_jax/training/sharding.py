@@ -12,7 +12,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from distil_jax.config import InputError, MeshConfig
+from distil_jax.config import MeshConfig
+from distil_jax.schema import InputError
 
 _AXES = ("data", "fsdp", "tensor")
 

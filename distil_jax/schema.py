@@ -1,0 +1,105 @@
+"""Plain values <-> frozen dataclasses: every key and every type is checked, and what is wrong is said in a sentence.
+
+Configs, manifests and the facts beside a checkpoint are all read through here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+
+class InputError(ValueError):
+    """Something the person running the command can mend: one sentence that says what is wrong and what to do."""
+
+
+def require(condition: bool, sentence: str) -> None:
+    """Raises `InputError` with the sentence where the condition does not hold."""
+    if not condition:
+        raise InputError(sentence)
+
+
+def may_change(default: Any) -> Any:
+    """A dataclass field that a resumed run may set differently, because it changes no number beyond rounding."""
+    return dataclasses.field(default=default, metadata={"may_change": True})
+
+
+def build(kind: type, values: Mapping[str, Any], where: str = "") -> Any:
+    """The dataclass `kind` from nested plain values; every key and type is checked."""
+    types_of = typing.get_type_hints(kind)
+    known = [f.name for f in dataclasses.fields(kind)]
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+            raise InputError(f"Unknown config key {where}{key}: did you mean {where}{near}?")
+    missing = [f.name for f in dataclasses.fields(kind) if f.name not in values and f.default is dataclasses.MISSING]
+    require(not missing, f"The config lacks {where}{', '.join(missing)}.")
+    return kind(**{key: _convert(types_of[key], value, where + key) for key, value in values.items()})
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested plain values, None left out (TOML has none): `build(type(config), to_dict(config)) == config`."""
+    values = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            values[f.name] = to_dict(value)
+        elif value is not None:
+            values[f.name] = list(value) if isinstance(value, tuple) else value
+    return values
+
+
+def differences(old: Any, new: Any, where: str = "") -> list[str]:
+    """What differs between two configs in fields that a resumed run may not change, one line each."""
+    found = []
+    for f in dataclasses.fields(old):
+        before, after = getattr(old, f.name), getattr(new, f.name)
+        if dataclasses.is_dataclass(before) and type(before) is type(after):
+            found += differences(before, after, f"{where}{f.name}.")
+        elif before != after and not f.metadata.get("may_change"):
+            found.append(f"{where}{f.name}: {before} -> {after}")
+    return found
+
+
+def table_of(values: Mapping[str, Any], name: str) -> dict[str, Any]:
+    table = values.get(name, {})
+    require(isinstance(table, dict), f"Config key {name} must be a table: write [{name}], then its keys.")
+    return table
+
+
+def set_value(values: dict[str, Any], override: str) -> None:
+    path, separator, text = override.partition("=")
+    require(bool(separator), f"--set takes section.key=value, not {override!r}.")
+    *sections, key = path.strip().split(".")
+    for section in sections:
+        values[section] = dict(table_of(values, section))
+        values = values[section]
+    try:
+        values[key] = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        values[key] = text
+
+
+def _convert(kind: Any, value: Any, where: str) -> Any:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        require(isinstance(value, Mapping), f"Config key {where} must be a table: write [{where}], then its keys.")
+        return build(kind, value, where + ".")
+    if origin is Literal:
+        choices = " or ".join(map(repr, arguments))
+        require(value in arguments, f"Config key {where} must be {choices}, not {value!r}.")
+        return value
+    if origin is tuple:
+        require(isinstance(value, (list, tuple)), f"Config key {where} must be a list, not {value!r}.")
+        return tuple(_convert(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if origin is types.UnionType:
+        return None if value is None else _convert(arguments[0], value, where)
+    if kind is float and type(value) is int:
+        return float(value)
+    require(type(value) is kind, f"Config key {where} must be of type {kind.__name__}, not {value!r}.")
+    return value
