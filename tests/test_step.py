@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from conftest import assert_params_close, random_params
 
-from distil_jax.config import InputError, LossConfig, OptimizerConfig
+from distil_jax.config import LossConfig, OptimizerConfig
 from distil_jax.models.student import student_from_teacher
 from distil_jax.objective.masking import mask_tokens
+from distil_jax.schema import InputError
 from distil_jax.structs import IGNORED, Batch
 from distil_jax.training.optimizer import learning_rate, make_optimizer
 from distil_jax.training.state import abstract_state, init_state

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
+import jax
 import jax.numpy as jnp
 
 from distil_jax.config import LossConfig
-from distil_jax.objective.losses import cosine_loss, kl_loss, mlm_loss, mse_loss
-from distil_jax.structs import IGNORED, Array, Batch, Encoded, Head, Mean, Metrics
+from distil_jax.objective.fused import fused_loss
+from distil_jax.objective.losses import cosine_loss, kl_loss, mlm_loss
+from distil_jax.objective.vocabulary import dense_loss, logits
+from distil_jax.structs import IGNORED, Array, Batch, Encoded, Mean, Metrics
 
 
 def distill_loss(
@@ -29,8 +33,7 @@ def distill_loss(
       ValueError: a term needs logits or a teacher that is not there.
     """
     objective = Distillation(config)
-    terms = objective.terms(student, teacher, batch)
-    return objective.combine(terms, objective.counts(batch)), terms
+    return objective.loss(student, teacher, batch, objective.counts(batch))
 
 
 @dataclass(frozen=True)
@@ -59,25 +62,23 @@ class Distillation:
         """The loss; `terms` may be of a part of the batch that `counts` are of."""
         return sum(weight * terms[name].total / jnp.maximum(counts[name], 1) for name, weight in self.weights.items())
 
-    def terms(self, student: Encoded, teacher: Encoded | None, batch: Batch) -> Metrics:
-        """The terms with a weight above 0, not divided yet."""
+    def loss(
+        self, student: Encoded, teacher: Encoded | None, batch: Batch, counts: dict[str, Array]
+    ) -> tuple[Array, Metrics]:
+        """The weighted sum, and its terms, of a batch or of a part of the batch that `counts` are of."""
         config = self.config
         if config.needs_teacher and teacher is None:
             raise ValueError("kl, cosine and mse compare with a teacher, and there is none.")
-        terms = {}
-        if config.cosine > 0:
+        teacher = jax.lax.stop_gradient(teacher)
+        scales = {name: weight / jnp.maximum(counts[name], 1) for name, weight in self.weights.items()}
+        loss, terms = jnp.zeros((), jnp.float32), {}
+        if (scale := scales.pop("cosine", None)) is not None:
             terms["cosine"] = cosine_loss(student.hidden, teacher.hidden, where=batch.segment_ids > 0)
-        if max(config.kl, config.mse, config.mlm) > 0:
-            terms |= _vocabulary_terms(student, teacher, batch, config)
-        return terms
-
-
-def logits(features: Array, head: Head) -> Array:
-    """[..., V] float32 from features [..., D]: operands in the features' dtype, sums in float32."""
-    product = jnp.einsum(
-        "...D,VD->...V", features, head.kernel.astype(features.dtype), preferred_element_type=jnp.float32
-    )
-    return product + head.bias
+            loss += scale * terms["cosine"].total
+        if scales:
+            vocabulary_loss, vocabulary_terms = _vocabulary_loss(student, teacher, batch, scales, config)
+            loss, terms = loss + vocabulary_loss, terms | vocabulary_terms
+        return loss, terms
 
 
 def at_targets(features_BxLxD: Array, labels_BxL: Array, most: int) -> tuple[Array, Array]:
@@ -87,36 +88,34 @@ def at_targets(features_BxLxD: Array, labels_BxL: Array, most: int) -> tuple[Arr
     return features_BxMxD, jnp.take_along_axis(labels_BxL, positions_BxM, axis=1)
 
 
-def _vocabulary_terms(student: Encoded, teacher: Encoded | None, batch: Batch, config: LossConfig) -> Metrics:
-    """The terms that need logits. MLM is computed at the targets alone, a seventh of the positions."""
+def _vocabulary_loss(
+    student: Encoded, teacher: Encoded | None, batch: Batch, scales: dict[str, Array], config: LossConfig
+) -> tuple[Array, Metrics]:
+    """The part of the loss that needs logits, at the targets alone where no term asks for more."""
     if student.head is None:
         raise ValueError("The student has no MLM head, so there are no logits to compare.")
-    soft, most = max(config.kl, config.mse) > 0, config.targets_per_row
+    soft, most = bool(scales.keys() & {"kl", "mse"}), config.targets_per_row
     if soft and teacher.head is None:
         raise ValueError("The teacher has no MLM head, so there are no soft targets.")
-    terms, overfull = {}, jnp.zeros((), bool)
-    target_features, labels = student.features, batch.labels
-    if most is not None:
-        overfull = jnp.any(jnp.sum(labels != IGNORED, axis=1) > most)
-        target_features, labels = at_targets(target_features, labels, most)
-    target_logits = logits(target_features, student.head)
-    if config.mlm > 0:
-        terms["mlm"] = mlm_loss(target_logits, labels)
-    if soft:
-        if config.soft_positions == "all":
-            student_logits, teacher_features = logits(student.features, student.head), teacher.features
-            where = batch.segment_ids > 0
-        else:
-            student_logits, teacher_features, where = target_logits, teacher.features, labels != IGNORED
-            if most is not None:
-                teacher_features, _ = at_targets(teacher_features, batch.labels, most)
-        teacher_logits = logits(teacher_features, teacher.head)
-        if config.kl > 0:
-            terms["kl"] = kl_loss(student_logits, teacher_logits, where=where, temperature=config.temperature)
-        if config.mse > 0:
-            terms["mse"] = mse_loss(student_logits, teacher_logits, where=where)
+    features, labels, overfull = student.features, batch.labels, jnp.zeros((), bool)
+    teacher_features, teacher_head = (teacher.features, teacher.head) if soft else (None, None)
+    if soft and config.soft_positions == "all":
+        where = batch.segment_ids > 0
+    else:
+        if most is not None:
+            overfull = jnp.any(jnp.sum(labels != IGNORED, axis=1) > most)
+            teacher_features = at_targets(teacher_features, labels, most)[0] if soft else None
+            features, labels = at_targets(features, labels, most)
+        where = labels != IGNORED
+    compare = partial(fused_loss, chunk=config.chunk) if config.chunk else dense_loss
+    loss, totals = compare(
+        features, student.head, teacher_features, teacher_head, where, labels, scales, temperature=config.temperature
+    )
     # A row with more targets than promised would lose some of them silently; NaN stops the run instead.
-    return {name: Mean(jnp.where(overfull, jnp.nan, term.total), term.count) for name, term in terms.items()}
+    loss, totals = jax.tree.map(lambda number: jnp.where(overfull, jnp.nan, number), (loss, totals))
+    counts = {"mlm": jnp.sum(labels != IGNORED, dtype=jnp.float32)}
+    everywhere = jnp.sum(where, dtype=jnp.float32)
+    return loss, {name: Mean(total, counts.get(name, everywhere)) for name, total in totals.items()}
 
 
 def held_out_terms(student: Encoded, teacher: Encoded | None, batch: Batch, *, config: LossConfig) -> Metrics:

@@ -107,9 +107,8 @@ def _gradients(state: TrainState, teacher_params: Any, batch: Batch) -> tuple[An
         student = MaskedLm(config.student).apply({"params": params}, batch, train=True, rngs={"dropout": key})
         teacher = None
         if config.loss.needs_teacher:
-            teacher = jax.lax.stop_gradient(MaskedLm(config.teacher).apply({"params": teacher_params}, batch))
-        terms = objective.terms(student, teacher, batch)
-        return objective.combine(terms, counts), terms
+            teacher = MaskedLm(config.teacher).apply({"params": teacher_params}, batch)
+        return objective.loss(student, teacher, batch, counts)
 
     def shard_sums(shard: Array, batch: Batch, params: Any, teacher_params: Any, counts: dict, key: Array) -> Any:
         key = jax.random.fold_in(key, shard)

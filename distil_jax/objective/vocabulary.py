@@ -1,0 +1,60 @@
+"""The terms that need logits, from features and tied heads: the plain path, whose logits are all in memory at once.
+
+`fused.py` computes the same without them; this is its oracle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+
+from distil_jax.objective.losses import kl_loss, mlm_loss, mse_loss
+from distil_jax.structs import Array, Head
+
+
+def logits(features: Array, head: Head) -> Array:
+    """[..., V] float32 from features [..., D]: operands in the features' dtype, sums in float32."""
+    product = jnp.einsum(
+        "...D,VD->...V", features, head.kernel.astype(features.dtype), preferred_element_type=jnp.float32
+    )
+    return product + head.bias
+
+
+def dense_loss(
+    features: Array,
+    head: Head,
+    teacher_features: Array | None,
+    teacher_head: Head | None,
+    where: Array,
+    labels: Array,
+    scales: Mapping[str, Array],
+    *,
+    temperature: float,
+) -> tuple[Array, dict[str, Array]]:
+    """Soft targets and masked language modelling (see `losses.py`) from features; any of them, at [B, L] positions.
+
+    Args:
+      features: [B, L, D] of the student.
+      head: the student's.
+      teacher_features: [B, L, E], or None where "kl" and "mse" are not asked for.
+      teacher_head: the teacher's, or None.
+      where: [B, L] bool, the positions of "kl" and "mse".
+      labels: [B, L], `IGNORED` where there is no target of "mlm".
+      scales: the terms that are wanted, "kl", "mlm" and "mse", each with its share in the loss: weight / count.
+      temperature: of the soft targets.
+
+    Returns:
+      The loss, which is the sum of scale x total, and each term's total. Only the loss is differentiated in earnest.
+    """
+    student_logits = logits(features, head)
+    totals = {}
+    if "mlm" in scales:
+        totals["mlm"] = mlm_loss(student_logits, labels).total
+    if scales.keys() & {"kl", "mse"}:
+        teacher_logits = logits(teacher_features, teacher_head)
+        if "kl" in scales:
+            totals["kl"] = kl_loss(student_logits, teacher_logits, where=where, temperature=temperature).total
+        if "mse" in scales:
+            totals["mse"] = mse_loss(student_logits, teacher_logits, where=where).total
+    return sum(scales[name] * total for name, total in totals.items()), totals
