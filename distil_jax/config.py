@@ -209,7 +209,8 @@ class TrainConfig:
     batch_rows: int = 256  # rows per optimiser step, over all devices and micro-batches
     steps: int = 0  # optimiser steps; or
     epochs: float = 0.0  # passes over the training rows
-    accumulation: int = may_change(1)  # micro-batches per step: less memory, same update
+    accumulation: int = may_change(0)  # micro-batches per step: less memory, same update; 0: what the next line asks
+    tokens_per_device: int = may_change(8192)  # of a micro-batch, at most; sets accumulation where that is 0
     log_every: int = may_change(20)  # steps
     eval_every: int = may_change(1000)  # steps; 0: only before the first and after the last
     eval_rows: int = may_change(512)  # held-out rows per evaluation; 0: all
@@ -222,20 +223,15 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in (
             "batch_rows",
-            "accumulation",
+            "tokens_per_device",
             "log_every",
             "checkpoint_every",
             "keep_checkpoints",
             "profile_steps",
         ):
             require(getattr(self, name) >= 1, f"train.{name} must be at least 1, not {getattr(self, name)}.")
-        for name in ("eval_every", "eval_rows", "profile_at"):
+        for name in ("accumulation", "eval_every", "eval_rows", "profile_at"):
             require(getattr(self, name) >= 0, f"train.{name} must not be negative, but is {getattr(self, name)}.")
-        require(
-            self.batch_rows % self.accumulation == 0,
-            f"train.batch_rows {self.batch_rows} does not divide into {self.accumulation} micro-batches: "
-            "change train.accumulation.",
-        )
         require(
             (self.steps > 0) != (self.epochs > 0),
             f"Set either train.steps or train.epochs above 0 (steps is {self.steps}, epochs {self.epochs}).",

@@ -199,7 +199,7 @@ IMPOSSIBLE = {
     "eval {w}/teacher --data {b}/nothing_held_out": ["{b}/nothing_held_out", "--held-out"],
     "--set student.max_positions=16": ["24", "16", "student.max_positions"],
     "--set student.init=random --set student.max_positions=32 --set teacher.path={b}/few_positions": ["24", "16"],
-    "--set train.accumulation=3": ["16", "3", "train.accumulation"],
+    "--set train.accumulation=3": ["16", "24", "train.accumulation"],
     "--set train.batch_rows=12": ["12", "16", "devices"],
     "--set mesh.data=3": ["8 devices", "[mesh]"],
     "--set mesh.data=1 --set mesh.tensor=8": ["tensor", "8", "4"],  # heads

@@ -98,7 +98,7 @@ def test_in_bfloat16_within_its_rounding_of_a_float64_oracle():
 
 
 def test_logits_are_never_whole_and_nothing_is_computed_again():
-    """The compiled text holds no array of [B, L, V] elements, and four vocabulary products a chunk, none of them twice."""
+    """No array of the lowered text has [B, L, V] elements, and a chunk has four vocabulary products, none twice."""
     loss = partial(fused_loss, temperature=2.0, chunk=4)
     features, head, *others = problem()
     scales = {name: jnp.float32(1) for name in ("kl", "mlm")}

@@ -11,8 +11,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from distil_jax.config import ComputeConfig, Config, ModelConfig, StepConfig, StudentConfig
+from distil_jax.config import ComputeConfig, Config, ModelConfig, StepConfig, StudentConfig, TrainConfig
 from distil_jax.data.loader import Manifest, RowTable, Split, open_rows, read_manifest
 from distil_jax.data.tokenizer import fingerprint as tokenizer_fingerprint
 from distil_jax.io import huggingface
@@ -21,6 +22,7 @@ from distil_jax.models.encoder import init_params
 from distil_jax.models.student import choose_layers, student_from_teacher
 from distil_jax.objective.masking import masking_weights, most_targets
 from distil_jax.schema import InputError
+from distil_jax.training.sharding import make_mesh
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +106,7 @@ def assemble(config: Config) -> Parts:
         loss=replace(config.loss, targets_per_row=most_targets(manifest.sequence_length, config.masking.rate)),
         masking=config.masking,
         optimizer=config.optimizer,
-        accumulation=config.train.accumulation,
+        accumulation=micro_batches(config.train, make_mesh(config.mesh), manifest.sequence_length),
     )
     identity = {"rows": _digest(manifest)}
     if teacher_params is not None:
@@ -121,6 +123,25 @@ def assemble(config: Config) -> Parts:
         student_params=student_params,
         identity=identity,
     )
+
+
+def micro_batches(train: TrainConfig, mesh: Mesh, sequence_length: int) -> int:
+    """Micro-batches per step on this mesh: as configured, or as few as keep to `train.tokens_per_device`.
+
+    Raises:
+      InputError: they, or the devices, do not divide a batch.
+    """
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows, rest = divmod(train.batch_rows, shards)
+    if rest or (train.accumulation and rows % train.accumulation):
+        raise InputError(
+            f"train.batch_rows {train.batch_rows} does not divide into {shards * max(1, train.accumulation)} equal "
+            "pieces (devices along data and fsdp, times train.accumulation): change one of them."
+        )
+    if train.accumulation:
+        return train.accumulation
+    pieces = (number for number in range(1, rows + 1) if rows % number == 0)
+    return next((n for n in pieces if rows // n * sequence_length <= train.tokens_per_device), rows)
 
 
 def check_tokenizer(folder: Path, model: ModelConfig, manifest: Manifest) -> None:
@@ -156,9 +177,9 @@ def _digest(manifest: Manifest) -> str:
     return hashlib.sha256("".join([manifest.tokenizer_fingerprint, *arrays]).encode()).hexdigest()
 
 
-def resolve_compute(compute: ComputeConfig) -> ComputeConfig:
-    """`auto` replaced by what suits the machine."""
-    on_cpu = jax.default_backend() == "cpu"
+def resolve_compute(compute: ComputeConfig, platform: str | None = None) -> ComputeConfig:
+    """`auto` replaced by what suits the machine (or the platform, "cpu", "gpu" or "tpu")."""
+    on_cpu = (platform or jax.default_backend()) == "cpu"
     dtype = ("float32" if on_cpu else "bfloat16") if compute.dtype == "auto" else compute.dtype
     unroll = ("yes" if on_cpu else "no") if compute.unroll == "auto" else compute.unroll
     return replace(compute, dtype=dtype, unroll=unroll)

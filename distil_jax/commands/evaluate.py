@@ -20,7 +20,7 @@ from distil_jax.io.metrics import perplexity, to_numbers
 from distil_jax.models.encoder import abstract_params, count_parameters
 from distil_jax.objective.masking import most_targets
 from distil_jax.schema import InputError
-from distil_jax.training.sharding import jit_eval, make_mesh, put_rows, shardings_of
+from distil_jax.training.sharding import jit_eval, local_places, make_mesh, put_params, put_rows, shardings_of
 from distil_jax.training.state import TrainState, abstract_state
 from distil_jax.training.step import mask_and_eval_step
 
@@ -90,13 +90,13 @@ def evaluate(model: Model, data: str | Path, *, teacher: Model | None = None, li
     )
     mesh = make_mesh(MeshConfig())
     shapes = abstract_state(config).replace(opt_state=None)
-    params = jax.device_put(model.params, shardings_of(shapes, mesh).params)
+    params = put_params(model.params, shardings_of(shapes, mesh).params)
     state = TrainState(jnp.zeros((), jnp.int32), params, None, jax.random.key_data(jax.random.key(0)), config)
     teacher_shapes = abstract_params(config.teacher) if teacher else None
     return held_out_numbers(
         jit_eval(mask_and_eval_step, mesh, shapes, teacher_shapes),
         state,
-        jax.device_put(teacher.params, shardings_of(teacher_shapes, mesh)) if teacher else None,
+        put_params(teacher.params, shardings_of(teacher_shapes, mesh)) if teacher else None,
         table,
         token_weights(data, manifest, model.config, smoothing=0.0),
         mesh=mesh,
@@ -128,15 +128,9 @@ def held_out_numbers(
       batch_rows: rows per call of `step`.
       limit: only so many rows; 0: all.
     """
-    sums = None
-    for rows in held_out_batches(
-        table,
-        batch_rows=batch_rows,
-        limit=limit,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    ):
-        metrics = step(state, teacher_params, put_rows(rows, mesh), weights)
+    sums, places = None, local_places(mesh, batch_rows)
+    for rows in held_out_batches(table, batch_rows=batch_rows, limit=limit, places=places):
+        metrics = step(state, teacher_params, put_rows(rows, mesh, batch_rows=batch_rows), weights)
         # Sums stay on the device: the host waits once, at the end.
         sums = metrics if sums is None else jax.tree.map(jnp.add, sums, metrics)
     numbers = to_numbers(sums)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from tqdm import tqdm
 
+from distil_jax.commands.processes import is_first
 from distil_jax.io.metrics import MetricsWriter, to_numbers
 from distil_jax.structs import Metrics
 
@@ -43,7 +44,13 @@ class Progress:
         self._behind: tuple[int, Metrics] | None = None
         self._window: list[dict[str, float]] = []
         self._clock, self._idle, self._first = time.perf_counter(), 0.0, True
-        self._bar = tqdm(total=steps, initial=start, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+        self._bar = tqdm(
+            total=steps,
+            initial=start,
+            unit="step",
+            disable=not (sys.stderr.isatty() and is_first()),
+            dynamic_ncols=True,
+        )
 
     def add(self, step: int, metrics: Metrics) -> None:
         """Takes the metrics of a step that was just dispatched, and reads those of the one before."""

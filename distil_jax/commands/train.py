@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -15,8 +16,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import tomli_w
+from jax.experimental import multihost_utils
 
-from distil_jax.commands import run_folder
+from distil_jax.commands import processes, run_folder
 from distil_jax.commands.assemble import Parts, assemble
 from distil_jax.commands.evaluate import held_out_numbers
 from distil_jax.commands.progress import Diverged, Progress, Stopped
@@ -27,7 +29,7 @@ from distil_jax.io.metrics import MetricsWriter, last_held_out, read_metrics
 from distil_jax.models.encoder import abstract_params, count_parameters
 from distil_jax.schema import InputError, to_dict
 from distil_jax.structs import Rows
-from distil_jax.training.sharding import jit_eval, jit_step, make_mesh, put_rows, shardings_of
+from distil_jax.training.sharding import jit_eval, jit_step, local_places, make_mesh, put_params, put_rows, shardings_of
 from distil_jax.training.state import TrainState, abstract_state, init_state
 from distil_jax.training.step import mask_and_eval_step, mask_and_train_step
 
@@ -48,9 +50,14 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.print_config:
         print(tomli_w.dumps(to_dict(config)), end="")
         return
+    processes.connect()
     output = Path(arguments.output or Path("runs") / Path(arguments.config).stem)
-    train(config, output)
-    print(f"Done. The run is in {output}. Next: distil-jax export {output} MODEL_FOLDER")
+    with contextlib.ExitStack() as stack:
+        if not processes.is_first():  # one process speaks for all; errors still go to everybody's stderr
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        print(processes.environment(), flush=True)
+        train(config, output)
+        print(f"Done. The run is in {output}. Next: distil-jax export {output} MODEL_FOLDER")
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +80,7 @@ class Program:
             self.parts.rows("held_out"),
             self.parts.held_out_weights,
             mesh=self.mesh,
-            batch_rows=config.batch_rows // config.accumulation,
+            batch_rows=config.batch_rows // self.parts.step.accumulation,
             limit=config.eval_rows,
         )
 
@@ -98,31 +105,28 @@ def train(config: Config, workdir: str | Path) -> dict[str, float]:
     parts = assemble(config)
     run_folder.check(workdir, parts)
     program = compile_run(parts)
-    run_folder.begin(workdir, parts)
+    processes.meet("checked")  # nobody writes before everybody has looked
+    if processes.is_first():
+        run_folder.begin(workdir, parts)
+    processes.meet("begun")
     with contextlib.closing(Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints)) as checkpoints:
         state = _begin(program, checkpoints)
         step = int(state.step)
         _announce(program, workdir, step)
-        writer = MetricsWriter(workdir, step=step, tensorboard=config.train.tensorboard)
+        writer = MetricsWriter(workdir, step=step, tensorboard=config.train.tensorboard, enabled=processes.is_first())
         with contextlib.closing(writer):
             return _loop(program, state, checkpoints, writer)
 
 
 def compile_run(parts: Parts) -> Program:
     """Mesh, shardings and jitted steps; nothing is computed yet (XLA compiles at the first call)."""
-    mesh, train = make_mesh(parts.config.mesh), parts.config.train
-    pieces = mesh.shape["data"] * mesh.shape["fsdp"] * train.accumulation
-    if train.batch_rows % pieces:
-        raise InputError(
-            f"train.batch_rows {train.batch_rows} does not divide into {pieces} equal pieces (devices along data and "
-            "fsdp, times train.accumulation): change one of them."
-        )
+    mesh = make_mesh(parts.config.mesh)
     _check_mesh(mesh, parts.step)
     state_shapes = abstract_state(parts.step)
     teacher_shapes, teacher_params = None, None
     if parts.teacher_params is not None:
         teacher_shapes = abstract_params(parts.step.teacher)
-        teacher_params = jax.device_put(parts.teacher_params, shardings_of(teacher_shapes, mesh))
+        teacher_params = put_params(parts.teacher_params, shardings_of(teacher_shapes, mesh))
     return Program(
         parts=parts,
         mesh=mesh,
@@ -180,7 +184,7 @@ def _loop(program: Program, state: TrainState, checkpoints: Checkpoints, writer:
             state, metrics = program.step(state, program.teacher_params, next(rows), program.parts.weights)
             profiler.after(step)
             progress.add(step, metrics)
-            last, stopping = step == config.steps, stop.requested
+            last, stopping = step == config.steps, stop.requested(step)
             if last or (config.eval_every and step % config.eval_every == 0):
                 numbers = _evaluate(program, state, progress, step)
             if last or step % config.checkpoint_every == 0 or stopping:
@@ -210,15 +214,15 @@ def _evaluate(program: Program, state: TrainState, progress: Progress, step: int
 
 def _device_rows(program: Program, step: int) -> Iterator[Rows]:
     config = program.parts.config
+    batch_rows = config.train.batch_rows
     for rows in batches(
         program.parts.rows("train"),
-        batch_rows=config.train.batch_rows,
+        batch_rows=batch_rows,
         seed=config.seed,
-        position=step * config.train.batch_rows,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        position=step * batch_rows,
+        places=local_places(program.mesh, batch_rows),
     ):
-        yield put_rows(rows, program.mesh)
+        yield put_rows(rows, program.mesh, batch_rows=batch_rows)
 
 
 class Profiler:
@@ -264,14 +268,24 @@ def _announce(program: Program, workdir: Path, step: int) -> None:
 
 
 class StopRequest:
-    """While entered, turns the first SIGTERM or Ctrl-C into a request; the second ends the process as usual."""
+    """While entered, turns the first SIGTERM or Ctrl-C into a request; the second ends the process as usual.
+
+    Of several processes each may be asked, and all of them learn of it at the same step, from JAX's own service.
+    """
 
     def __init__(self) -> None:
-        self.requested = False
+        self._noted = False
         self._before: dict[int, Any] = {}
 
+    def requested(self, step: int) -> bool:
+        """Whether to stop after this step; the same answer in every process."""
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._noted
+
     def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+        # Python allows handlers in the main thread alone, and JAX has its own where there are several processes.
+        if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
             self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
@@ -280,5 +294,5 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, *_: object) -> None:
-        self.requested = True
+        self._noted = True
         self.__exit__()

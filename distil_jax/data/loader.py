@@ -194,10 +194,10 @@ def order(rows: int, seed: int, epoch: int) -> np.ndarray:
     return np.argsort(np.random.Philox(key=[seed, epoch]).random_raw(rows), kind="stable")
 
 
-def rows_at(table: RowTable, position: int, count: int, *, seed: int) -> Rows:
-    """Rows `position` to `position + count` of the endless stream; it may straddle epochs."""
-    epochs, places = np.divmod(np.arange(position, position + count), len(table))
-    indices = np.empty(count, np.int64)
+def rows_at(table: RowTable, positions: np.ndarray, *, seed: int) -> Rows:
+    """The rows at these positions of the endless stream, in rising order; they may straddle epochs."""
+    epochs, places = np.divmod(positions, len(table))
+    indices = np.empty(len(positions), np.int64)
     for epoch in range(epochs[0], epochs[-1] + 1):
         inside = epochs == epoch
         indices[inside] = order(len(table), seed, epoch)[places[inside]]
@@ -205,39 +205,33 @@ def rows_at(table: RowTable, position: int, count: int, *, seed: int) -> Rows:
 
 
 def batches(
-    table: RowTable, *, batch_rows: int, seed: int, position: int = 0, process_index: int = 0, process_count: int = 1
+    table: RowTable, *, batch_rows: int, seed: int, position: int = 0, places: np.ndarray | None = None
 ) -> Iterator[Rows]:
-    """Batches without end, from `position` on; each process gets its contiguous share of every global batch.
+    """Batches without end, from `position` on.
 
     Args:
       batch_rows: rows of a global batch.
       position: rows consumed so far, over all processes.
+      places: which rows of each global batch this process reads, in order; None: all.
 
     Raises:
-      InputError: no rows, or processes that do not divide a batch.
+      InputError: no rows.
     """
-    share = _share(batch_rows, process_count)
+    places = np.arange(batch_rows) if places is None else places
     if not len(table):
         raise InputError("There are no rows to train on: prepare the data again.")
-    starts = itertools.count(position + process_index * share, batch_rows)
-    return (rows_at(table, start, share, seed=seed) for start in starts)
+    return (rows_at(table, start + places, seed=seed) for start in itertools.count(position, batch_rows))
 
 
 def held_out_batches(
-    table: RowTable, *, batch_rows: int, limit: int = 0, process_index: int = 0, process_count: int = 1
+    table: RowTable, *, batch_rows: int, limit: int = 0, places: np.ndarray | None = None
 ) -> Iterator[Rows]:
-    """The first `limit` rows (0: all) in order, once; empty rows fill the last batch up."""
-    share = _share(batch_rows, process_count)
+    """The first `limit` rows (0: all) in order, once; empty rows fill the last batch up. `places` as in `batches`."""
+    places = np.arange(batch_rows) if places is None else places
     rows = min(limit or len(table), len(table))
     for start in range(0, rows, batch_rows):
-        numbers = np.arange(start + process_index * share, start + (process_index + 1) * share)
+        numbers = start + places
         yield _fill(table.gather(numbers[numbers < rows]), numbers, table.pad_id)
-
-
-def _share(batch_rows: int, process_count: int) -> int:
-    if batch_rows % process_count:
-        raise InputError(f"{batch_rows} rows a batch do not divide among {process_count} processes: change batch_rows.")
-    return batch_rows // process_count
 
 
 def _fill(rows: Rows, numbers: np.ndarray, pad_id: int) -> Rows:

@@ -7,7 +7,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from distil_jax.schema import InputError
 
@@ -28,7 +30,10 @@ class Checkpoints:
         if keep is None:
             options = ocp.CheckpointManagerOptions(read_only=True)
         else:
-            self._set_unfinished_aside()
+            if jax.process_index() == 0:
+                self._set_unfinished_aside()
+            if jax.process_count() > 1:
+                multihost_utils.sync_global_devices("unfinished checkpoints are set aside")
             options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 

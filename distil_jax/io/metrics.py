@@ -29,10 +29,13 @@ class MetricsWriter:
       folder: the run's.
       step: where the run goes on from; lines of later steps, written by a run that was then cut off, are dropped.
       tensorboard: whether to write event files too, which needs the tensorboardX package.
+      enabled: False writes nothing: of several processes, one writes.
     """
 
-    def __init__(self, folder: str | Path, *, step: int = 0, tensorboard: bool = False) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, *, step: int = 0, tensorboard: bool = False, enabled: bool = True) -> None:
+        self.folder, self._lines, self._events = Path(folder), None, None
+        if not enabled:
+            return
         path = self.folder / "metrics.jsonl"
         kept = [line for line in read_metrics(folder) if line["step"] <= step] if step else []
         path.write_text("".join(map(_dumps, kept)), encoding="utf-8")
@@ -41,6 +44,8 @@ class MetricsWriter:
 
     def write(self, step: int, kind: str, numbers: dict[str, float]) -> None:
         """Writes the numbers of one step; `kind` is "train" or "held_out"."""
+        if self._lines is None:
+            return
         self._lines.write(_dumps({"step": step, "kind": kind, **numbers}))
         self._lines.flush()
         if self._events is not None:
@@ -48,7 +53,8 @@ class MetricsWriter:
                 self._events.add_scalar(f"{kind}/{name}", number, step)
 
     def close(self) -> None:
-        self._lines.close()
+        if self._lines is not None:
+            self._lines.close()
         if self._events is not None:
             self._events.close()
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -31,13 +33,17 @@ RULES = (
 )
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    """All devices as ("data", "fsdp", "tensor"); a size of -1 takes what the others leave.
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """All devices (or those given) as ("data", "fsdp", "tensor"); a size of -1 takes what the others leave.
+
+    Neighbours in the mesh are neighbours in the machine. Several slices of TPUs lie along data, which alone speaks
+    over the network between them, once a step.
 
     Raises:
-      InputError: the sizes do not multiply to the number of devices.
+      InputError: the sizes do not multiply to the number of devices, or slices do not divide data.
     """
-    sizes, count = [config.data, config.fsdp, config.tensor], jax.device_count()
+    devices = jax.devices() if devices is None else devices
+    sizes, count = [config.data, config.fsdp, config.tensor], len(devices)
     if -1 in sizes:
         rest = int(np.prod([size for size in sizes if size > 0]))
         sizes[sizes.index(-1)] = max(1, count // rest)
@@ -46,13 +52,15 @@ def make_mesh(config: MeshConfig) -> Mesh:
             f"A mesh of data x fsdp x tensor = {' x '.join(map(str, sizes))} does not fit {count} devices: "
             "change [mesh] so that the sizes multiply to that."
         )
-    if sizes[0] > 1 and sizes[2] > 1:
-        # XLA's partitioner (jax 0.10) aborts the process on a shard_map over data beside a tensor axis.
-        raise InputError(
-            f"A mesh that uses data and tensor at once ({' x '.join(map(str, sizes))}) cannot be compiled yet: set one "
-            "of them to 1."
-        )
-    return jax.make_mesh(tuple(sizes), _AXES, axis_types=(AxisType.Auto,) * len(_AXES))
+    slices = len({getattr(device, "slice_index", 0) for device in devices})  # only TPUs have slices
+    if sizes[0] % slices:
+        raise InputError(f"mesh.data = {sizes[0]} does not divide among {slices} slices: choose a size that does.")
+    inside = [sizes[0] // slices, *sizes[1:]]
+    if slices > 1:
+        grid = mesh_utils.create_hybrid_device_mesh(inside, [slices, 1, 1], devices)
+    else:
+        grid = mesh_utils.create_device_mesh(inside, devices)
+    return Mesh(grid, _AXES, axis_types=(AxisType.Auto,) * len(_AXES))
 
 
 def shardings_of(abstract: Any, mesh: Mesh) -> Any:
@@ -65,9 +73,43 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(("data", "fsdp")))
 
 
-def put_rows(rows: Any, mesh: Mesh) -> Any:
-    """This process's rows [B / processes, ...] as one global array [B, ...] on the mesh."""
-    return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(batch_sharding(mesh), leaf), rows)
+def local_places(mesh: Mesh, batch_rows: int) -> np.ndarray:
+    """Which rows of a global batch lie on devices of this process, in order."""
+    indices = batch_sharding(mesh).addressable_devices_indices_map((batch_rows,)).values()
+    return np.unique(np.concatenate([np.arange(batch_rows)[index] for index in indices]))
+
+
+def put_rows(rows: Any, mesh: Mesh, *, batch_rows: int | None = None) -> Any:
+    """Rows as global arrays [B, ...] on the mesh.
+
+    Args:
+      rows: what this process has of them, `local_places(mesh, batch_rows)`; each leaf [b, ...].
+      mesh: from `make_mesh`.
+      batch_rows: B, where there are several processes; None: `rows` are all.
+    """
+    sharding = batch_sharding(mesh)
+    if batch_rows is None:
+        return jax.device_put(rows, sharding)
+    places = local_places(mesh, batch_rows)
+
+    def put(leaf: np.ndarray) -> jax.Array:
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            first, last, _ = index[0].indices(batch_rows)
+            begin = np.searchsorted(places, first)  # a device's rows stand together in B, so here too
+            return leaf[begin : begin + last - first]
+
+        return jax.make_array_from_callback((batch_rows, *leaf.shape[1:]), sharding, part)
+
+    return jax.tree.map(put, rows)
+
+
+def put_params(params: Any, shardings: Any) -> Any:
+    """Parameters that every process holds whole, on the mesh."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index]),
+        params,
+        shardings,
+    )
 
 
 def jit_step(step: Callable, mesh: Mesh, abstract_state: Any, abstract_teacher: Any) -> Callable:
@@ -112,16 +154,15 @@ def sum_over_data_shards(function: Callable) -> Callable:
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty or mesh.shape["data"] == 1:
             return function(np.int32(0), batch, *rest)
+        shards = mesh.shape["data"]
 
-        def on_shard(batch: Any, *rest: Any) -> Any:
-            return jax.lax.psum(function(jax.lax.axis_index("data"), batch, *rest), "data")
+        def cut(leaf: Any) -> Any:
+            leaf = leaf.reshape(shards, leaf.shape[0] // shards, *leaf.shape[1:])
+            return jax.lax.with_sharding_constraint(leaf, P("data", "fsdp"))
 
-        return jax.shard_map(
-            on_shard,
-            in_specs=(P("data"), *(P() for _ in rest)),
-            out_specs=P(),
-            axis_names={"data"},
-            check_vma=False,
-        )(batch, *rest)
+        # A batched axis that lies on the mesh, not a shard_map: XLA aborts on one over data beside a tensor axis.
+        each = jax.vmap(function, in_axes=(0, 0, *(None,) * len(rest)), spmd_axis_name="data")
+        sums = each(jnp.arange(shards), jax.tree.map(cut, batch), *rest)
+        return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), sums)
 
     return summed

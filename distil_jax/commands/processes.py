@@ -1,0 +1,66 @@
+"""The processes of one run: how they find each other, what only the first one does, and where all of them meet.
+
+Never on import: research code that calls `train_step` decides for itself.
+"""
+
+from __future__ import annotations
+
+import os
+
+import jax
+from jax.experimental import multihost_utils
+
+from distil_jax import __version__
+from distil_jax.schema import InputError
+
+_VARIABLES = ("DISTIL_COORDINATOR", "DISTIL_NUM_PROCESSES", "DISTIL_PROCESS_ID")
+# What decides how a program is compiled and where it runs; nothing else of the environment is ever printed.
+_SHOWN = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "CUDA_VISIBLE_DEVICES")
+_SHOWN_PREFIXES = ("JAX_", "DISTIL_")
+
+
+def connect() -> None:
+    """Joins the other processes of this run, where there are some; call it before JAX looks for devices.
+
+    On TPU VMs, GKE, SLURM and under MPI, JAX finds them by itself. Anywhere else DISTIL_COORDINATOR (host:port of the
+    first process), DISTIL_NUM_PROCESSES and DISTIL_PROCESS_ID (from 0) say it.
+
+    Raises:
+      InputError: only some of the three are set, or they are no numbers.
+    """
+    if jax.distributed.is_initialized():
+        return
+    given = [os.environ.get(name) for name in _VARIABLES]
+    if any(given):
+        if not all(given) or not (given[1].isdecimal() and given[2].isdecimal() and int(given[2]) < int(given[1])):
+            raise InputError(
+                f"{', '.join(_VARIABLES)} go together, host:port, how many, and which one from 0, but they are "
+                f"{', '.join(map(repr, given))}: set all three, or none."
+            )
+        jax.distributed.initialize(given[0], int(given[1]), int(given[2]))
+        return
+    try:
+        jax.distributed.initialize()
+    except (ValueError, RuntimeError) as error:
+        # No cluster that JAX knows, or a program that computed before it called us: a run of one process.
+        if not any(known in str(error) for known in ("coordinator_address", "before any JAX")):
+            raise
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes and speaks for all."""
+    return jax.process_index() == 0
+
+
+def meet(where: str) -> None:
+    """Waits until every process of the run is here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(where)
+
+
+def environment() -> str:
+    """One line: versions, devices, processes, and the variables that decide how a program is compiled."""
+    names = sorted(name for name in os.environ if name in _SHOWN or name.startswith(_SHOWN_PREFIXES))
+    variables = "".join(f", {name}={os.environ[name]}" for name in names)
+    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    return f"distil_jax {__version__}, jax {jax.__version__}, {devices}, {jax.process_count()} process(es){variables}"

@@ -1,0 +1,161 @@
+"""Several real processes over loopback: one run, the same batches and losses, checkpoints that any number continues."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from conftest import run_numbers
+
+from distil_jax.commands import processes
+from distil_jax.commands.run_folder import open_model
+from distil_jax.schema import InputError
+
+# Prints a hash of every global batch as the devices have it, then runs the command line.
+PROGRAM = """
+import hashlib, sys
+import jax, numpy as np
+from jax.experimental import multihost_utils
+from distil_jax import cli
+from distil_jax.commands import train
+rows_of = train._device_rows
+def shown(program, step):
+    for rows in rows_of(program, step):
+        whole = multihost_utils.process_allgather(rows, tiled=True)
+        step += 1
+        digest = hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(whole))).hexdigest()
+        print("batch", step, digest, file=sys.stderr, flush=True)
+        yield rows
+train._device_rows = shown
+train.prefetch = lambda items: items  # gathering is a collective: not from another thread
+sys.exit(cli.main(sys.argv[1:]))
+"""
+LIMIT = 240  # seconds
+STEPS = 8
+# Dropout's own masks depend on how many data shards there are; nothing else does.
+SETTINGS = ("student.hidden_dropout=0.0", "student.attention_dropout=0.0", f"train.steps={STEPS}", "train.eval_rows=16")
+SETTINGS += ("train.tensorboard=false", "train.accumulation=1")
+
+
+def start(count, arguments, program=PROGRAM, devices=8):
+    """`distil-jax ARGUMENTS` in so many processes, which share the devices among them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    begun = []
+    for index in range(count):
+        environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // count}"}
+        environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
+        if count > 1:
+            environment |= {
+                "DISTIL_COORDINATOR": f"127.0.0.1:{port}",
+                "DISTIL_NUM_PROCESSES": str(count),
+                "DISTIL_PROCESS_ID": str(index),
+            }
+        begun.append(
+            subprocess.Popen(
+                [sys.executable, "-c", program, *map(str, arguments)],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    return begun
+
+
+def finish(begun):
+    """(status, stdout, stderr) of each."""
+    try:
+        said = [process.communicate(timeout=LIMIT) for process in begun]
+    finally:
+        for process in begun:
+            process.kill()
+    return [(process.returncode, *texts) for process, texts in zip(begun, said, strict=True)]
+
+
+def train(count, workshop, output, *settings):
+    overrides = [word for setting in (*SETTINGS, *settings) for word in ("--set", setting)]
+    return start(count, ["train", workshop / "run.toml", "--output", output, *overrides])
+
+
+def batch_hashes(stderr):
+    return dict(re.findall(r"^batch (\d+) (\w+)$", stderr, re.MULTILINE))
+
+
+def losses(folder):
+    return {line["step"]: line["loss"] for line in run_numbers(folder) if line["kind"] == "train"}
+
+
+@pytest.fixture(scope="module")
+def alone(workshop, tmp_path_factory):
+    """The run by one process with eight devices, and the hashes of its batches."""
+    output = tmp_path_factory.mktemp("alone") / "run"
+    ((status, _, stderr),) = finish(train(1, workshop, output))
+    assert status == 0, stderr
+    return output, batch_hashes(stderr)
+
+
+def same_run(output, alone):
+    found, expected = losses(output), losses(alone)
+    assert found.keys() == expected.keys()
+    for step, loss in expected.items():
+        np.testing.assert_allclose(found[step], loss, rtol=1e-5)
+    mine, theirs = open_model(output), open_model(alone)
+    assert mine.step == theirs.step
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), mine.params, theirs.params)
+
+
+def test_processes_train_as_one_and_a_checkpoint_of_two_is_continued_by_one_and_by_four(workshop, tmp_path, alone):
+    """Two begin; SIGTERM to one of them, and both save the same step and end with 75; others go on to the end."""
+    begun = train(2, workshop, tmp_path / "two")
+    metrics = tmp_path / "two" / "metrics.jsonl"
+    deadline = time.monotonic() + LIMIT
+    while not (metrics.exists() and '"step": 2' in metrics.read_text()):
+        assert time.monotonic() < deadline and begun[0].poll() is None, finish(begun)
+        time.sleep(0.05)
+    begun[1].send_signal(signal.SIGTERM)
+    ended = finish(begun)
+    assert [status for status, *_ in ended] == [75, 75], ended
+    steps = {re.search(r"Stopped after step (\d+)", stderr)[1] for *_, stderr in ended}
+    assert len(steps) == 1, "all stop after the same step"
+    (step,) = map(int, steps)
+    assert open_model(tmp_path / "two").step == step < STEPS
+    for _, _, stderr in ended:
+        assert batch_hashes(stderr).items() <= alone[1].items(), "every process saw the same global batches"
+    for number, loss in losses(tmp_path / "two").items():
+        np.testing.assert_allclose(loss, losses(alone[0])[number], rtol=1e-5)
+    spoken = [[line for line in stdout.splitlines() if not line.startswith("[Gloo]")] for _, stdout, _ in ended]
+    assert not any(spoken[1:]) and sum("2 process(es)" in line for line in spoken[0]) == 1, "one speaks, once"
+
+    for count, settings in ((1, []), (4, ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"])):
+        output = tmp_path / f"by-{count}"
+        shutil.copytree(tmp_path / "two", output)
+        ended = finish(train(count, workshop, output, *settings))
+        assert all(status == 0 for status, *_ in ended), ended
+        for _, _, stderr in ended:
+            later = {number: digest for number, digest in alone[1].items() if int(number) > step}
+            assert batch_hashes(stderr) == later, "from the same position on"
+        same_run(output, alone[0])
+
+
+@pytest.mark.parametrize("values", [("x:1", "", ""), ("x:1", "2", "2"), ("x:1", "two", "0")])
+def test_variables_that_do_not_go_together_are_refused(monkeypatch, values):
+    for name, value in zip(("DISTIL_COORDINATOR", "DISTIL_NUM_PROCESSES", "DISTIL_PROCESS_ID"), values, strict=True):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match="set all three, or none"):
+        processes.connect()
+
+
+def test_the_environment_is_one_line_without_secrets(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("DISTIL_RETRIES", "5")
+    line = processes.environment()
+    assert "8 x cpu" in line and "DISTIL_RETRIES=5" in line and "secret" not in line and "\n" not in line
