@@ -19,6 +19,7 @@ _VERBS = {
     "demo": "distil a small student on this machine, from an embedded teacher, in minutes",
     "prepare": "turn text into packed rows of tokens",
     "train": "train a student; started again in the same folder, it goes on",
+    "plan": "say whether a run fits TPUs and how fast it can be there, before any is paid for",
     "eval": "held-out loss, accuracy, and agreement with a teacher, of a run or a model folder",
     "export": "write a run's student as a folder that `transformers` opens",
     "report": "write report.md and its pictures for a run",

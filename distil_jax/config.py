@@ -66,6 +66,8 @@ class ModelConfig:
 @dataclass(frozen=True)
 class TeacherConfig:
     path: str = may_change("")  # a model folder or a hub id; empty: no teacher
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of its parameters and computation; auto: compute.dtype
+    sharded: bool = may_change(True)  # its parameters cut along fsdp and tensor like the student's; False: whole copies
 
 
 @dataclass(frozen=True)

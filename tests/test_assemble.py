@@ -1,11 +1,13 @@
 """What a configuration becomes on a mesh, before anything is compiled."""
 
+import jax
+import jax.numpy as jnp
 import pytest
 
-from distil_jax.commands.assemble import micro_batches
-from distil_jax.config import MeshConfig, TrainConfig
+from distil_jax.commands.assemble import micro_batches, teacher_compute, teacher_shapes
+from distil_jax.config import ComputeConfig, MeshConfig, ModelConfig, TeacherConfig, TrainConfig
 from distil_jax.schema import InputError
-from distil_jax.training.sharding import make_mesh
+from distil_jax.training.sharding import make_mesh, shardings_of
 
 
 @pytest.mark.parametrize(
@@ -28,3 +30,20 @@ def test_micro_batches_keep_to_the_tokens_of_a_device(mesh, settings, expected):
 def test_batches_that_do_not_divide_are_refused(settings):
     with pytest.raises(InputError, match=f"batch_rows {settings['batch_rows']} does not divide"):
         micro_batches(TrainConfig(steps=1, **settings), make_mesh(MeshConfig()), 512)
+
+
+def test_a_teacher_lies_as_the_student_does_or_whole():
+    model = ModelConfig(90, hidden_size=32, num_heads=4, intermediate_size=48, dtype="bfloat16")
+    mesh = make_mesh(MeshConfig(1, 4, 2))
+    for sharded in (True, False):
+        shapes = teacher_shapes(TeacherConfig(sharded=sharded), model)
+        assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(shapes))
+        shardings = jax.tree.leaves(shardings_of(shapes, mesh))
+        assert all(each.is_fully_replicated for each in shardings) != sharded
+
+
+def test_a_teacher_may_compute_more_finely_than_the_student():
+    compute = ComputeConfig(dtype="bfloat16", unroll="no", remat="full")
+    assert teacher_compute(TeacherConfig(), compute).dtype == "bfloat16"
+    assert teacher_compute(TeacherConfig(dtype="float32"), compute).dtype == "float32"
+    assert teacher_compute(TeacherConfig(), compute).remat == "none", "nothing is computed again without a gradient"

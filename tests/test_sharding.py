@@ -1,6 +1,5 @@
 """Eight virtual devices compute what one does, and say so in what they exchange."""
 
-import re
 from dataclasses import replace
 from functools import partial
 
@@ -9,10 +8,12 @@ import numpy as np
 import pytest
 from conftest import assert_params_close
 
+from distil_jax.commands.flops import step_flops
+from distil_jax.commands.plan.hlo import Program
 from distil_jax.config import MeshConfig
 from distil_jax.models.encoder import abstract_params
 from distil_jax.schema import InputError
-from distil_jax.training.sharding import jit_eval, jit_step, make_mesh, put_rows, shardings_of
+from distil_jax.training.sharding import jit_eval, jit_step, lower_step, make_mesh, put_rows, shardings_of
 from distil_jax.training.state import abstract_state, init_state
 from distil_jax.training.step import mask_and_eval_step, mask_and_train_step
 
@@ -69,18 +70,21 @@ def test_sharded_evaluation_equals_one_device(step_config, student_params, teach
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, expected)
 
 
-def test_gradients_are_exchanged_once_for_all_micro_batches(step_config, student_params, teacher_params, rows, weights):
-    config = replace(step_config, accumulation=2)
-    mesh, state, teacher, _ = on_mesh(MeshConfig(8, 1, 1), config, student_params, teacher_params)
-    with jax.set_mesh(mesh):
-        text = jax.jit(mask_and_train_step).lower(state, teacher, put_rows(rows, mesh), weights).compile().as_text()
-    reduced = 0
-    for shapes in re.findall(r"= (.*) all-reduce(?:-start)?\(", text):
-        for shape in re.findall(r"f32\[([\d,]*)\]", shapes):
-            reduced += int(np.prod([int(n) for n in shape.split(",") if n], initial=1))
+def test_the_work_is_shared_and_gradients_are_exchanged_once(step_config, student_params):
+    """Of eight micro-batches on eight devices: an eighth of the products each, and one exchange, of the gradients."""
+    config = replace(step_config, accumulation=8)
+    costs = []
+    for sizes in ((1, 1, 1), (8, 1, 1)):
+        mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: sizes[0]])
+        shapes = abstract_state(config), abstract_params(config.teacher)
+        text = lower_step(mask_and_train_step, mesh, *shapes, (64, 24)).compile().as_text()
+        costs.append(Program(text).costs)
+    alone, shared = costs
+    assert alone.flops == step_flops(config, 24) * 64 * 24
+    assert shared.flops == alone.flops / 8
     parameters = sum(leaf.size for leaf in jax.tree.leaves(student_params))
-    assert parameters <= reduced <= 1.05 * parameters
-    assert "all-gather" not in text, "no ids or activations cross devices"
+    assert not alone.collectives and set(shared.exchanged) == {"all-reduce"}, "no ids, logits or activations"
+    assert 4 * parameters <= shared.exchanged["all-reduce"] <= 1.05 * 4 * parameters
 
 
 @pytest.mark.parametrize("sizes", [(3, 1, 1), (-1, 3, 1), (16, 1, 1)])

@@ -125,7 +125,7 @@ def test_the_folder_holds_what_the_design_says(finished_run, workshop):
     resolved = load(finished_run / "config.toml")
     given = load(workshop / "run.toml")
     assert resolved.student.layers and resolved.student.num_layers == len(resolved.student.layers)
-    assert resolved.compute.dtype == "float32"
+    assert resolved.compute.dtype == resolved.teacher.dtype == "float32"
     assert resolved.masking.mask_token_id == read_manifest(workshop / "rows").mask_id
     # Nothing else was changed by resolving.
     plain = [
@@ -133,6 +133,7 @@ def test_the_folder_holds_what_the_design_says(finished_run, workshop):
             config,
             student=replace(config.student, layers=(), num_layers=None),
             compute=given.compute,
+            teacher=given.teacher,
             masking=given.masking,
         )
         for config in (resolved, given)
@@ -372,14 +373,9 @@ def test_a_stop_is_never_without_its_checkpoint(workshop, tmp_path, monkeypatch,
     class Late(command.StopRequest):
         looks = 0
 
-        @property
-        def requested(self) -> bool:
+        def requested(self, step: int) -> bool:
             self.looks += 1
             return self.looks > 1
-
-        @requested.setter
-        def requested(self, value: bool) -> None:
-            pass
 
     monkeypatch.setattr(command, "StopRequest", Late)
     assert train(workshop, tmp_path / "run", "train.checkpoint_every=1000") == 75

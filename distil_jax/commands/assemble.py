@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from distil_jax.config import ComputeConfig, Config, ModelConfig, StepConfig, StudentConfig, TrainConfig
+from distil_jax.config import ComputeConfig, Config, ModelConfig, StepConfig, StudentConfig, TeacherConfig, TrainConfig
 from distil_jax.data.loader import Manifest, RowTable, Split, open_rows, read_manifest
 from distil_jax.data.tokenizer import fingerprint as tokenizer_fingerprint
 from distil_jax.io import huggingface
 from distil_jax.io.tensors import local_folder
-from distil_jax.models.encoder import init_params
+from distil_jax.models.encoder import abstract_params, init_params
 from distil_jax.models.student import choose_layers, student_from_teacher
 from distil_jax.objective.masking import masking_weights, most_targets
 from distil_jax.schema import InputError
@@ -75,7 +75,7 @@ def assemble(config: Config) -> Parts:
         folder = local_folder(config.teacher.path)
         teacher_config, teacher_params = huggingface.load(folder)
         check_tokenizer(folder, teacher_config, manifest)
-        teacher_config = with_compute(teacher_config, compute)
+        teacher_config = with_compute(teacher_config, teacher_compute(config.teacher, compute))
     student_config, student_params, layers = _student(
         config.student, teacher_config, teacher_params, manifest, config.seed
     )
@@ -95,6 +95,7 @@ def assemble(config: Config) -> Parts:
     config = replace(
         config,
         compute=replace(config.compute, dtype=compute.dtype),
+        teacher=replace(config.teacher, dtype=teacher_config.dtype if teacher_config else "auto"),
         student=replace(config.student, layers=layers, num_layers=student_config.num_layers),
         masking=replace(config.masking, mask_token_id=config.masking.mask_token_id or manifest.mask_id),
         optimizer=replace(config.optimizer, steps=config.optimizer.steps or steps),
@@ -111,8 +112,8 @@ def assemble(config: Config) -> Parts:
     identity = {"rows": _digest(manifest)}
     if teacher_params is not None:
         identity["teacher"] = huggingface.fingerprint(teacher_params)
-        # The teacher only computes: its parameters are kept in the compute dtype, half the memory on accelerators.
-        teacher_params = jax.tree.map(lambda leaf: np.asarray(leaf, jnp.dtype(compute.dtype)), teacher_params)
+        # The teacher only computes: its parameters are kept in its compute dtype, half the memory on accelerators.
+        teacher_params = jax.tree.map(lambda leaf: np.asarray(leaf, jnp.dtype(teacher_config.dtype)), teacher_params)
     return Parts(
         config=config,
         step=step,
@@ -156,6 +157,18 @@ def check_tokenizer(folder: Path, model: ModelConfig, manifest: Manifest) -> Non
             f"The rows were prepared with another tokenizer than that of the model {folder}: prepare them with "
             f"`--tokenizer {folder}`."
         )
+
+
+def teacher_compute(teacher: TeacherConfig, compute: ComputeConfig) -> ComputeConfig:
+    """How the teacher computes where the student does as `compute`, which must be resolved, says."""
+    return replace(compute, dtype=compute.dtype if teacher.dtype == "auto" else teacher.dtype, remat="none")
+
+
+def teacher_shapes(teacher: TeacherConfig, model: ModelConfig) -> Any:
+    """The teacher's parameters as shapes, with logical axes unless every device is to have them whole."""
+    dtype = jnp.dtype(model.dtype)
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), abstract_params(model))
+    return shapes if teacher.sharded else nn.unbox(shapes)
 
 
 def with_compute(model: ModelConfig, compute: ComputeConfig) -> ModelConfig:

@@ -19,14 +19,14 @@ import tomli_w
 from jax.experimental import multihost_utils
 
 from distil_jax.commands import processes, run_folder
-from distil_jax.commands.assemble import Parts, assemble
+from distil_jax.commands.assemble import Parts, assemble, teacher_shapes
 from distil_jax.commands.evaluate import held_out_numbers
 from distil_jax.commands.progress import Diverged, Progress, Stopped
 from distil_jax.config import Config, StepConfig, TrainConfig, load
 from distil_jax.data.loader import batches, prefetch
 from distil_jax.io.checkpoint import Checkpoints
 from distil_jax.io.metrics import MetricsWriter, last_held_out, read_metrics
-from distil_jax.models.encoder import abstract_params, count_parameters
+from distil_jax.models.encoder import count_parameters
 from distil_jax.schema import InputError, to_dict
 from distil_jax.structs import Rows
 from distil_jax.training.sharding import jit_eval, jit_step, local_places, make_mesh, put_params, put_rows, shardings_of
@@ -123,15 +123,15 @@ def compile_run(parts: Parts) -> Program:
     mesh = make_mesh(parts.config.mesh)
     _check_mesh(mesh, parts.step)
     state_shapes = abstract_state(parts.step)
-    teacher_shapes, teacher_params = None, None
+    shapes, teacher_params = None, None
     if parts.teacher_params is not None:
-        teacher_shapes = abstract_params(parts.step.teacher)
-        teacher_params = put_params(parts.teacher_params, shardings_of(teacher_shapes, mesh))
+        shapes = teacher_shapes(parts.config.teacher, parts.step.teacher)
+        teacher_params = put_params(parts.teacher_params, shardings_of(shapes, mesh))
     return Program(
         parts=parts,
         mesh=mesh,
-        step=jit_step(mask_and_train_step, mesh, state_shapes, teacher_shapes),
-        eval_step=jit_eval(mask_and_eval_step, mesh, state_shapes, teacher_shapes),
+        step=jit_step(mask_and_train_step, mesh, state_shapes, shapes),
+        eval_step=jit_eval(mask_and_eval_step, mesh, state_shapes, shapes),
         state_sharding=shardings_of(state_shapes, mesh),
         teacher_params=teacher_params,
     )

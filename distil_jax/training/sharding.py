@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from distil_jax.config import MeshConfig
 from distil_jax.schema import InputError
+from distil_jax.structs import Rows
 
 _AXES = ("data", "fsdp", "tensor")
 
@@ -130,17 +131,40 @@ def jit_eval(step: Callable, mesh: Mesh, abstract_state: Any, abstract_teacher: 
     return _jit(step, mesh, shardings_of(abstract_state, mesh), abstract_teacher)
 
 
+def lower_step(
+    step: Callable, mesh: Mesh, abstract_state: Any, abstract_teacher: Any, shape: tuple[int, int]
+) -> jax.stages.Lowered:
+    """`mask_and_train_step` for a mesh whose devices need not be there, ready to be compiled (or read).
+
+    Args:
+      step, mesh, abstract_state, abstract_teacher: as for `jit_step`; the teacher's leaves in the compute dtype.
+      shape: [B, L] of the rows.
+    """
+    state_sharding = shardings_of(abstract_state, mesh)
+    compiled = _jitted(
+        step, mesh, state_sharding, abstract_teacher, donate_argnums=0, out_shardings=(state_sharding, None)
+    )
+    ids = jax.ShapeDtypeStruct(shape, jnp.int32)
+    rows = Rows(input_ids=ids, segment_ids=ids, position_ids=ids, row_index=jax.ShapeDtypeStruct(shape[:1], jnp.int32))
+    weights = jax.ShapeDtypeStruct((abstract_state.config.student.padded_vocab_size,), jnp.float32)
+    with jax.set_mesh(mesh):
+        return compiled.lower(nn.unbox(abstract_state), nn.unbox(abstract_teacher), rows, weights)
+
+
 def _jit(step: Callable, mesh: Mesh, state_sharding: Any, abstract_teacher: Any, **options: Any) -> Callable:
-    teacher_sharding = None if abstract_teacher is None else shardings_of(abstract_teacher, mesh)
-    replicated = NamedSharding(mesh, P())
-    others = (replicated,) * (len(inspect.signature(step).parameters) - 3)
-    compiled = jax.jit(step, in_shardings=(state_sharding, teacher_sharding, batch_sharding(mesh), *others), **options)
+    compiled = _jitted(step, mesh, state_sharding, abstract_teacher, **options)
 
     def run(*arguments: Any) -> Any:
         with jax.set_mesh(mesh):
             return compiled(*arguments)
 
     return run
+
+
+def _jitted(step: Callable, mesh: Mesh, state_sharding: Any, abstract_teacher: Any, **options: Any) -> Callable:
+    teacher_sharding = None if abstract_teacher is None else shardings_of(abstract_teacher, mesh)
+    others = (NamedSharding(mesh, P()),) * (len(inspect.signature(step).parameters) - 3)
+    return jax.jit(step, in_shardings=(state_sharding, teacher_sharding, batch_sharding(mesh), *others), **options)
 
 
 def sum_over_data_shards(function: Callable) -> Callable:

@@ -1,0 +1,171 @@
+"""Compiles the real train step for TPUs that are not there; a process of its own for each topology.
+
+`python -m distil_jax.commands.plan.aot` reads a `Job` as JSON and prints what the compiler says as JSON: libtpu wants
+the environment to itself, and a compiler that aborts must not take the plan with it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+from distil_jax.config import MeshConfig, StepConfig, TeacherConfig, TrainConfig
+from distil_jax.schema import InputError, build, to_dict
+
+_ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to compile, and for which machine."""
+
+    topology: str  # as libtpu names it: "v5e:4x4"
+    slices: int
+    step: StepConfig
+    mesh: MeshConfig
+    train: TrainConfig
+    teacher: TeacherConfig
+    sequence_length: int
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler says of one chip; bytes, FLOPs and counts are those of one optimiser step."""
+
+    kind: str  # of the chip, as JAX calls it
+    chips: int
+    hosts: int
+    accumulation: int
+    seconds: float  # to compile
+    parameters: float  # bytes of the student's parameters on a chip
+    optimizer: float
+    teacher: float
+    peak: float  # bytes in all, temporaries and batch among them
+    fits: bool
+    flops: float = 0.0
+    hbm_bytes: float = 0.0
+    exchanged: dict = None  # bytes by kind of collective
+    collectives: dict = None  # how many of each kind
+
+
+def compile_for(job: Job) -> Compiled:
+    """Compiles in another process.
+
+    Raises:
+      InputError: no such topology, a mesh or a batch that does not fit it, or a compiler that failed otherwise.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", "distil_jax.commands.plan.aot"],
+        input=json.dumps(to_dict(job)),
+        env=os.environ | _ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    lines = done.stdout.splitlines()
+    if done.returncode == 2 and lines:
+        raise InputError(lines[-1])
+    if done.returncode:
+        said = " ".join(done.stderr.split())[-500:]
+        raise InputError(f"Compiling for {job.topology} failed ({said}): try another topology or mesh.")
+    return Compiled(**json.loads(lines[-1]))
+
+
+def _compile_here(job: Job) -> Compiled:
+    """Compiles in this process, whose environment must be that of `compile_for`."""
+    import flax.linen as nn
+    import jax
+
+    from distil_jax.commands.assemble import micro_batches, teacher_shapes
+    from distil_jax.commands.plan.hlo import Program
+    from distil_jax.training.sharding import lower_step, make_mesh, shardings_of
+    from distil_jax.training.state import abstract_state
+    from distil_jax.training.step import mask_and_train_step
+
+    devices = _devices(job)
+    mesh = make_mesh(job.mesh, devices)
+    step = replace(job.step, accumulation=micro_batches(job.train, mesh, job.sequence_length))
+    state, teacher = abstract_state(step), None
+    if step.teacher is not None:
+        teacher = teacher_shapes(job.teacher, step.teacher)
+
+    def on_chip(abstract: Any) -> float:
+        leaves = zip(jax.tree.leaves(nn.unbox(abstract)), jax.tree.leaves(shardings_of(abstract, mesh)), strict=True)
+        return float(sum(_bytes(sharding.shard_shape(leaf.shape), leaf.dtype) for leaf, sharding in leaves))
+
+    found = {
+        "kind": devices[0].device_kind,
+        "chips": len(devices),
+        "hosts": len({device.process_index for device in devices}),
+        "accumulation": step.accumulation,
+        "parameters": on_chip(state.params),
+        "optimizer": on_chip(state.opt_state),
+        "teacher": on_chip(teacher) if teacher is not None else 0.0,
+    }
+    began = time.monotonic()
+    lowered = lower_step(mask_and_train_step, mesh, state, teacher, (job.train.batch_rows, job.sequence_length))
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        used = re.search(r"Used ([\d.]+)([KMGT]) of", str(error))
+        if "RESOURCE_EXHAUSTED" not in str(error) or used is None:
+            raise
+        peak = float(used[1]) * 1024 ** (1 + "KMGT".index(used[2]))
+        return Compiled(**found, seconds=time.monotonic() - began, peak=peak, fits=False)
+    memory, costs = compiled.memory_analysis(), Program(compiled.as_text()).costs
+    peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return Compiled(
+        **found,
+        seconds=time.monotonic() - began,
+        peak=float(peak + memory.temp_size_in_bytes),
+        fits=True,
+        flops=costs.flops,
+        hbm_bytes=costs.hbm_bytes,
+        exchanged=dict(costs.exchanged),
+        collectives=dict(costs.collectives),
+    )
+
+
+def _bytes(shape: tuple[int, ...], dtype: Any) -> int:
+    import numpy as np
+
+    return int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+
+
+def _devices(job: Job) -> list[Any]:
+    from jax.experimental import topologies
+
+    options = {"num_slices": job.slices} if job.slices > 1 else {}
+    if job.topology.endswith(":1x1"):
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=job.topology, **options).devices
+    except Exception as error:  # libtpu raises what it likes; its words are passed on
+        said = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"libtpu knows no topology {job.topology!r} ({said}): name one such as v5e:2x4, v5p:2x2x2 or v6e:4x4."
+        ) from error
+
+
+def _main() -> int:
+    try:
+        print(json.dumps(to_dict(_compile_here(build(Job, json.load(sys.stdin))))))
+    except InputError as error:
+        print(error)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main())
