@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -31,6 +32,8 @@ _BAD_INPUT, _DIVERGED, _STOPPED = 2, 3, 75
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb and returns the exit status."""
+    # Models are read without PyTorch here, so that it is not found is no news.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     chosen, rest = _split(list(sys.argv[1:] if arguments is None else arguments))
     command = importlib.import_module(f"distil_jax.commands.{_MODULES.get(chosen, chosen)}")
     parser = argparse.ArgumentParser(prog=f"distil-jax {chosen}", description=f"{_VERBS[chosen].capitalize()}.")

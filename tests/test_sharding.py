@@ -70,21 +70,28 @@ def test_sharded_evaluation_equals_one_device(step_config, student_params, teach
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, expected)
 
 
-def test_the_work_is_shared_and_gradients_are_exchanged_once(step_config, student_params):
-    """Of eight micro-batches on eight devices: an eighth of the products each, and one exchange, of the gradients."""
+def test_the_work_is_shared_and_gradients_are_exchanged_once(step_config, student_params, teacher_params):
+    """Of eight micro-batches on eight devices: an eighth of the products each, and one exchange, of the gradients.
+
+    What is kept in pieces, along fsdp, is gathered once besides: both models, however many micro-batches there are.
+    """
     config = replace(step_config, accumulation=8)
     costs = []
-    for sizes in ((1, 1, 1), (8, 1, 1)):
+    for sizes in ((1, 1, 1), (8, 1, 1), (1, 8, 1)):
         mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: sizes[0]])
         shapes = abstract_state(config), abstract_params(config.teacher)
         text = lower_step(mask_and_train_step, mesh, *shapes, (64, 24)).compile().as_text()
         costs.append(Program(text).costs)
-    alone, shared = costs
+    alone, shared, pieces = costs
     assert alone.flops == step_flops(config, 24) * 64 * 24
     assert shared.flops == alone.flops / 8
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(student_params))
+    parameters, taught = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (student_params, teacher_params))
     assert not alone.collectives and set(shared.exchanged) == {"all-reduce"}, "no ids, logits or activations"
     assert 4 * parameters <= shared.exchanged["all-reduce"] <= 1.05 * 4 * parameters
+    assert pieces.flops == alone.flops / 8
+    assert set(pieces.exchanged) <= {"all-reduce", "reduce-scatter", "all-gather"}
+    assert pieces.exchanged["all-gather"] <= 1.05 * 4 * (parameters + taught)
+    assert sum(pieces.exchanged.values()) <= 1.05 * 4 * (2 * parameters + taught)
 
 
 @pytest.mark.parametrize("sizes", [(3, 1, 1), (-1, 3, 1), (16, 1, 1)])

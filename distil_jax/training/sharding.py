@@ -14,15 +14,16 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from distil_jax.config import MeshConfig
+from distil_jax.config import MeshConfig, ModelConfig
+from distil_jax.models.encoder import abstract_params
 from distil_jax.schema import InputError
 from distil_jax.structs import Rows
 
 _AXES = ("data", "fsdp", "tensor")
+_BATCH = ("data", "fsdp")  # the axes that cut a batch into shards
 
-# Logical axis (as written at each parameter) -> mesh axes. The teacher obeys the same table.
+# Logical axis (as written at each parameter) -> mesh axes it is kept along. The teacher obeys the same table.
 RULES = (
-    ("batch", ("data", "fsdp")),
     ("vocab", ("fsdp", "tensor")),  # the one sharded axis of the word table: two make XLA copy it whole
     ("embed", "fsdp"),
     ("mlp", "tensor"),
@@ -71,7 +72,7 @@ def shardings_of(abstract: Any, mesh: Mesh) -> Any:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows over the data and fsdp axes."""
-    return NamedSharding(mesh, P(("data", "fsdp")))
+    return NamedSharding(mesh, P(_BATCH))
 
 
 def local_places(mesh: Mesh, batch_rows: int) -> np.ndarray:
@@ -167,25 +168,56 @@ def _jitted(step: Callable, mesh: Mesh, state_sharding: Any, abstract_teacher: A
     return jax.jit(step, in_shardings=(state_sharding, teacher_sharding, batch_sharding(mesh), *others), **options)
 
 
-def sum_over_data_shards(function: Callable) -> Callable:
-    """Calls `function(shard, batch, *rest)` on each data shard's part of the batch and adds up what comes back.
+def gather_params(params: Any, model: ModelConfig) -> Any:
+    """A model's parameters whole along fsdp, as a step computes with them; cut along tensor as ever.
+
+    fsdp is how parameters and moments are kept. An encoder is small beside its activations, so it is gathered once a
+    step, not layer by layer in every micro-batch. Without a mesh nothing happens.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["fsdp"] == 1:
+        return params
+    return jax.lax.with_sharding_constraint(params, _specs(abstract_params(model), _without_fsdp(RULES)))
+
+
+def keep_params(params: Any, model: ModelConfig) -> Any:
+    """Gradients (or anything of the parameters' shapes) as parameters are kept: cut along fsdp and tensor."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["fsdp"] == 1:
+        return params
+    return jax.lax.with_sharding_constraint(params, _specs(abstract_params(model), RULES))
+
+
+def _specs(abstract: Any, rules: Any) -> Any:
+    return nn.unbox(nn.logical_to_mesh(nn.get_partition_spec(abstract), rules))
+
+
+def _without_fsdp(rules: Any) -> Any:
+    def rest(axes: Any) -> Any:
+        return tuple(axis for axis in ((axes,) if isinstance(axes, str) else axes or ()) if axis != "fsdp") or None
+
+    return tuple((name, rest(axes)) for name, axes in rules)
+
+
+def sum_over_shards(function: Callable) -> Callable:
+    """Calls `function(shard, batch, *rest)` on each shard of the batch and adds up what comes back.
 
     One exchange per leaf, after everything inside is done: plain `jit` would exchange in every micro-batch, or make
-    every device compute all of them. The other axes stay with the compiler. Without a mesh there is one shard.
+    every device compute all of them. The tensor axis stays with the compiler. Without a mesh there is one shard.
     """
 
     def summed(batch: Any, *rest: Any) -> Any:
         mesh = jax.sharding.get_abstract_mesh()
-        if mesh.empty or mesh.shape["data"] == 1:
+        shards = 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
+        if shards == 1:
             return function(np.int32(0), batch, *rest)
-        shards = mesh.shape["data"]
 
         def cut(leaf: Any) -> Any:
             leaf = leaf.reshape(shards, leaf.shape[0] // shards, *leaf.shape[1:])
-            return jax.lax.with_sharding_constraint(leaf, P("data", "fsdp"))
+            return jax.lax.with_sharding_constraint(leaf, P(_BATCH))
 
         # A batched axis that lies on the mesh, not a shard_map: XLA aborts on one over data beside a tensor axis.
-        each = jax.vmap(function, in_axes=(0, 0, *(None,) * len(rest)), spmd_axis_name="data")
+        each = jax.vmap(function, in_axes=(0, 0, *(None,) * len(rest)), spmd_axis_name=_BATCH)
         sums = each(jnp.arange(shards), jax.tree.map(cut, batch), *rest)
         return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), sums)
 

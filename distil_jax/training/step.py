@@ -13,7 +13,7 @@ from distil_jax.objective.distillation import Distillation, held_out_terms
 from distil_jax.objective.masking import mask_tokens
 from distil_jax.structs import Array, Batch, Mean, Metrics, Rows
 from distil_jax.training.optimizer import learning_rate, make_optimizer
-from distil_jax.training.sharding import sum_over_data_shards
+from distil_jax.training.sharding import gather_params, keep_params, sum_over_shards
 from distil_jax.training.state import TrainState
 
 _MASKS, _DROPOUT = 0, 1  # what the keys of one step are for
@@ -43,7 +43,7 @@ def train_step(state: TrainState, teacher_params: Any, batch: Batch) -> tuple[Tr
     Args:
       state: the student.
       teacher_params: the teacher's tree in any float dtype, or None when no term needs it.
-      batch: [B, L]; B divides into `state.config.accumulation` micro-batches on every data shard.
+      batch: [B, L]; B divides into `state.config.accumulation` micro-batches on every shard.
 
     Returns:
       The next state, and the metrics of this step: the terms of the loss, "loss", "gradient_norm",
@@ -71,11 +71,13 @@ def eval_step(state: TrainState, teacher_params: Any, batch: Batch) -> Metrics:
       teacher_params: the teacher's tree, or None to leave out the comparison with it.
       batch: [B, L].
     """
-    student = MaskedLm(state.config.student).apply({"params": state.params}, batch)
-    teacher = None
+    config = state.config
+    params = gather_params(state.params, config.student)
+    student, teacher = MaskedLm(config.student).apply({"params": params}, batch), None
     if teacher_params is not None:
-        teacher = MaskedLm(state.config.teacher).apply({"params": teacher_params}, batch)
-    return held_out_terms(student, teacher, batch, config=state.config.loss)
+        teacher_params = gather_params(teacher_params, config.teacher)
+        teacher = MaskedLm(config.teacher).apply({"params": teacher_params}, batch)
+    return held_out_terms(student, teacher, batch, config=config.loss)
 
 
 def mask_and_eval_step(state: TrainState, teacher_params: Any, rows: Rows, weights: Array) -> Metrics:
@@ -97,7 +99,7 @@ def _key(state: TrainState, purpose: int) -> Array:
 def _gradients(state: TrainState, teacher_params: Any, batch: Batch) -> tuple[Any, Metrics, Array]:
     """Gradients of the loss over the whole batch, its terms and its value.
 
-    Each data shard adds up its micro-batches, and the shards exchange their sums once.
+    Each shard of the batch adds up its micro-batches, and the shards exchange their sums once.
     """
     config = state.config
     objective = Distillation(config.loss)
@@ -127,10 +129,11 @@ def _gradients(state: TrainState, teacher_params: Any, batch: Batch) -> tuple[An
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         return jax.lax.scan(add, zeros, (jnp.arange(config.accumulation), micro_batches))[0]
 
-    gradients, terms = sum_over_data_shards(shard_sums)(
-        batch, state.params, teacher_params, counts, _key(state, _DROPOUT)
-    )
-    return gradients, terms, objective.combine(terms, counts)
+    params = gather_params(state.params, config.student)
+    if config.loss.needs_teacher:
+        teacher_params = gather_params(teacher_params, config.teacher)
+    gradients, terms = sum_over_shards(shard_sums)(batch, params, teacher_params, counts, _key(state, _DROPOUT))
+    return keep_params(gradients, config.student), terms, objective.combine(terms, counts)
 
 
 def _cut(leaf: Array, pieces: int) -> Array:
