@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from distil_jax.config import MeshConfig, StepConfig, TeacherConfig, TrainConfig
@@ -55,8 +55,8 @@ class Compiled:
     fits: bool
     flops: float = 0.0
     hbm_bytes: float = 0.0
-    exchanged: dict = None  # bytes by kind of collective
-    collectives: dict = None  # how many of each kind
+    exchanged: dict[str, float] = field(default_factory=dict)  # bytes by kind of collective
+    collectives: dict[str, float] = field(default_factory=dict)  # how many of each kind
 
 
 def compile_for(job: Job) -> Compiled:

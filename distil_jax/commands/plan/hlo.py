@@ -93,7 +93,9 @@ class Program:
         for name, times in self._executed(self.entry, 1):
             computation = self.computations[name]
             for instruction in computation.values():
-                self._add(costs, computation, instruction, times)
+                costs.flops += times * self._flops(computation, instruction)
+                costs.hbm_bytes += times * self._traffic(computation, instruction)
+                self._exchange(costs, computation, instruction, times)
         return costs
 
     def _executed(self, name: str, times: float) -> Iterator[tuple[str, float]]:
@@ -121,17 +123,19 @@ class Program:
             raise ValueError(f"The loop {loop.name} does not say how often it runs.")
         return constants[0]
 
-    def _add(self, costs: Costs, inside: dict[str, Instruction], instruction: Instruction, times: float) -> None:
+    def _exchange(self, costs: Costs, inside: dict[str, Instruction], instruction: Instruction, times: float) -> None:
         opcode = instruction.opcode.removesuffix("-start")
-        if opcode in COLLECTIVES:
+        if opcode == "fusion":  # a TPU writes a reduce-scatter as one, with an all-reduce inside
+            fused = self.computations[instruction.calls("calls")[0]]
+            for each in fused.values():
+                self._exchange(costs, fused, each, times)
+        elif opcode in COLLECTIVES:
             given = sum(each.bytes for name in instruction.operands for each in inside[name].arrays)
             found = sum(each.bytes for each in instruction.arrays)
             if opcode != instruction.opcode:  # an asynchronous start names its operands beside its results
                 found -= given
             costs.exchanged[opcode] += times * max(given, found)
             costs.collectives[opcode] += times
-        costs.flops += times * self._flops(inside, instruction)
-        costs.hbm_bytes += times * self._traffic(inside, instruction)
 
     def _flops(self, inside: dict[str, Instruction], instruction: Instruction) -> float:
         if instruction.opcode == "fusion":

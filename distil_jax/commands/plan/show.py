@@ -78,7 +78,7 @@ def sweep(workload: Workload, pairs: Pairs) -> list[str]:
             hours = _hours(workload, bound.seconds)
             row += [_seconds(each) for each in (bound.products, bound.memory, bound.links, bound.network)]
             row += [_seconds(bound.seconds), bound.roof, f"{_rate(workload, bound.seconds):,.0f}"]
-            row += [f"{hours:,.1f} h", f"{hours * compiled.chips:,.0f}"]
+            row += [f"{hours:,.3g} h", f"{hours * compiled.chips:,.3g}"]
         rows.append(row + [""] * (len(head) - len(row)))
     return ["", *table(head, rows), "", *_assumptions(workload)]
 
@@ -145,7 +145,7 @@ def _hours(workload: Workload, seconds: float) -> float:
 
 
 def _duration(workload: Workload, seconds: float) -> str:
-    return f"{_hours(workload, seconds):,.1f} h for {_what(workload)}"
+    return f"{_hours(workload, seconds):,.3g} h for {_what(workload)}"
 
 
 def _exchanged(compiled: Compiled) -> str:
