@@ -92,8 +92,10 @@ class Stage:
         (self.play / f"host{host}.play").write_text("".join(f"{line}\n" for line in lines))
 
     def start(self, name: str, *arguments: str, **variables: str) -> subprocess.Popen:
+        # bash cannot trap what was ignored before it began, as under nohup and in the background of a script.
+        heard = ["env", "--default-signal=INT,HUP"]
         return subprocess.Popen(
-            [self.root / "launch" / name, *arguments],
+            [*heard, self.root / "launch" / name, *arguments],
             env=self.environment | variables,
             cwd=self.play,
             stdout=subprocess.PIPE,
