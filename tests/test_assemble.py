@@ -1,11 +1,14 @@
 """What a configuration becomes on a mesh, before anything is compiled."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from distil_jax.commands.assemble import micro_batches, teacher_compute, teacher_shapes
-from distil_jax.config import ComputeConfig, MeshConfig, ModelConfig, TeacherConfig, TrainConfig
+from distil_jax.commands.assemble import check_mesh, micro_batches, teacher_compute, teacher_shapes
+from distil_jax.config import ComputeConfig, LossConfig, MeshConfig, ModelConfig, StepConfig, TeacherConfig, TrainConfig
 from distil_jax.schema import InputError
 from distil_jax.training.sharding import make_mesh, shardings_of
 
@@ -30,6 +33,22 @@ def test_micro_batches_keep_to_the_tokens_of_a_device(mesh, settings, expected):
 def test_batches_that_do_not_divide_are_refused(settings):
     with pytest.raises(InputError, match=f"batch_rows {settings['batch_rows']} does not divide"):
         micro_batches(TrainConfig(steps=1, **settings), make_mesh(MeshConfig()), 512)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "change", "message"),
+    [
+        ((1, 1, 8), {}, "num_heads 4 does not divide by mesh.tensor = 8"),
+        ((1, 8, 1), {"hidden_size": 36}, "hidden_size 36 does not divide by mesh.fsdp = 8"),
+        ((1, 1, 4), {"intermediate_size": 50}, "intermediate_size 50 does not divide by mesh.tensor = 4"),
+        ((1, 3, 1), {"hidden_size": 36}, "128 does not divide by mesh.fsdp x mesh.tensor = 3"),
+    ],
+)
+def test_a_mesh_that_cuts_a_model_unevenly_is_refused(sizes, change, message):
+    model = replace(ModelConfig(90, hidden_size=32, num_heads=4, intermediate_size=48), **change)
+    mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: np.prod(sizes)])
+    with pytest.raises(InputError, match=message):
+        check_mesh(mesh, StepConfig(model, loss=LossConfig(kl=0, cosine=0)))
 
 
 def test_a_teacher_lies_as_the_student_does_or_whole():

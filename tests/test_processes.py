@@ -146,7 +146,7 @@ def test_processes_train_as_one_and_a_checkpoint_of_two_is_continued_by_one_and_
         same_run(output, alone[0])
 
 
-@pytest.mark.parametrize("values", [("x:1", "", ""), ("x:1", "2", "2"), ("x:1", "two", "0")])
+@pytest.mark.parametrize("values", [("x:1", "", ""), ("x:1", "2", "2"), ("x:1", "two", "0"), ("x", "2", "0")])
 def test_variables_that_do_not_go_together_are_refused(monkeypatch, values):
     for name, value in zip(("DISTIL_COORDINATOR", "DISTIL_NUM_PROCESSES", "DISTIL_PROCESS_ID"), values, strict=True):
         monkeypatch.setenv(name, value)

@@ -22,6 +22,7 @@ import pytest
 from conftest import LENGTH, RUN_STEPS, file_hashes, random_params, run_numbers, same_leaves, write_sentences
 
 from distil_jax import cli
+from distil_jax.commands import run_folder
 from distil_jax.commands import train as command
 from distil_jax.commands.assemble import assemble
 from distil_jax.commands.run_folder import open_model
@@ -32,7 +33,7 @@ from distil_jax.data.prepare import PrepareConfig, prepare
 from distil_jax.io import huggingface
 from distil_jax.io.checkpoint import Checkpoints
 from distil_jax.io.metrics import MetricsWriter, read_metrics
-from distil_jax.schema import build, to_dict
+from distil_jax.schema import InputError, build, to_dict
 from distil_jax.training.sharding import put_rows
 
 REPOSITORY = Path(__file__).parents[1]
@@ -556,3 +557,12 @@ def test_every_checkpoint_holds_the_parameters_of_its_own_step(workshop, tmp_pat
         assert same_leaves(checkpoints.restore(step, shapes), expected), step
         assert checkpoints.facts(step)["position"] == 16 * step
     checkpoints.close()
+
+
+def test_a_run_killed_while_it_began_is_no_foreign_folder(tmp_path):
+    (tmp_path / "run" / "tokenizer").mkdir(parents=True)
+    (tmp_path / "run" / ".config.toml").touch()
+    run_folder.check(tmp_path / "run")
+    (tmp_path / "run" / "thesis.tex").touch()
+    with pytest.raises(InputError, match="something other than a run"):
+        run_folder.check(tmp_path / "run")

@@ -145,6 +145,28 @@ def micro_batches(train: TrainConfig, mesh: Mesh, sequence_length: int) -> int:
     return next((n for n in pieces if rows // n * sequence_length <= train.tokens_per_device), rows)
 
 
+def check_mesh(mesh: Mesh, step: StepConfig) -> None:
+    """Refuses a mesh that cuts an axis of a model into unequal pieces.
+
+    Raises:
+      InputError: it does.
+    """
+    fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
+    for name, model in (("student", step.student), ("teacher", step.teacher)):
+        if model is None:
+            continue
+        for what, size, pieces, axes in (
+            ("hidden_size", model.hidden_size, fsdp, "mesh.fsdp"),
+            ("num_heads", model.num_heads, tensor, "mesh.tensor"),
+            ("intermediate_size", model.intermediate_size, tensor, "mesh.tensor"),
+            ("vocabulary (padded to 128)", model.padded_vocab_size, fsdp * tensor, "mesh.fsdp x mesh.tensor"),
+        ):
+            if size % pieces:
+                raise InputError(
+                    f"The {name}'s {what} {size} does not divide by {axes} = {pieces}: choose a size that divides it."
+                )
+
+
 def check_tokenizer(folder: Path, model: ModelConfig, manifest: Manifest) -> None:
     """Refuses rows whose ids mean something else to the model, as far as that can be told."""
     if manifest.vocab_size > model.vocab_size:

@@ -6,13 +6,18 @@ Never on import: research code that calls `train_step` decides for itself.
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Callable
+from typing import TypeVar
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from distil_jax import __version__
 from distil_jax.schema import InputError
 
+T = TypeVar("T")
 _VARIABLES = ("DISTIL_COORDINATOR", "DISTIL_NUM_PROCESSES", "DISTIL_PROCESS_ID")
 # What decides how a program is compiled and where it runs; nothing else of the environment is ever printed.
 _SHOWN = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "CUDA_VISIBLE_DEVICES")
@@ -32,7 +37,8 @@ def connect() -> None:
         return
     given = [os.environ.get(name) for name in _VARIABLES]
     if any(given):
-        if not all(given) or not (given[1].isdecimal() and given[2].isdecimal() and int(given[2]) < int(given[1])):
+        whole = all(given) and re.fullmatch(r".+:\d+ \d+ \d+", " ".join(given))
+        if not whole or int(given[2]) >= int(given[1]):
             raise InputError(
                 f"{', '.join(_VARIABLES)} go together, host:port, how many, and which one from 0, but they are "
                 f"{', '.join(map(repr, given))}: set all three, or none."
@@ -50,6 +56,24 @@ def connect() -> None:
 def is_first() -> bool:
     """Whether this process is the one that writes and speaks for all."""
     return jax.process_index() == 0
+
+
+def together(action: Callable[[], T]) -> T:
+    """Does something in every process, and ends in all of them where one refuses: none waits for it in vain.
+
+    Raises:
+      InputError: this process's own, or that of another.
+    """
+    result, refusal = None, None
+    try:
+        result = action()
+    except InputError as error:
+        refusal = error
+    if jax.process_count() > 1 and np.any(multihost_utils.process_allgather(np.array(refusal is not None))):
+        raise refusal or InputError("Another process of this run has refused it: see what it says.")
+    if refusal is not None:
+        raise refusal
+    return result
 
 
 def meet(where: str) -> None:

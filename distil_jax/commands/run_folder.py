@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 from dataclasses import dataclass
 from functools import partial
@@ -63,7 +64,8 @@ def check(folder: Path, parts: Parts | None = None) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file: name a folder for the run.")
-    if folder.is_dir() and any(folder.iterdir()) and not is_run(folder):
+    begun = {"tokenizer", ".config.toml"}  # what a run that was killed while it began leaves behind
+    if folder.is_dir() and not is_run(folder) and {path.name for path in folder.iterdir()} - begun:
         raise InputError(f"{folder} holds something other than a run: name a new folder; nothing was changed.")
     if parts is None or not is_run(folder):
         return
@@ -96,9 +98,11 @@ def begin(folder: Path, parts: Parts) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         # Kept with the run, so that it can be exported when the data is gone.
         shutil.copytree(parts.tokenizer, folder / "tokenizer", dirs_exist_ok=True)
-        (folder / "config.toml").write_text(tomli_w.dumps(to_dict(parts.config)), encoding="utf-8")
+        draft = folder / ".config.toml"
+        draft.write_text(tomli_w.dumps(to_dict(parts.config)), encoding="utf-8")
+        os.replace(draft, folder / "config.toml")
     except OSError as error:
-        raise InputError(f"Cannot write the run folder {folder}: {error.strerror}.") from error
+        raise InputError(f"Cannot write the run folder {folder}: {error.strerror or error}.") from error
 
 
 def facts(parts: Parts, step: int) -> dict[str, Any]:

@@ -19,15 +19,15 @@ import tomli_w
 from jax.experimental import multihost_utils
 
 from distil_jax.commands import processes, run_folder
-from distil_jax.commands.assemble import Parts, assemble, teacher_shapes
+from distil_jax.commands.assemble import Parts, assemble, check_mesh, teacher_shapes
 from distil_jax.commands.evaluate import held_out_numbers
 from distil_jax.commands.progress import Diverged, Progress, Stopped
-from distil_jax.config import Config, StepConfig, TrainConfig, load
+from distil_jax.config import Config, TrainConfig, load
 from distil_jax.data.loader import batches, prefetch
 from distil_jax.io.checkpoint import Checkpoints
 from distil_jax.io.metrics import MetricsWriter, last_held_out, read_metrics
 from distil_jax.models.encoder import count_parameters
-from distil_jax.schema import InputError, to_dict
+from distil_jax.schema import to_dict
 from distil_jax.structs import Rows
 from distil_jax.training.sharding import jit_eval, jit_step, local_places, make_mesh, put_params, put_rows, shardings_of
 from distil_jax.training.state import TrainState, abstract_state, init_state
@@ -101,27 +101,31 @@ def train(config: Config, workdir: str | Path) -> dict[str, float]:
       Diverged: the loss is not finite; the last checkpoint is from before.
     """
     workdir = Path(workdir)
-    run_folder.check(workdir)
-    parts = assemble(config)
-    run_folder.check(workdir, parts)
-    program = compile_run(parts)
-    processes.meet("checked")  # nobody writes before everybody has looked
-    if processes.is_first():
-        run_folder.begin(workdir, parts)
-    processes.meet("begun")
+    program = processes.together(lambda: _ready(config, workdir))  # nobody writes before everybody has looked
+    parts = program.parts
+    processes.together(lambda: run_folder.begin(workdir, parts) if processes.is_first() else None)
     with contextlib.closing(Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints)) as checkpoints:
         state = _begin(program, checkpoints)
         step = int(state.step)
         _announce(program, workdir, step)
         writer = MetricsWriter(workdir, step=step, tensorboard=config.train.tensorboard, enabled=processes.is_first())
+        processes.meet("the metrics are as of this step")
         with contextlib.closing(writer):
             return _loop(program, state, checkpoints, writer)
+
+
+def _ready(config: Config, workdir: Path) -> Program:
+    """Everything that can be refused, before anything is written."""
+    run_folder.check(workdir)
+    parts = assemble(config)
+    run_folder.check(workdir, parts)
+    return compile_run(parts)
 
 
 def compile_run(parts: Parts) -> Program:
     """Mesh, shardings and jitted steps; nothing is computed yet (XLA compiles at the first call)."""
     mesh = make_mesh(parts.config.mesh)
-    _check_mesh(mesh, parts.step)
+    check_mesh(mesh, parts.step)
     state_shapes = abstract_state(parts.step)
     shapes, teacher_params = None, None
     if parts.teacher_params is not None:
@@ -135,19 +139,6 @@ def compile_run(parts: Parts) -> Program:
         state_sharding=shardings_of(state_shapes, mesh),
         teacher_params=teacher_params,
     )
-
-
-def _check_mesh(mesh: jax.sharding.Mesh, step: StepConfig) -> None:
-    """Refuses a mesh that cuts an axis of a model into unequal pieces."""
-    for name, model in (("student", step.student), ("teacher", step.teacher)):
-        if model is None:
-            continue
-        for axis, field in (("fsdp", "hidden_size"), ("tensor", "num_heads"), ("tensor", "intermediate_size")):
-            if getattr(model, field) % mesh.shape[axis]:
-                raise InputError(
-                    f"The {name}'s {field} {getattr(model, field)} does not divide by mesh.{axis} = "
-                    f"{mesh.shape[axis]}: choose a size that divides it."
-                )
 
 
 def first_state(program: Program) -> TrainState:
@@ -270,7 +261,8 @@ def _announce(program: Program, workdir: Path, step: int) -> None:
 class StopRequest:
     """While entered, turns the first SIGTERM or Ctrl-C into a request; the second ends the process as usual.
 
-    Of several processes each may be asked, and all of them learn of it at the same step, from JAX's own service.
+    Of several processes each may be asked, by SIGTERM, and all of them learn of it at the same step, from JAX's own
+    service; Ctrl-C is not for them.
     """
 
     def __init__(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -38,7 +39,9 @@ class MetricsWriter:
             return
         path = self.folder / "metrics.jsonl"
         kept = [line for line in read_metrics(folder) if line["step"] <= step] if step else []
-        path.write_text("".join(map(_dumps, kept)), encoding="utf-8")
+        draft = path.with_name(".metrics.jsonl")  # a kill here loses no line
+        draft.write_text("".join(map(_dumps, kept)), encoding="utf-8")
+        os.replace(draft, path)
         self._lines = path.open("a", encoding="utf-8")
         self._events = _event_writer(self.folder / "tensorboard", step) if tensorboard else None
 
@@ -66,8 +69,8 @@ def read_metrics(folder: str | Path) -> list[dict[str, float | str]]:
 
 
 def last_held_out(lines: list[dict[str, float | str]]) -> dict[str, float]:
-    """The numbers of the newest evaluation among the lines of a run."""
-    found = [line for line in lines if line["kind"] == "held_out"]
+    """The numbers of the newest evaluation among the lines of a run; none where there was none."""
+    found = [line for line in lines if line["kind"] == "held_out"] or [{}]
     return {name: number for name, number in found[-1].items() if name not in ("step", "kind")}
 
 

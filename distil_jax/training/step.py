@@ -137,5 +137,5 @@ def _gradients(state: TrainState, teacher_params: Any, batch: Batch) -> tuple[An
 
 
 def _cut(leaf: Array, pieces: int) -> Array:
-    """[B, ...] -> [pieces, B / pieces, ...], strided, so that a sharded batch axis stays where it is."""
-    return jnp.swapaxes(leaf.reshape(leaf.shape[0] // pieces, pieces, *leaf.shape[1:]), 0, 1)
+    """[B, ...] -> [pieces, B / pieces, ...]."""
+    return leaf.reshape(pieces, leaf.shape[0] // pieces, *leaf.shape[1:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import re
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from pathlib import Path
 from distil_jax.commands.assemble import resolve_compute, student_model, teacher_compute, with_compute
 from distil_jax.commands.plan import show
 from distil_jax.commands.plan.aot import Compiled, Job, compile_for
-from distil_jax.config import Config, MeshConfig, ModelConfig, StepConfig, load
+from distil_jax.config import Config, MeshConfig, ModelConfig, StepConfig, StudentConfig, load
 from distil_jax.data.loader import Manifest, read_manifest
 from distil_jax.io.config_json import from_json
 from distil_jax.io.tensors import local_folder, read_json
@@ -49,6 +50,8 @@ def run(arguments: argparse.Namespace) -> None:
     """
     if importlib.util.find_spec("libtpu") is None:
         raise InputError("plan compiles with libtpu, which is not installed: pip install 'distil-jax[tpu]'.")
+    if arguments.sweep and arguments.slices != 1:
+        raise InputError("--slices goes with --topology; in a sweep write 2*v5e:4x4 for two slices.")
     one = f"{arguments.slices}*{arguments.topology}" if arguments.slices != 1 else arguments.topology
     machines = [_topology(name) for name in (arguments.sweep or one).split(",")]
     workload = read_workload(load(arguments.config, arguments.set), arguments.sequence_length, arguments.tokens)
@@ -108,10 +111,13 @@ def read_workload(config: Config, length: int | None = None, tokens: float | Non
     teacher = _teacher(config.teacher.path, assumptions)
     compute = resolve_compute(config.compute, "tpu")
     teacher = teacher and with_compute(teacher, teacher_compute(config.teacher, compute))
-    student = with_compute(student_model(config.student, teacher, _vocabulary(manifest, teacher)), compute)
-    length = length or (manifest.sequence_length if manifest else min(512, student.max_positions))
-    if length > student.max_positions:
-        raise InputError(f"Rows of {length} are longer than the student's {student.max_positions} positions.")
+    student = with_compute(_student(config.student, teacher, manifest), compute)
+    if manifest and length not in (None, manifest.sequence_length):
+        raise InputError(f"The rows of {config.data.path} are {manifest.sequence_length} long: leave out the length.")
+    positions = min(model.max_positions for model in (student, teacher) if model)
+    length = length or (manifest.sequence_length if manifest else min(512, positions))
+    if length > positions:
+        raise InputError(f"Rows of {length} are longer than the {positions} positions of student and teacher.")
     row_tokens, rows = float(length), None
     if manifest is not None:
         row_tokens, rows = manifest.train.tokens / manifest.train.rows, manifest.train.rows
@@ -135,8 +141,19 @@ def _teacher(path: str, assumptions: list[str]) -> ModelConfig | None:
     if not Path(path).exists() and path in _BERT_BASE:
         assumptions.append(f"The teacher {path} is not looked at: BERT-base with {_BERT_BASE[path]:,} ids.")
         return ModelConfig(vocab_size=_BERT_BASE[path])
+    return _architecture(path)
+
+
+def _architecture(path: str) -> ModelConfig:
     folder = local_folder(path)
     return replace(from_json(read_json(folder / "config.json"), folder / "config.json"), pooler=False)
+
+
+def _student(student: StudentConfig, teacher: ModelConfig | None, manifest: Manifest | None) -> ModelConfig:
+    if student.init in ("teacher", "random"):
+        return student_model(student, teacher, _vocabulary(manifest, teacher))
+    dropouts = {"hidden_dropout": student.hidden_dropout, "attention_dropout": student.attention_dropout}
+    return replace(_architecture(student.init), **dropouts)
 
 
 def _vocabulary(manifest: Manifest | None, teacher: ModelConfig | None) -> int:
@@ -157,25 +174,27 @@ def _topology(text: str) -> tuple[str, int]:
 def _advice(job: Job, compiled: Compiled) -> str:
     """The smallest change with which a job fits, found by compiling it."""
     needed = f"{show.name(job)} does not hold this run: {show.memory(compiled)}."
+    fits = False
     for change, changed in _changes(job, compiled):
         print(f"It does not fit; trying {change} ...", flush=True)
-        if compile_for(changed).fits:
+        with contextlib.suppress(InputError):  # a change that cannot be is no advice
+            fits = compile_for(changed).fits
+        if fits:
             return f"{needed} It fits with --set {change.replace(' and ', ' --set ')}."
-    return f"{needed} No number of micro-batches, rematerialisation or fsdp makes it fit: take more or larger chips."
+    return f"{needed} Neither micro-batches, nor rematerialisation, nor fsdp makes it fit: take more or larger chips."
 
 
 def _changes(job: Job, compiled: Compiled) -> Iterator[tuple[str, Job]]:
-    """From what costs nothing to what costs time: smaller micro-batches, sharded parameters, computing again."""
-    shards = compiled.chips // (job.mesh.tensor if job.mesh.tensor > 0 else 1)
-    rows = job.train.batch_rows // shards
-    smaller = [n for n in range(compiled.accumulation + 1, rows + 1) if rows % n == 0]
-    for number in smaller:
+    """Smaller micro-batches, then computing again what the backward pass needs, then sharded parameters."""
+    rows = job.train.batch_rows // compiled.shards
+    for number in (n for n in range(compiled.accumulation + 1, rows + 1) if rows % n == 0):
         yield f"train.accumulation={number}", replace(job, train=replace(job.train, accumulation=number))
     least = replace(job, train=replace(job.train, accumulation=rows))
-    fsdp = MeshConfig(data=-1, fsdp=compiled.chips // job.slices, tensor=1)
-    yield f"train.accumulation={rows} and mesh.fsdp={fsdp.fsdp}", replace(least, mesh=fsdp)
-    again = replace(job.step, student=replace(job.step.student, remat="full"))
-    yield (
-        f"train.accumulation={rows} and mesh.fsdp={fsdp.fsdp} and compute.remat=full",
-        replace(least, mesh=fsdp, step=again),
-    )
+    for remat in ("dots", "full"):
+        again = replace(job.step, student=replace(job.step.student, remat=remat))
+        yield f"train.accumulation={rows} and compute.remat={remat}", replace(least, step=again)
+    fsdp, rows = compiled.chips // job.slices, job.train.batch_rows // compiled.chips
+    if job.train.batch_rows % compiled.chips == 0:
+        least = replace(job, train=replace(job.train, accumulation=rows), mesh=MeshConfig(-1, fsdp, 1), step=again)
+        mesh = f"mesh.data=-1 and mesh.fsdp={fsdp} and mesh.tensor=1"
+        yield f"train.accumulation={rows} and compute.remat=full and {mesh}", least

@@ -15,6 +15,7 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from distil_jax.commands.hardware import CHIPS
 from distil_jax.config import MeshConfig, StepConfig, TeacherConfig, TrainConfig
 from distil_jax.schema import InputError, build, to_dict
 
@@ -46,8 +47,10 @@ class Compiled:
     kind: str  # of the chip, as JAX calls it
     chips: int
     hosts: int
+    shards: int  # into which the batch is cut
     accumulation: int
     seconds: float  # to compile
+    student: float  # bytes of the student's parameters in all
     parameters: float  # bytes of the student's parameters on a chip
     optimizer: float
     teacher: float
@@ -87,14 +90,17 @@ def _compile_here(job: Job) -> Compiled:
     import flax.linen as nn
     import jax
 
-    from distil_jax.commands.assemble import micro_batches, teacher_shapes
+    from distil_jax.commands.assemble import check_mesh, micro_batches, teacher_shapes
     from distil_jax.commands.plan.hlo import Program
     from distil_jax.training.sharding import lower_step, make_mesh, shardings_of
     from distil_jax.training.state import abstract_state
     from distil_jax.training.step import mask_and_train_step
 
     devices = _devices(job)
+    if devices[0].device_kind not in CHIPS:
+        raise InputError(f"Nothing is known of the chip {devices[0].device_kind}, only of {', '.join(CHIPS)}.")
     mesh = make_mesh(job.mesh, devices)
+    check_mesh(mesh, job.step)
     step = replace(job.step, accumulation=micro_batches(job.train, mesh, job.sequence_length))
     state, teacher = abstract_state(step), None
     if step.teacher is not None:
@@ -108,7 +114,9 @@ def _compile_here(job: Job) -> Compiled:
         "kind": devices[0].device_kind,
         "chips": len(devices),
         "hosts": len({device.process_index for device in devices}),
+        "shards": mesh.shape["data"] * mesh.shape["fsdp"],
         "accumulation": step.accumulation,
+        "student": float(sum(_bytes(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(nn.unbox(state.params)))),
         "parameters": on_chip(state.params),
         "optimizer": on_chip(state.opt_state),
         "teacher": on_chip(teacher) if teacher is not None else 0.0,

@@ -10,7 +10,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
@@ -125,10 +125,13 @@ class Program:
 
     def _exchange(self, costs: Costs, inside: dict[str, Instruction], instruction: Instruction, times: float) -> None:
         opcode = instruction.opcode.removesuffix("-start")
-        if opcode == "fusion":  # a TPU writes a reduce-scatter as one, with an all-reduce inside
+        if opcode == "fusion":
             fused = self.computations[instruction.calls("calls")[0]]
+            # A TPU writes a reduce-scatter as an all-reduce of which each chip keeps its slice.
+            sliced = any(each.opcode == "dynamic-slice" for each in fused.values())
             for each in fused.values():
-                self._exchange(costs, fused, each, times)
+                scatters = sliced and each.opcode == "all-reduce"
+                self._exchange(costs, fused, replace(each, opcode="reduce-scatter") if scatters else each, times)
         elif opcode in COLLECTIVES:
             given = sum(each.bytes for name in instruction.operands for each in inside[name].arrays)
             found = sum(each.bytes for each in instruction.arrays)

@@ -46,7 +46,7 @@ def roofline(compiled: Compiled, slices: int) -> Roofline:
     chip = chip_of(compiled)
     moved = sum((2 if kind == "all-reduce" else 1) * each for kind, each in compiled.exchanged.items())
     # A slice reduces its gradients first; each of its chips then meets its like with an equal part of them.
-    part = compiled.parameters * slices / compiled.chips
+    part = compiled.student * slices / compiled.chips
     across = 2 * part * (slices - 1) / slices * compiled.chips / compiled.hosts
     return Roofline(
         products=compiled.flops / chip.flops,
