@@ -10,4 +10,6 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh
 
 make_environment .
+# What it installs computes on the CPU; were libtpu there from the tests, JAX would look for a TPU and say so.
+export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
 exec "$PYTHON" -m distil_jax demo "$@"

@@ -54,7 +54,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             f"A mesh of data x fsdp x tensor = {' x '.join(map(str, sizes))} does not fit {count} devices: "
             "change [mesh] so that the sizes multiply to that."
         )
-    slices = len({device.slice_index if device.platform == "tpu" else 0 for device in devices})
+    # TPUs alone have slices here, and a single one need not say which it is.
+    slices = len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}) or 1
     if sizes[0] % slices:
         raise InputError(f"mesh.data = {sizes[0]} does not divide among {slices} slices: choose a size that does.")
     inside = [sizes[0] // slices, *sizes[1:]]
