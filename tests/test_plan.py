@@ -14,7 +14,7 @@ from distil_jax import cli
 from distil_jax.commands import plan
 from distil_jax.commands.flops import step_flops
 from distil_jax.commands.hardware import CHIPS
-from distil_jax.commands.plan.aot import Compiled
+from distil_jax.commands.plan.aot import Compiled, memory_asked
 from distil_jax.commands.plan.hlo import Program
 from distil_jax.commands.plan.roofline import roofline
 from distil_jax.config import LossConfig, ModelConfig, StepConfig, load
@@ -142,6 +142,26 @@ def test_what_does_not_fit_is_refused_with_the_smallest_change(compiled_as, caps
     said = capsys.readouterr()
     assert "NO: 16.5 GiB a chip, which has 16" in said.out
     assert said.err.endswith(advice + "\n") and said.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("message", "gib"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (76.12G) "
+            "exceeds available HBM (15.75G).",
+            76.12,
+        ),
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 512.0M of 256.00M hbm.",
+            0.5,
+        ),
+        ("INTERNAL: Used 1.0G of nothing", None),
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem.", None),
+    ],
+)
+def test_what_libtpu_says_of_too_little_memory_is_understood(message, gib):
+    assert memory_asked(message) == (gib and gib * GIB)
 
 
 @pytest.mark.parametrize(

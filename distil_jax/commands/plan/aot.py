@@ -24,6 +24,7 @@ _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing of a TPU is used, so several plans may compile at once
 }
 
 
@@ -126,10 +127,9 @@ def _compile_here(job: Job) -> Compiled:
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        used = re.search(r"Used ([\d.]+)([KMGT]) of", str(error))
-        if "RESOURCE_EXHAUSTED" not in str(error) or used is None:
+        peak = memory_asked(str(error))
+        if peak is None:
             raise
-        peak = float(used[1]) * 1024 ** (1 + "KMGT".index(used[2]))
         return Compiled(**found, seconds=time.monotonic() - began, peak=peak, fits=False)
     memory, costs = compiled.memory_analysis(), Program(compiled.as_text()).costs
     peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -143,6 +143,17 @@ def _compile_here(job: Job) -> Compiled:
         exchanged=dict(costs.exchanged),
         collectives=dict(costs.collectives),
     )
+
+
+def memory_asked(message: str) -> float | None:
+    """The bytes of a chip's memory that a program wants, from what libtpu says where it has less; None: another error.
+
+    It says so in two ways: of all that is in use, or of the temporaries alone where these are too much already.
+    """
+    asked = re.search(r"(?:Used |temporaries \()([\d.]+)([KMGT])", message)
+    if "RESOURCE_EXHAUSTED" not in message or asked is None:
+        return None
+    return float(asked[1]) * 1024 ** (1 + "KMGT".index(asked[2]))
 
 
 def _bytes(shape: tuple[int, ...], dtype: Any) -> int:
