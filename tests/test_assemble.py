@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from distil_jax.commands.assemble import check_mesh, micro_batches, teacher_compute, teacher_shapes
+from distil_jax.commands.assemble import micro_batches, teacher_compute, teacher_shapes
 from distil_jax.config import ComputeConfig, LossConfig, MeshConfig, ModelConfig, StepConfig, TeacherConfig, TrainConfig
 from distil_jax.schema import InputError
-from distil_jax.training.sharding import make_mesh, shardings_of
+from distil_jax.training.sharding import check_mesh, make_mesh, shardings_of
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from distil_jax.models.encoder import abstract_params, init_params
 from distil_jax.models.student import choose_layers, student_from_teacher
 from distil_jax.objective.masking import masking_weights, most_targets
 from distil_jax.schema import InputError
-from distil_jax.training.sharding import make_mesh
+from distil_jax.training.sharding import make_mesh, shard_count
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,11 +64,7 @@ def assemble(config: Config) -> Parts:
     Raises:
       InputError: anything that is missing, or does not fit.
     """
-    if not config.data.path:
-        raise InputError("data.path is empty: name the folder that `distil-jax prepare` wrote.")
-    manifest = read_manifest(config.data.path)
-    if not manifest.held_out.rows:
-        raise InputError(f"{config.data.path} has no held-out rows to judge by: prepare it with --held-out above 0.")
+    manifest = _manifest(config)
     compute = resolve_compute(config.compute)
     teacher_config, teacher_params = None, None
     if config.teacher.path:
@@ -80,18 +76,8 @@ def assemble(config: Config) -> Parts:
         config.student, teacher_config, teacher_params, manifest, config.seed
     )
     student_config = with_compute(student_config, compute)
-    for name, model in (("student", student_config), ("teacher", teacher_config)):
-        if model is not None and manifest.sequence_length > model.max_positions:
-            raise InputError(
-                f"The rows are {manifest.sequence_length} long and the {name} has {model.max_positions} positions "
-                f"({name}.max_positions): prepare shorter rows."
-            )
-    if not 0 <= config.masking.mask_token_id < manifest.vocab_size:
-        raise InputError(
-            f"masking.mask_token_id {config.masking.mask_token_id} is no id of this vocabulary of "
-            f"{manifest.vocab_size}: leave it out, and the tokenizer's own is taken."
-        )
-    steps = config.train.steps or max(1, int(config.train.epochs * manifest.train.rows / config.train.batch_rows))
+    _check_positions(manifest, student=student_config, teacher=teacher_config)
+    steps = total_steps(config.train, manifest.train.rows)
     config = replace(
         config,
         compute=replace(config.compute, dtype=compute.dtype),
@@ -126,13 +112,42 @@ def assemble(config: Config) -> Parts:
     )
 
 
+def _manifest(config: Config) -> Manifest:
+    """The manifest of the config's data, which must be fit to train on and to be masked."""
+    if not config.data.path:
+        raise InputError("data.path is empty: name the folder that `distil-jax prepare` wrote.")
+    manifest = read_manifest(config.data.path)
+    if not manifest.held_out.rows:
+        raise InputError(f"{config.data.path} has no held-out rows to judge by: prepare it with --held-out above 0.")
+    if not 0 <= config.masking.mask_token_id < manifest.vocab_size:
+        raise InputError(
+            f"masking.mask_token_id {config.masking.mask_token_id} is no id of this vocabulary of "
+            f"{manifest.vocab_size}: leave it out, and the tokenizer's own is taken."
+        )
+    return manifest
+
+
+def _check_positions(manifest: Manifest, **models: ModelConfig | None) -> None:
+    for name, model in models.items():
+        if model is not None and manifest.sequence_length > model.max_positions:
+            raise InputError(
+                f"The rows are {manifest.sequence_length} long and the {name} has {model.max_positions} positions "
+                f"({name}.max_positions): prepare shorter rows."
+            )
+
+
+def total_steps(train: TrainConfig, rows: float) -> int:
+    """Optimiser steps of a run over a training side of so many rows."""
+    return train.steps or max(1, int(train.epochs * rows / train.batch_rows))
+
+
 def micro_batches(train: TrainConfig, mesh: Mesh, sequence_length: int) -> int:
     """Micro-batches per step on this mesh: as configured, or as few as keep to `train.tokens_per_device`.
 
     Raises:
       InputError: they, or the devices, do not divide a batch.
     """
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = shard_count(mesh)
     rows, rest = divmod(train.batch_rows, shards)
     if rest or (train.accumulation and rows % train.accumulation):
         raise InputError(
@@ -143,28 +158,6 @@ def micro_batches(train: TrainConfig, mesh: Mesh, sequence_length: int) -> int:
         return train.accumulation
     pieces = (number for number in range(1, rows + 1) if rows % number == 0)
     return next((n for n in pieces if rows // n * sequence_length <= train.tokens_per_device), rows)
-
-
-def check_mesh(mesh: Mesh, step: StepConfig) -> None:
-    """Refuses a mesh that cuts an axis of a model into unequal pieces.
-
-    Raises:
-      InputError: it does.
-    """
-    fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
-    for name, model in (("student", step.student), ("teacher", step.teacher)):
-        if model is None:
-            continue
-        for what, size, pieces, axes in (
-            ("hidden_size", model.hidden_size, fsdp, "mesh.fsdp"),
-            ("num_heads", model.num_heads, tensor, "mesh.tensor"),
-            ("intermediate_size", model.intermediate_size, tensor, "mesh.tensor"),
-            ("vocabulary (padded to 128)", model.padded_vocab_size, fsdp * tensor, "mesh.fsdp x mesh.tensor"),
-        ):
-            if size % pieces:
-                raise InputError(
-                    f"The {name}'s {what} {size} does not divide by {axes} = {pieces}: choose a size that divides it."
-                )
 
 
 def check_tokenizer(folder: Path, model: ModelConfig, manifest: Manifest) -> None:

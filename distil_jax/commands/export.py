@@ -11,6 +11,7 @@ from distil_jax.config import ModelConfig
 from distil_jax.io import huggingface
 from distil_jax.io.metrics import read_metrics
 from distil_jax.models.encoder import count_parameters
+from distil_jax.objective.distillation import Distillation
 from distil_jax.schema import build
 
 
@@ -85,9 +86,7 @@ def _how(config: Any) -> str:
 def _training(model: Model, data: dict[str, Any], batch_rows: int) -> list[str]:
     config = model.run_config
     loss, optimizer = config.loss, config.optimizer
-    used = {name: getattr(loss, name) for name in ("kl", "mlm", "cosine", "mse") if getattr(loss, name) > 0}
-    used = {name: getattr(loss, name) for name in ("kl", "mlm", "cosine", "mse") if getattr(loss, name) > 0}
-    weights = ", ".join(f"{name} {weight:g}" for name, weight in used.items())
+    weights = ", ".join(f"{name} {weight:g}" for name, weight in Distillation(loss).weights.items())
     begin = (
         f"the teacher's layers {', '.join(map(str, config.student.layers))}"
         if config.student.layers

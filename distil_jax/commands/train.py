@@ -19,7 +19,7 @@ import tomli_w
 from jax.experimental import multihost_utils
 
 from distil_jax.commands import processes, run_folder
-from distil_jax.commands.assemble import Parts, assemble, check_mesh, teacher_shapes
+from distil_jax.commands.assemble import Parts, assemble, teacher_shapes
 from distil_jax.commands.evaluate import held_out_numbers
 from distil_jax.commands.progress import Diverged, Progress, Stopped
 from distil_jax.config import Config, TrainConfig, load
@@ -29,7 +29,16 @@ from distil_jax.io.metrics import MetricsWriter, last_held_out, read_metrics
 from distil_jax.models.encoder import count_parameters
 from distil_jax.schema import to_dict
 from distil_jax.structs import Rows
-from distil_jax.training.sharding import jit_eval, jit_step, local_places, make_mesh, put_params, put_rows, shardings_of
+from distil_jax.training.sharding import (
+    check_mesh,
+    jit_eval,
+    jit_step,
+    local_places,
+    make_mesh,
+    put_params,
+    put_rows,
+    shardings_of,
+)
 from distil_jax.training.state import TrainState, abstract_state, init_state
 from distil_jax.training.step import mask_and_eval_step, mask_and_train_step
 

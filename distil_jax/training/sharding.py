@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +16,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from distil_jax.config import MeshConfig, ModelConfig
+from distil_jax.config import MeshConfig, ModelConfig, StepConfig
 from distil_jax.models.encoder import abstract_params
 from distil_jax.schema import InputError
 from distil_jax.structs import Rows
@@ -66,6 +68,33 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return Mesh(grid, _AXES, axis_types=(AxisType.Auto,) * len(_AXES))
 
 
+def shard_count(mesh: Mesh) -> int:
+    """Into how many pieces a batch is cut."""
+    return math.prod(mesh.shape[axis] for axis in _BATCH)
+
+
+def check_mesh(mesh: Mesh, config: StepConfig) -> None:
+    """Refuses a mesh that cuts an axis of a model into unequal pieces.
+
+    Raises:
+      InputError: it does.
+    """
+    fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
+    for name, model in (("student", config.student), ("teacher", config.teacher)):
+        if model is None:
+            continue
+        for what, size, pieces, axes in (
+            ("hidden_size", model.hidden_size, fsdp, "mesh.fsdp"),
+            ("num_heads", model.num_heads, tensor, "mesh.tensor"),
+            ("intermediate_size", model.intermediate_size, tensor, "mesh.tensor"),
+            ("vocabulary (padded to 128)", model.padded_vocab_size, fsdp * tensor, "mesh.fsdp x mesh.tensor"),
+        ):
+            if size % pieces:
+                raise InputError(
+                    f"The {name}'s {what} {size} does not divide by {axes} = {pieces}: choose a size that divides it."
+                )
+
+
 def shardings_of(abstract: Any, mesh: Mesh) -> Any:
     """The sharding of every leaf of `abstract_state(...)` or `abstract_params(...)`, under `RULES`."""
     return nn.unbox(nn.logical_to_mesh_sharding(nn.get_partition_spec(abstract), mesh, RULES))
@@ -76,6 +105,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(_BATCH))
 
 
+@functools.lru_cache(maxsize=4)  # asked at every step
 def local_places(mesh: Mesh, batch_rows: int) -> np.ndarray:
     """Which rows of a global batch lie on devices of this process, in order."""
     indices = batch_sharding(mesh).addressable_devices_indices_map((batch_rows,)).values()
@@ -124,13 +154,12 @@ def jit_step(step: Callable, mesh: Mesh, abstract_state: Any, abstract_teacher: 
       abstract_state: from `abstract_state`.
       abstract_teacher: from `abstract_params`, or None without a teacher.
     """
-    state_sharding = shardings_of(abstract_state, mesh)
-    return _jit(step, mesh, state_sharding, abstract_teacher, donate_argnums=0, out_shardings=(state_sharding, None))
+    return _on_mesh(mesh, _jitted_step(step, mesh, abstract_state, abstract_teacher))
 
 
 def jit_eval(step: Callable, mesh: Mesh, abstract_state: Any, abstract_teacher: Any) -> Callable:
     """Compiles `eval_step` or its like for a mesh: nothing is donated, the metrics are replicated."""
-    return _jit(step, mesh, shardings_of(abstract_state, mesh), abstract_teacher)
+    return _on_mesh(mesh, _jitted(step, mesh, shardings_of(abstract_state, mesh), abstract_teacher))
 
 
 def lower_step(
@@ -142,10 +171,7 @@ def lower_step(
       step, mesh, abstract_state, abstract_teacher: as for `jit_step`; the teacher's leaves in the compute dtype.
       shape: [B, L] of the rows.
     """
-    state_sharding = shardings_of(abstract_state, mesh)
-    compiled = _jitted(
-        step, mesh, state_sharding, abstract_teacher, donate_argnums=0, out_shardings=(state_sharding, None)
-    )
+    compiled = _jitted_step(step, mesh, abstract_state, abstract_teacher)
     ids = jax.ShapeDtypeStruct(shape, jnp.int32)
     rows = Rows(input_ids=ids, segment_ids=ids, position_ids=ids, row_index=jax.ShapeDtypeStruct(shape[:1], jnp.int32))
     weights = jax.ShapeDtypeStruct((abstract_state.config.student.padded_vocab_size,), jnp.float32)
@@ -153,14 +179,17 @@ def lower_step(
         return compiled.lower(nn.unbox(abstract_state), nn.unbox(abstract_teacher), rows, weights)
 
 
-def _jit(step: Callable, mesh: Mesh, state_sharding: Any, abstract_teacher: Any, **options: Any) -> Callable:
-    compiled = _jitted(step, mesh, state_sharding, abstract_teacher, **options)
-
+def _on_mesh(mesh: Mesh, compiled: Callable) -> Callable:
     def run(*arguments: Any) -> Any:
         with jax.set_mesh(mesh):
             return compiled(*arguments)
 
     return run
+
+
+def _jitted_step(step: Callable, mesh: Mesh, abstract_state: Any, abstract_teacher: Any) -> Callable:
+    state = shardings_of(abstract_state, mesh)
+    return _jitted(step, mesh, state, abstract_teacher, donate_argnums=0, out_shardings=(state, None))
 
 
 def _jitted(step: Callable, mesh: Mesh, state_sharding: Any, abstract_teacher: Any, **options: Any) -> Callable:
@@ -175,22 +204,20 @@ def gather_params(params: Any, model: ModelConfig) -> Any:
     fsdp is how parameters and moments are kept. An encoder is small beside its activations, so it is gathered once a
     step, not layer by layer in every micro-batch. Without a mesh nothing happens.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.shape["fsdp"] == 1:
-        return params
-    return jax.lax.with_sharding_constraint(params, _specs(abstract_params(model), _without_fsdp(RULES)))
+    return _laid_out(params, model, _without_fsdp(RULES))
 
 
 def keep_params(params: Any, model: ModelConfig) -> Any:
     """Gradients (or anything of the parameters' shapes) as parameters are kept: cut along fsdp and tensor."""
+    return _laid_out(params, model, RULES)
+
+
+def _laid_out(params: Any, model: ModelConfig, rules: Any) -> Any:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.shape["fsdp"] == 1:
         return params
-    return jax.lax.with_sharding_constraint(params, _specs(abstract_params(model), RULES))
-
-
-def _specs(abstract: Any, rules: Any) -> Any:
-    return nn.unbox(nn.logical_to_mesh(nn.get_partition_spec(abstract), rules))
+    specs = nn.unbox(nn.logical_to_mesh(nn.get_partition_spec(abstract_params(model)), rules))
+    return jax.lax.with_sharding_constraint(params, specs)
 
 
 def _without_fsdp(rules: Any) -> Any:
@@ -209,7 +236,7 @@ def sum_over_shards(function: Callable) -> Callable:
 
     def summed(batch: Any, *rest: Any) -> Any:
         mesh = jax.sharding.get_abstract_mesh()
-        shards = 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
+        shards = 1 if mesh.empty else shard_count(mesh)
         if shards == 1:
             return function(np.int32(0), batch, *rest)
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from distil_jax.commands.assemble import resolve_compute, student_model, teacher_compute, with_compute
+from distil_jax.commands.assemble import resolve_compute, student_model, teacher_compute, total_steps, with_compute
 from distil_jax.commands.plan import show
 from distil_jax.commands.plan.aot import Compiled, Job, compile_for
 from distil_jax.config import Config, MeshConfig, ModelConfig, StepConfig, StudentConfig, load
@@ -124,7 +124,7 @@ def read_workload(config: Config, length: int | None = None, tokens: float | Non
     else:
         assumptions.append(f"No prepared data is named: rows of {length} tokens, full to the last.")
     rows = tokens / row_tokens if tokens else rows
-    steps = config.train.steps or (max(1, int(config.train.epochs * rows / config.train.batch_rows)) if rows else None)
+    steps = total_steps(config.train, rows) if rows else config.train.steps or None
     step = StepConfig(
         student=student,
         teacher=teacher,

@@ -7,6 +7,7 @@ the environment to itself, and a compiler that aborts must not take the plan wit
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -15,9 +16,18 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import flax.linen as nn
+import jax
+from jax.experimental import topologies
+
+from distil_jax.commands.assemble import micro_batches, teacher_shapes
 from distil_jax.commands.hardware import CHIPS
+from distil_jax.commands.plan.hlo import Program
 from distil_jax.config import MeshConfig, StepConfig, TeacherConfig, TrainConfig
 from distil_jax.schema import InputError, build, to_dict
+from distil_jax.training.sharding import check_mesh, lower_step, make_mesh, shard_count, shardings_of
+from distil_jax.training.state import abstract_state
+from distil_jax.training.step import mask_and_train_step
 
 _ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
@@ -88,15 +98,6 @@ def compile_for(job: Job) -> Compiled:
 
 def _compile_here(job: Job) -> Compiled:
     """Compiles in this process, whose environment must be that of `compile_for`."""
-    import flax.linen as nn
-    import jax
-
-    from distil_jax.commands.assemble import check_mesh, micro_batches, teacher_shapes
-    from distil_jax.commands.plan.hlo import Program
-    from distil_jax.training.sharding import lower_step, make_mesh, shardings_of
-    from distil_jax.training.state import abstract_state
-    from distil_jax.training.step import mask_and_train_step
-
     devices = _devices(job)
     if devices[0].device_kind not in CHIPS:
         raise InputError(f"Nothing is known of the chip {devices[0].device_kind}, only of {', '.join(CHIPS)}.")
@@ -115,7 +116,7 @@ def _compile_here(job: Job) -> Compiled:
         "kind": devices[0].device_kind,
         "chips": len(devices),
         "hosts": len({device.process_index for device in devices}),
-        "shards": mesh.shape["data"] * mesh.shape["fsdp"],
+        "shards": shard_count(mesh),
         "accumulation": step.accumulation,
         "student": float(sum(_bytes(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(nn.unbox(state.params)))),
         "parameters": on_chip(state.params),
@@ -157,20 +158,16 @@ def memory_asked(message: str) -> float | None:
 
 
 def _bytes(shape: tuple[int, ...], dtype: Any) -> int:
-    import numpy as np
-
-    return int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    return math.prod(shape) * dtype.itemsize
 
 
 def _devices(job: Job) -> list[Any]:
-    from jax.experimental import topologies
-
     options = {"num_slices": job.slices} if job.slices > 1 else {}
     if job.topology.endswith(":1x1"):
         options["chips_per_host_bounds"] = (1, 1, 1)
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=job.topology, **options).devices
-    except Exception as error:  # libtpu raises what it likes; its words are passed on
+    except jax.errors.JaxRuntimeError as error:
         said = " ".join(str(error).split())[:300]
         raise InputError(
             f"libtpu knows no topology {job.topology!r} ({said}): name one such as v5e:2x4, v5p:2x2x2 or v6e:4x4."

@@ -48,7 +48,6 @@ class Instruction:
     arrays: tuple[Array, ...]
     operands: tuple[str, ...]
     text: str  # what follows the operands
-    root: bool
 
     def calls(self, *keys: str) -> list[str]:
         """The computations that it names under these keys."""
@@ -218,15 +217,14 @@ def _convolution_flops(inside: dict[str, Instruction], instruction: Instruction)
         for key in ("size", "stride", "pad", "lhs_dilate", "rhs_dilate")
     }
 
-    def numbers(key: str, axis: int, default: str) -> list[int]:
+    def number(key: str, axis: int, default: int) -> int:
         found = window[key]
-        return [int(n) for n in (found[1].split("x")[axis] if found else default).split("_")]
+        return int(found[1].split("x")[axis].split("_")[0]) if found else default  # of low_high the low one
 
     pairs = 1
     for axis, label in enumerate(spatial):
-        size, stride = numbers("size", axis, "1")[0], numbers("stride", axis, "1")[0]
-        low = numbers("pad", axis, "0_0")[0]
-        spread, step = numbers("lhs_dilate", axis, "1")[0], numbers("rhs_dilate", axis, "1")[0]
+        size, stride, low = number("size", axis, 1), number("stride", axis, 1), number("pad", axis, 0)
+        spread, step = number("lhs_dilate", axis, 1), number("rhs_dilate", axis, 1)
         length = left[lhs.index(label)]
         reach = (length - 1) * spread + 1
         met = 0
@@ -242,7 +240,6 @@ def _convolution_flops(inside: dict[str, Instruction], instruction: Instruction)
 
 def _instruction(line: str) -> Instruction | None:
     name, _, rest = line.strip().partition(" = ")
-    root = name.startswith("ROOT ")
     kind, rest = _until(rest) if rest.startswith("(") else rest.split(" ", 1)
     found = re.match(r"\s*([a-z][\w\-]*)\(", rest)
     if not found:
@@ -258,7 +255,6 @@ def _instruction(line: str) -> Instruction | None:
         ),
         operands=() if leaf else tuple(_NAME.findall(inside)),
         text=inside[1:] + after if leaf else after,
-        root=root,
     )
 
 

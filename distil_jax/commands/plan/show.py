@@ -29,7 +29,7 @@ def memory(compiled: Compiled) -> str:
 
 def single(workload: Workload, job: Job, compiled: Compiled) -> list[str]:
     """One topology, a line a number."""
-    train, tokens = workload.config.train, workload.config.train.batch_rows * workload.length
+    train = workload.config.train
     rows = train.batch_rows // compiled.accumulation
     named = compiled.parameters + compiled.optimizer + compiled.teacher
     lines = [
@@ -44,10 +44,10 @@ def single(workload: Workload, job: Job, compiled: Compiled) -> list[str]:
     ]
     if not compiled.fits:
         return ["", *table((name(job), ""), lines), "", *_assumptions(workload)]
-    bound = roofline(compiled, job.slices)
-    asked = step_flops(workload.step, workload.length) * tokens
+    bound, peak = roofline(compiled, job.slices), compiled.chips * chip_of(compiled).flops
+    counted = compiled.flops * compiled.chips / _asked(workload)
     lines += [
-        ("FLOPs a step and chip", f"{compiled.flops / 1e12:,.2f} T, {_ratio(workload, compiled):.3f} of the formula"),
+        ("FLOPs a step and chip", f"{compiled.flops / 1e12:,.2f} T, {counted:.3f} of the formula"),
         ("exchanged a step and chip", _exchanged(compiled)),
         ("products, at their peak", _seconds(bound.products)),
         ("HBM, at its peak", f"{_seconds(bound.memory)}, {compiled.hbm_bytes / 1e9:,.1f} GB"),
@@ -55,7 +55,7 @@ def single(workload: Workload, job: Job, compiled: Compiled) -> list[str]:
         ("network between slices", _seconds(bound.network) if job.slices > 1 else "none"),
         ("step, at least", f"{_seconds(bound.seconds)}; the roof is {bound.roof}"),
         ("real tokens/s, at most", f"{_rate(workload, bound.seconds):,.0f}"),
-        ("share of the peak, at most", f"{asked / (bound.seconds * compiled.chips * chip_of(compiled).flops):.0%}"),
+        ("share of the peak, at most", f"{_asked(workload) / (bound.seconds * peak):.0%}"),
         ("the run, at least", _duration(workload, bound.seconds)),
         ("compiled in", f"{compiled.seconds:.0f} s"),
     ]
@@ -126,9 +126,9 @@ def _assumptions(workload: Workload) -> list[str]:
     return ["Assumed:", "", *(f"- {sentence}" for sentence in (*ASSUMPTIONS, *workload.assumptions))]
 
 
-def _ratio(workload: Workload, compiled: Compiled) -> float:
-    asked = step_flops(workload.step, workload.length) * workload.config.train.batch_rows * workload.length
-    return compiled.flops * compiled.chips / asked
+def _asked(workload: Workload) -> float:
+    """The FLOPs of a step, by formula."""
+    return step_flops(workload.step, workload.length) * workload.config.train.batch_rows * workload.length
 
 
 def _rate(workload: Workload, seconds: float) -> float:
