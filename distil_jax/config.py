@@ -13,6 +13,9 @@ from typing import Literal
 
 from distil_jax.schema import InputError, build, may_change, require, set_value, table_of
 
+# Who computes attention: XLA, or a kernel for the device; see `models/attention.py`.
+Attention = Literal["xla", "pallas_gpu", "pallas_tpu"]
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -36,6 +39,7 @@ class ModelConfig:
     pad_token_id: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters of a state stay float32
     unroll: bool = True  # every layer compiled on its own: faster on CPUs, slower to compile
+    attention: Attention = "xla"
     remat: Literal["none", "dots", "full"] = "none"  # what the backward pass computes again to save memory
 
     def __post_init__(self) -> None:
@@ -125,7 +129,7 @@ class LossConfig:
     temperature: float = 2.0
     soft_positions: Literal["all", "targets"] = "all"  # where kl and mse are taken: every token, or MLM targets only
     targets_per_row: int | None = None  # no row has more targets (masking sets it); None: any number
-    chunk: int = may_change(32)  # positions of every row whose logits exist at a time (`fused.py`); 0: all at once
+    chunk: int = may_change(512)  # tokens of a device whose logits exist at a time (`fused.py`); 0: all of them
 
     def __post_init__(self) -> None:
         for name in ("kl", "mlm", "cosine", "mse"):
@@ -260,7 +264,9 @@ class MeshConfig:
 class ComputeConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on accelerators, float32 on CPUs
     unroll: Literal["auto", "yes", "no"] = may_change("auto")  # auto: on CPUs, where it is faster
-    remat: Literal["none", "dots", "full"] = may_change("none")
+    attention: Literal["auto", "xla", "pallas"] = may_change("auto")  # auto: a Pallas kernel wherever it is lawful
+    remat: Literal["auto", "none", "dots", "full"] = may_change("auto")  # auto: dots on TPUs, whose memory is slow
+    cache: str = may_change("auto")  # folder of compiled programs; auto: in the run's, but "" (none) on CPUs
 
 
 @dataclass(frozen=True)

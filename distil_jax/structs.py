@@ -47,6 +47,7 @@ class Batch:
       labels: [B, L] int32 for language modelling, `IGNORED` where a position is no target; whatever a task needs
         otherwise.
       token_type_ids: [B, L] int32, or None for all zeros.
+      row_index: [B] int32, as in `Rows`: dropout is drawn from it too. None: the row's place in the batch.
     """
 
     input_ids: Array
@@ -54,6 +55,7 @@ class Batch:
     position_ids: Array
     labels: Array
     token_type_ids: Array | None = None
+    row_index: Array | None = None
 
     @classmethod
     def from_padded(

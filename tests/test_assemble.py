@@ -1,14 +1,20 @@
 """What a configuration becomes on a mesh, before anything is compiled."""
 
 from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 
-from distil_jax.commands.assemble import micro_batches, teacher_compute, teacher_shapes
+from distil_jax.commands import attention
+from distil_jax.commands.assemble import micro_batches, resolve_compute, teacher_compute, teacher_shapes
+from distil_jax.commands.attention import settle_attention
 from distil_jax.config import ComputeConfig, LossConfig, MeshConfig, ModelConfig, StepConfig, TeacherConfig, TrainConfig
+from distil_jax.models import tpu_attention
 from distil_jax.schema import InputError
 from distil_jax.training.sharding import check_mesh, make_mesh, shardings_of
 
@@ -66,3 +72,52 @@ def test_a_teacher_may_compute_more_finely_than_the_student():
     assert teacher_compute(TeacherConfig(), compute).dtype == "bfloat16"
     assert teacher_compute(TeacherConfig(dtype="float32"), compute).dtype == "float32"
     assert teacher_compute(TeacherConfig(), compute).remat == "none", "nothing is computed again without a gradient"
+
+
+def test_what_auto_means_depends_on_the_machine():
+    found = {name: resolve_compute(ComputeConfig(), name) for name in ("cpu", "gpu", "tpu")}
+    assert [each.dtype for each in found.values()] == ["float32", "bfloat16", "bfloat16"]
+    assert [each.remat for each in found.values()] == ["none", "none", "dots"]
+    assert resolve_compute(ComputeConfig(remat="full"), "tpu").remat == "full"
+
+
+BASE = ModelConfig(90, hidden_size=256, num_heads=4, intermediate_size=48)
+STEP = StepConfig(replace(BASE, num_layers=1), teacher=BASE)
+
+
+def mesh_of(platform, tensor=1):
+    return SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform)]), shape={"tensor": tensor})
+
+
+@pytest.mark.parametrize(
+    ("wanted", "mesh", "length", "took", "said"),
+    [
+        ("auto", mesh_of("tpu"), 128, "pallas_tpu", "attention: pallas_tpu for the student and the teacher"),
+        ("pallas", mesh_of("tpu", 2), 128, "pallas_tpu", "pallas_tpu for the student"),
+        ("xla", mesh_of("tpu"), 128, "xla", "xla (as asked) for the student"),
+        ("auto", mesh_of("tpu"), 100, "xla", "rows of 100, and it takes multiples of 128"),
+        ("auto", mesh_of("tpu", 4), 128, "xla", "1 heads of 64, which do not fill 128 lanes"),
+        ("auto", mesh_of("cpu"), 128, "xla", "there is no kernel for a cpu"),
+    ],
+)
+def test_attention_is_the_fastest_that_is_lawful_and_says_so(wanted, mesh, length, took, said):
+    step, sentence = settle_attention(STEP, wanted, mesh, length)
+    assert step.student.attention == step.teacher.attention == took
+    assert said in sentence
+
+
+def test_a_kernel_that_cannot_be_is_refused_where_it_was_asked_for():
+    with pytest.raises(InputError, match="cannot be for the student: there is no kernel for a cpu"):
+        settle_attention(STEP, "pallas", mesh_of("cpu"), 128)
+
+
+def test_a_kernel_is_tried_before_it_is_trusted(monkeypatch):
+    tried = partial(attention._tried, "pallas_tpu", BASE, 128)
+    name, why = tried()
+    assert name == "xla" and why.startswith("the kernel does not compile here: Only interpret mode")
+    monkeypatch.setattr(pl, "pallas_call", partial(pl.pallas_call, interpret=True))
+    assert tried() == ("pallas_tpu", "")
+    monkeypatch.setattr(tpu_attention, "_NEVER", 0.0)  # a kernel that looks across segments
+    jax.clear_caches()
+    name, why = tried()
+    assert name == "xla" and "off by" in why

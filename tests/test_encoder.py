@@ -10,6 +10,7 @@ from conftest import VOCAB, packed_rows, random_params
 
 from distil_jax.config import ModelConfig
 from distil_jax.models.attention import attend
+from distil_jax.models.dropout import row_seeds
 from distil_jax.models.encoder import MaskedLm, count_parameters
 from distil_jax.objective.distillation import logits
 from distil_jax.structs import Batch
@@ -106,8 +107,21 @@ def test_attention_dropout_keeps_the_mean():
     ones = jnp.ones((4, 64, 2, 8))
     values = jax.random.normal(jax.random.key(1), ones.shape) + 1
     segments = jnp.ones((4, 64), jnp.int32)
-    dropped = attend(ones, ones, values, segments, dropout_rate=0.5, dropout_key=jax.random.key(2))
+    seeds = row_seeds(jax.random.key(2), jnp.arange(4), 1)[:, 0]
+    dropped = attend(ones, ones, values, segments, dropout_rate=0.5, seeds=seeds)
     np.testing.assert_allclose(dropped.mean(), values.mean(), rtol=0.05)
+
+
+def test_a_rows_dropout_is_its_own_wherever_it_stands(teacher_config, teacher_params, rows):
+    config = replace(teacher_config, hidden_dropout=0.3, attention_dropout=0.3)
+    batch = as_batch(rows).replace(row_index=rows.row_index)
+    key = {"dropout": jax.random.key(0)}
+    whole = apply(config, teacher_params, batch, train=True, rngs=key).hidden
+    turned = jax.tree.map(lambda leaf: leaf[::-1], batch)
+    np.testing.assert_array_equal(apply(config, teacher_params, turned, train=True, rngs=key).hidden[::-1], whole)
+    twins = jax.tree.map(lambda leaf: jnp.repeat(leaf[:1], 2, axis=0), batch).replace(row_index=jnp.arange(2))
+    first, second = apply(config, teacher_params, twins, train=True, rngs=key).hidden
+    assert not np.allclose(first, second)
 
 
 def test_compute_in_bfloat16_keeps_float32_parameters_and_stays_close(teacher_config, teacher_params, rows):

@@ -86,7 +86,9 @@ def test_the_formula_is_the_arithmetic_of_the_published_recipe():
 
 
 def test_the_roof_is_the_slowest_limit():
-    base = Compiled("TPU v5 lite", 32, 8, 32, 1, 1.0, 4e8, 4e8, 8e8, 1e8, 9e9, True, 1e12, 1e9, {"all-reduce": 1e8}, {})
+    base = Compiled(
+        "TPU v5 lite", 32, 8, 32, 1, "", 1.0, 4e8, 4e8, 8e8, 1e8, 9e9, True, 1e12, 1e9, {"all-reduce": 1e8}, {}
+    )
     assert roofline(base, 1).roof == "products" and roofline(base, 1).network == 0
     assert roofline(replace(base, hbm_bytes=1e12), 1).roof == "HBM"
     assert roofline(replace(base, exchanged={"all-reduce": 4e9}), 1).seconds == 2 * 4e9 / CHIPS["TPU v5 lite"].links
@@ -101,8 +103,8 @@ def compiled_as(monkeypatch):
 
     def use(peak):
         def compile_for(job):
-            accumulation = job.train.accumulation or 2
-            fixed = ("TPU v5 lite", 4, 1, 4, accumulation, 1.0, GIB / 4, GIB / 4, GIB / 2, GIB / 8)
+            accumulation = job.config.train.accumulation or 2
+            fixed = ("TPU v5 lite", 4, 1, 4, accumulation, "", 1.0, GIB / 4, GIB / 4, GIB / 2, GIB / 8)
             gib = peak(job)
             return Compiled(*fixed, gib * GIB, gib <= 16, 1e12, 1e9, {"all-reduce": GIB / 4}, {"all-reduce": 3.0})
 
@@ -113,6 +115,7 @@ def compiled_as(monkeypatch):
 
 
 SMALL = ["plan", "demo_student", "--set", f"teacher.path={TEACHER}", "--set", "train.batch_rows=64"]
+SMALL += ["--set", "compute.remat=none"]
 
 
 def test_a_sweep_is_a_table_and_a_picture(compiled_as, capsys, tmp_path):
@@ -129,15 +132,18 @@ def test_a_sweep_is_a_table_and_a_picture(compiled_as, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("peak", "advice"),
     [
-        (lambda job: 80 / job.train.accumulation, "It fits with --set train.accumulation=8."),
+        (lambda job: 80 / job.config.train.accumulation, "It fits with --set train.accumulation=8."),
         (lambda job: 8 if job.step.student.remat == "dots" else 17, "accumulation=16 --set compute.remat=dots."),
-        (lambda job: 8 if job.mesh.fsdp == 4 else 17, "--set mesh.data=-1 --set mesh.fsdp=4 --set mesh.tensor=1."),
+        (
+            lambda job: 8 if job.config.mesh.fsdp == 4 else 17,
+            "--set mesh.data=-1 --set mesh.fsdp=4 --set mesh.tensor=1.",
+        ),
         (lambda job: 17, "take more or larger chips."),
     ],
     ids=["smaller micro-batches", "remat", "fsdp", "nothing"],
 )
 def test_what_does_not_fit_is_refused_with_the_smallest_change(compiled_as, capsys, peak, advice):
-    compiled_as(lambda job: 16.5 if job.train.accumulation == 0 else peak(job))
+    compiled_as(lambda job: 16.5 if job.config.train.accumulation == 0 else peak(job))
     assert cli.main([*SMALL, "--topology", "v5e:2x2", "--sequence-length", "128"]) == 2
     said = capsys.readouterr()
     assert "NO: 16.5 GiB a chip, which has 16" in said.out

@@ -39,9 +39,7 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 LIMIT = 240  # seconds
 STEPS = 8
-# Dropout's own masks depend on how many data shards there are; nothing else does.
-SETTINGS = ("student.hidden_dropout=0.0", "student.attention_dropout=0.0", f"train.steps={STEPS}", "train.eval_rows=16")
-SETTINGS += ("train.tensorboard=false", "train.accumulation=1")
+SETTINGS = (f"train.steps={STEPS}", "train.eval_rows=16", "train.tensorboard=false", "train.accumulation=1")
 
 
 def start(count, arguments, program=PROGRAM, devices=8):

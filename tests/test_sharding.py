@@ -33,6 +33,12 @@ def _compiled(mesh, state_shapes, teacher_shapes, wrap, step):
     return wrap(step, mesh, state_shapes, teacher_shapes)
 
 
+@pytest.fixture(scope="session")
+def step_config(step_config):
+    """With dropout: its masks, too, are the same on every mesh."""
+    return replace(step_config, student=replace(step_config.student, hidden_dropout=0.1, attention_dropout=0.1))
+
+
 @pytest.fixture(scope="module")
 def alone(step_config, student_params, teacher_params, rows, weights):
     state, losses = init_state(KEY, step_config, params=student_params), []

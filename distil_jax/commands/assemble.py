@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from distil_jax.commands.attention import settle_attention
 from distil_jax.config import ComputeConfig, Config, ModelConfig, StepConfig, StudentConfig, TeacherConfig, TrainConfig
 from distil_jax.data.loader import Manifest, RowTable, Split, open_rows, read_manifest
 from distil_jax.data.tokenizer import fingerprint as tokenizer_fingerprint
@@ -22,7 +23,7 @@ from distil_jax.models.encoder import abstract_params, init_params
 from distil_jax.models.student import choose_layers, student_from_teacher
 from distil_jax.objective.masking import masking_weights, most_targets
 from distil_jax.schema import InputError
-from distil_jax.training.sharding import make_mesh, shard_count
+from distil_jax.training.sharding import check_mesh, make_mesh, shard_count
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +40,7 @@ class Parts:
       teacher_params: in the compute dtype, or None.
       student_params: float32, or None for a random initialisation.
       identity: hashes of what a resumed run must find again: the rows and the teacher.
+      attention: which implementation was taken and why, for people.
     """
 
     config: Config
@@ -49,6 +51,7 @@ class Parts:
     teacher_params: Any
     student_params: Any
     identity: dict[str, str]
+    attention: str
 
     def rows(self, split: Split) -> RowTable:
         return open_rows(self.config.data.path, split)
@@ -93,8 +96,8 @@ def assemble(config: Config) -> Parts:
         loss=replace(config.loss, targets_per_row=most_targets(manifest.sequence_length, config.masking.rate)),
         masking=config.masking,
         optimizer=config.optimizer,
-        accumulation=micro_batches(config.train, make_mesh(config.mesh), manifest.sequence_length),
     )
+    step, attention = settle(step, config, make_mesh(config.mesh), manifest.sequence_length)
     identity = {"rows": _digest(manifest)}
     if teacher_params is not None:
         identity["teacher"] = huggingface.fingerprint(teacher_params)
@@ -109,6 +112,7 @@ def assemble(config: Config) -> Parts:
         teacher_params=teacher_params,
         student_params=student_params,
         identity=identity,
+        attention=attention,
     )
 
 
@@ -139,6 +143,17 @@ def _check_positions(manifest: Manifest, **models: ModelConfig | None) -> None:
 def total_steps(train: TrainConfig, rows: float) -> int:
     """Optimiser steps of a run over a training side of so many rows."""
     return train.steps or max(1, int(train.epochs * rows / train.batch_rows))
+
+
+def settle(step: StepConfig, config: Config, mesh: Mesh, length: int) -> tuple[StepConfig, str]:
+    """The step as it is compiled for a mesh, and which attention that means and why.
+
+    Raises:
+      InputError: the mesh does not fit the models or the batch, or asked-for attention cannot be.
+    """
+    check_mesh(mesh, step)
+    step = replace(step, accumulation=micro_batches(config.train, mesh, length))
+    return settle_attention(step, config.compute.attention, mesh, length)
 
 
 def micro_batches(train: TrainConfig, mesh: Mesh, sequence_length: int) -> int:
@@ -207,10 +222,12 @@ def _digest(manifest: Manifest) -> str:
 
 def resolve_compute(compute: ComputeConfig, platform: str | None = None) -> ComputeConfig:
     """`auto` replaced by what suits the machine (or the platform, "cpu", "gpu" or "tpu")."""
-    on_cpu = (platform or jax.default_backend()) == "cpu"
+    platform = platform or jax.default_backend()
+    on_cpu = platform == "cpu"
     dtype = ("float32" if on_cpu else "bfloat16") if compute.dtype == "auto" else compute.dtype
     unroll = ("yes" if on_cpu else "no") if compute.unroll == "auto" else compute.unroll
-    return replace(compute, dtype=dtype, unroll=unroll)
+    remat = ("dots" if platform == "tpu" else "none") if compute.remat == "auto" else compute.remat
+    return replace(compute, dtype=dtype, unroll=unroll, remat=remat)
 
 
 def _student(

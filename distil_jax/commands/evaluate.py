@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from distil_jax.commands.assemble import check_tokenizer, resolve_compute, token_weights, with_compute
+from distil_jax.commands.attention import settle_attention
 from distil_jax.commands.run_folder import Model, open_model
 from distil_jax.config import ComputeConfig, LossConfig, MaskingConfig, MeshConfig, OptimizerConfig, StepConfig
 from distil_jax.data.loader import RowTable, held_out_batches, open_rows, read_manifest
@@ -89,6 +90,7 @@ def evaluate(model: Model, data: str | Path, *, teacher: Model | None = None, li
         optimizer=OptimizerConfig(steps=1),
     )
     mesh = make_mesh(MeshConfig())
+    config, _ = settle_attention(config, "auto", mesh, manifest.sequence_length)
     shapes = abstract_state(config).replace(opt_state=None)
     params = put_params(model.params, shardings_of(shapes, mesh).params)
     state = TrainState(jnp.zeros((), jnp.int32), params, None, jax.random.key_data(jax.random.key(0)), config)

@@ -5,6 +5,7 @@ Never on import: research code that calls `train_step` decides for itself.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Callable
@@ -74,6 +75,24 @@ def together(action: Callable[[], T]) -> T:
     if refusal is not None:
         raise refusal
     return result
+
+
+def agree(what: str) -> None:
+    """Ends every process where they are not about to do the same, before they wait for each other in vain.
+
+    Args:
+      what: all that decides which program is compiled.
+
+    Raises:
+      InputError: another process says something else.
+    """
+    if jax.process_count() > 1:
+        digests = multihost_utils.process_allgather(np.frombuffer(hashlib.sha256(what.encode()).digest(), np.uint8))
+        if np.any(digests != digests[0]):
+            raise InputError(
+                "The processes of this run were given different configurations, data or teachers, or chose different "
+                "attention: give all of them the same files, and compute.attention by name."
+            )
 
 
 def meet(where: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ def check(folder: Path, parts: Parts | None = None) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file: name a folder for the run.")
-    begun = {"tokenizer", ".config.toml"}  # what a run that was killed while it began leaves behind
+    begun = {"tokenizer", ".config.toml", "compiled"}  # what a run that was killed while it began leaves behind
     if folder.is_dir() and not is_run(folder) and {path.name for path in folder.iterdir()} - begun:
         raise InputError(f"{folder} holds something other than a run: name a new folder; nothing was changed.")
     if parts is None or not is_run(folder):
@@ -164,7 +164,8 @@ def open_model(path: str | Path, step: int | None = None) -> Model:
             raise InputError(f"{folder} has checkpoints of the steps {saved}, and not {step or 'one to read'}.")
         step = saved[-1] if step is None else step
         found = checkpoints.facts(step)
-        student = build(ModelConfig, found["student"])
+        # Of the machine that trained it was its attention; whoever computes with it now chooses again.
+        student = replace(build(ModelConfig, found["student"]), attention="xla")
         run_config = build(Config, found["config"])
         # Enough to shape the state; a teacher or the data are not needed to read it.
         alone = StepConfig(student, loss=LossConfig(kl=0, cosine=0), optimizer=run_config.optimizer)

@@ -30,7 +30,6 @@ from distil_jax.models.encoder import count_parameters
 from distil_jax.schema import to_dict
 from distil_jax.structs import Rows
 from distil_jax.training.sharding import (
-    check_mesh,
     jit_eval,
     jit_step,
     local_places,
@@ -65,8 +64,17 @@ def run(arguments: argparse.Namespace) -> None:
         if not processes.is_first():  # one process speaks for all; errors still go to everybody's stderr
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
         print(processes.environment(), flush=True)
+        _keep_compiled(config.compute.cache, output)
         train(config, output)
         print(f"Done. The run is in {output}. Next: distil-jax export {output} MODEL_FOLDER")
+
+
+def _keep_compiled(cache: str, output: Path) -> None:
+    """A run that is started again does not compile again; JAX's own setting, where there is one, goes before."""
+    if cache == "auto":
+        cache = "" if jax.default_backend() == "cpu" else str(output / "compiled")
+    if cache and not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", cache)
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +120,7 @@ def train(config: Config, workdir: str | Path) -> dict[str, float]:
     workdir = Path(workdir)
     program = processes.together(lambda: _ready(config, workdir))  # nobody writes before everybody has looked
     parts = program.parts
+    processes.agree(f"{parts.step} {parts.identity}")
     processes.together(lambda: run_folder.begin(workdir, parts) if processes.is_first() else None)
     with contextlib.closing(Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints)) as checkpoints:
         state = _begin(program, checkpoints)
@@ -134,7 +143,6 @@ def _ready(config: Config, workdir: Path) -> Program:
 def compile_run(parts: Parts) -> Program:
     """Mesh, shardings and jitted steps; nothing is computed yet (XLA compiles at the first call)."""
     mesh = make_mesh(parts.config.mesh)
-    check_mesh(mesh, parts.step)
     state_shapes = abstract_state(parts.step)
     shapes, teacher_params = None, None
     if parts.teacher_params is not None:
@@ -256,7 +264,7 @@ def _announce(program: Program, workdir: Path, step: int) -> None:
     parameters = f"{count_parameters(models.student):,} parameters"
     teacher = f", teacher {models.teacher.num_layers} x {models.teacher.hidden_size}" if models.teacher else ""
     devices = f"{jax.device_count()} {jax.devices()[0].device_kind} device(s), {config.compute.dtype}"
-    print(f"{student} ({parameters}){teacher}; {devices}")
+    print(f"{student} ({parameters}){teacher}; {devices}; {program.parts.attention}")
     row_tokens = manifest.train.tokens / manifest.train.rows
     row_sequences = manifest.train.sequences / manifest.train.rows
     print(

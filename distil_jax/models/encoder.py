@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import flax.linen as nn
 import jax
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 
 from distil_jax.config import ModelConfig
 from distil_jax.models.attention import attend
+from distil_jax.models.dropout import dropout, row_seeds
 from distil_jax.structs import Array, Batch, Encoded, Head, sinusoidal_table
 
 # exp(-1e9 - x) is exactly 0 in float32, and unlike -inf it leaves a KL finite (0 * -1e9 = 0).
@@ -25,6 +27,12 @@ _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
     "relu": nn.relu,
 }
+
+# What remat = "dots" keeps: the products with parameters, and what a kernel made of attention's.
+_PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    jax.checkpoint_policies.save_only_these_names("attention"),
+)
 
 
 def _normal(config: ModelConfig, *axes: str | None) -> Callable[..., Array]:
@@ -63,7 +71,7 @@ class Embeddings(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, batch: Batch, train: bool) -> tuple[Array, Array]:
+    def __call__(self, batch: Batch, seeds_B: Array | None) -> tuple[Array, Array]:
         """Returns hidden states [B, L, D] and the word table [V, D], to which the MLM head is tied."""
         config = self.config
         words_VxD = self.param("word", _word_init(config), (config.padded_vocab_size, config.hidden_size), jnp.float32)
@@ -84,7 +92,7 @@ class Embeddings(nn.Module):
         elif batch.token_type_ids is not None:
             raise ValueError("This model has no token types, but the batch carries token_type_ids.")
         hidden_BxLxD = _norm(config, "norm")(hidden_BxLxD)
-        return nn.Dropout(config.hidden_dropout, deterministic=not train)(hidden_BxLxD), words_VxD
+        return dropout(hidden_BxLxD, seeds_B, config.hidden_dropout), words_VxD
 
 
 class Block(nn.Module):
@@ -94,35 +102,36 @@ class Block(nn.Module):
     """
 
     config: ModelConfig
-    train: bool
 
     @nn.compact
-    def __call__(self, hidden_BxLxD: Array, segment_ids_BxL: Array) -> tuple[Array, None]:
+    def __call__(self, hidden_BxLxD: Array, segment_ids_BxL: Array, seeds_3xB: Array | None) -> tuple[Array, None]:
         config = self.config
-        dropout = nn.Dropout(config.hidden_dropout, deterministic=not self.train)
+        attention_seeds_B, attended_seeds_B, output_seeds_B = (None,) * 3 if seeds_3xB is None else seeds_3xB
         heads = (config.num_heads, config.head_size)
         query, key, value = (
             _dense(config, heads, name, "embed", "heads", "head_size")(hidden_BxLxD)
             for name in ("query", "key", "value")
         )
-        attention_dropout = config.attention_dropout if self.train else 0.0
         context_BxLxHxK = attend(
             query,
             key,
             value,
             segment_ids_BxL,
-            dropout_rate=attention_dropout,
-            dropout_key=self.make_rng("dropout") if attention_dropout > 0 else None,
+            dropout_rate=config.attention_dropout,
+            seeds=attention_seeds_B,
+            implementation=config.attention,
         )
         attended_BxLxD = _dense(
             config, config.hidden_size, "attention_output", "heads", "head_size", "embed", inputs=2
         )(context_BxLxHxK)
-        hidden_BxLxD = _norm(config, "attention_norm")(hidden_BxLxD + dropout(attended_BxLxD))
+        attended_BxLxD = dropout(attended_BxLxD, attended_seeds_B, config.hidden_dropout)
+        hidden_BxLxD = _norm(config, "attention_norm")(hidden_BxLxD + attended_BxLxD)
 
         inner_BxLxF = _dense(config, config.intermediate_size, "intermediate", "embed", "mlp")(hidden_BxLxD)
         inner_BxLxF = _ACTIVATIONS[config.activation](inner_BxLxF)
         output_BxLxD = _dense(config, config.hidden_size, "output", "mlp", "embed")(inner_BxLxF)
-        return _norm(config, "output_norm")(hidden_BxLxD + dropout(output_BxLxD)), None
+        output_BxLxD = dropout(output_BxLxD, output_seeds_B, config.hidden_dropout)
+        return _norm(config, "output_norm")(hidden_BxLxD + output_BxLxD), None
 
 
 class MlmHead(nn.Module):
@@ -145,7 +154,8 @@ class MaskedLm(nn.Module):
     """An encoder with its MLM head. `apply({"params": p}, batch, train=..., rngs=...)` returns `Encoded`.
 
     It stops before the vocabulary: the loss owns the [D, V] product, so logits [B, L, V] need never exist.
-    Dropout acts when `train` is true and then needs `rngs={"dropout": key}`.
+    Dropout acts when `train` is true and then needs `rngs={"dropout": key}`; a row's masks are drawn from the key and
+    `batch.row_index`, or its place in the batch.
     """
 
     config: ModelConfig
@@ -153,21 +163,25 @@ class MaskedLm(nn.Module):
     @nn.compact
     def __call__(self, batch: Batch, *, train: bool = False) -> Encoded:
         config = self.config
-        hidden_BxLxD, words_VxD = Embeddings(config, name="embeddings")(batch, train)
+        first_seeds_B, seeds_Nx3xB = None, None
+        if train and max(config.hidden_dropout, config.attention_dropout) > 0:
+            rows_B = jnp.arange(len(batch.input_ids)) if batch.row_index is None else batch.row_index
+            first_seeds_B, *rest = row_seeds(self.make_rng("dropout"), rows_B, 1 + 3 * config.num_layers).T
+            seeds_Nx3xB = jnp.stack(rest).reshape(config.num_layers, 3, -1)
+        hidden_BxLxD, words_VxD = Embeddings(config, name="embeddings")(batch, first_seeds_B)
         block = Block
         if config.remat != "none":
-            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
-            block = nn.remat(Block, policy=policy, prevent_cse=False)
+            block = nn.remat(Block, policy=_PRODUCTS if config.remat == "dots" else None, prevent_cse=False)
         blocks = nn.scan(
             block,
             variable_axes={"params": 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=nn.broadcast,
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast, 0),
             length=config.num_layers,
             unroll=config.num_layers if config.unroll else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        hidden_BxLxD, _ = blocks(config, train, name="layers")(hidden_BxLxD, batch.segment_ids)
+        hidden_BxLxD, _ = blocks(config, name="layers")(hidden_BxLxD, batch.segment_ids, seeds_Nx3xB)
         if config.pooler and self.is_initializing():
             # BERT's layer on the first position: no masked-LM loss reads it, but fine-tuning starts from it.
             _dense(config, config.hidden_size, "pooler", "embed", "features")(hidden_BxLxD[:, 0])
@@ -191,7 +205,8 @@ def init_params(key: Array, config: ModelConfig) -> dict:
     """Random parameters, each still boxed with its logical axes (`nn.unbox` takes them off)."""
     ids = jnp.zeros((1, 1), jnp.int32)
     batch = Batch(input_ids=ids, segment_ids=ids, position_ids=ids, labels=ids)
-    return MaskedLm(config).init(key, batch)["params"]
+    # Not by a kernel: none takes one position, and parameters know nothing of it.
+    return MaskedLm(replace(config, attention="xla")).init(key, batch)["params"]
 
 
 def abstract_params(config: ModelConfig) -> dict:

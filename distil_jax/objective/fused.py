@@ -28,13 +28,14 @@ def fused_loss(
     temperature: float,
     chunk: int,
 ) -> tuple[Array, dict[str, Array]]:
-    """`dense_loss`, in value and gradient, with the logits of at most `chunk` positions of every row at a time.
+    """`dense_loss`, in value and gradient, with the logits of about `chunk` tokens at a time.
 
-    Chunks run along L and keep the batch axis whole, so a batch that is sharded over devices stays where it is. Sums
-    are float32. Only the student's features and head get a gradient: the teacher and the scales are constants.
+    Chunks run along L and keep the batch axis whole, so a batch that is sharded over devices stays where it is, and
+    none is smaller than a token of each row. Sums are float32. Only the student's features and head get a gradient:
+    the teacher and the scales are constants.
     """
     length = features.shape[1]
-    pieces = -(-length // chunk)
+    pieces = -(-length // max(1, chunk // features.shape[0]))
     width = -(-length // pieces)  # even chunks, so that little is added to fill up the last
 
     def cut(array_BxL: Array | None, fill: float) -> Array | None:

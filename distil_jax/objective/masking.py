@@ -80,4 +80,10 @@ def mask_tokens(key: Array, rows: Rows, *, weights: Array, config: MaskingConfig
         return ids_L, labels_L
 
     ids_BxL, labels_BxL = jax.vmap(mask_row)(rows)
-    return Batch(input_ids=ids_BxL, segment_ids=rows.segment_ids, position_ids=rows.position_ids, labels=labels_BxL)
+    return Batch(
+        input_ids=ids_BxL,
+        segment_ids=rows.segment_ids,
+        position_ids=rows.position_ids,
+        labels=labels_BxL,
+        row_index=rows.row_index,
+    )

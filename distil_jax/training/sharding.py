@@ -17,11 +17,12 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from distil_jax.config import MeshConfig, ModelConfig, StepConfig
+from distil_jax.models.attention import HEADS_ALONG
 from distil_jax.models.encoder import abstract_params
 from distil_jax.schema import InputError
 from distil_jax.structs import Rows
 
-_AXES = ("data", "fsdp", "tensor")
+_AXES = ("data", "fsdp", HEADS_ALONG)
 _BATCH = ("data", "fsdp")  # the axes that cut a batch into shards
 
 # Logical axis (as written at each parameter) -> mesh axes it is kept along. The teacher obeys the same table.
@@ -29,7 +30,7 @@ RULES = (
     ("vocab", ("fsdp", "tensor")),  # the one sharded axis of the word table: two make XLA copy it whole
     ("embed", "fsdp"),
     ("mlp", "tensor"),
-    ("heads", "tensor"),
+    ("heads", HEADS_ALONG),
     ("features", "tensor"),
     ("head_size", None),
     ("norm", None),
@@ -228,7 +229,7 @@ def _without_fsdp(rules: Any) -> Any:
 
 
 def sum_over_shards(function: Callable) -> Callable:
-    """Calls `function(shard, batch, *rest)` on each shard of the batch and adds up what comes back.
+    """Calls `function(batch, *rest)` on each shard of the batch and adds up what comes back.
 
     One exchange per leaf, after everything inside is done: plain `jit` would exchange in every micro-batch, or make
     every device compute all of them. The tensor axis stays with the compiler. Without a mesh there is one shard.
@@ -238,15 +239,15 @@ def sum_over_shards(function: Callable) -> Callable:
         mesh = jax.sharding.get_abstract_mesh()
         shards = 1 if mesh.empty else shard_count(mesh)
         if shards == 1:
-            return function(np.int32(0), batch, *rest)
+            return function(batch, *rest)
 
         def cut(leaf: Any) -> Any:
             leaf = leaf.reshape(shards, leaf.shape[0] // shards, *leaf.shape[1:])
             return jax.lax.with_sharding_constraint(leaf, P(_BATCH))
 
         # A batched axis that lies on the mesh, not a shard_map: XLA aborts on one over data beside a tensor axis.
-        each = jax.vmap(function, in_axes=(0, 0, *(None,) * len(rest)), spmd_axis_name=_BATCH)
-        sums = each(jnp.arange(shards), jax.tree.map(cut, batch), *rest)
+        each = jax.vmap(function, in_axes=(0, *(None,) * len(rest)), spmd_axis_name=_BATCH)
+        sums = each(jax.tree.map(cut, batch), *rest)
         return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), sums)
 
     return summed

@@ -72,12 +72,17 @@ def eval_step(state: TrainState, teacher_params: Any, batch: Batch) -> Metrics:
       batch: [B, L].
     """
     config = state.config
+
+    def shard_terms(batch: Batch, params: Any, teacher_params: Any) -> Metrics:
+        student, teacher = MaskedLm(config.student).apply({"params": params}, batch), None
+        if teacher_params is not None:
+            teacher = MaskedLm(config.teacher).apply({"params": teacher_params}, batch)
+        return held_out_terms(student, teacher, batch, config=config.loss)
+
     params = gather_params(state.params, config.student)
-    student, teacher = MaskedLm(config.student).apply({"params": params}, batch), None
     if teacher_params is not None:
         teacher_params = gather_params(teacher_params, config.teacher)
-        teacher = MaskedLm(config.teacher).apply({"params": teacher_params}, batch)
-    return held_out_terms(student, teacher, batch, config=config.loss)
+    return sum_over_shards(shard_terms)(batch, params, teacher_params)
 
 
 def mask_and_eval_step(state: TrainState, teacher_params: Any, rows: Rows, weights: Array) -> Metrics:
@@ -112,23 +117,23 @@ def _gradients(state: TrainState, teacher_params: Any, batch: Batch) -> tuple[An
             teacher = MaskedLm(config.teacher).apply({"params": teacher_params}, batch)
         return objective.loss(student, teacher, batch, counts)
 
-    def shard_sums(shard: Array, batch: Batch, params: Any, teacher_params: Any, counts: dict, key: Array) -> Any:
-        key = jax.random.fold_in(key, shard)
+    def shard_sums(batch: Batch, params: Any, teacher_params: Any, counts: dict, key: Array) -> Any:
         gradient_of = jax.grad(loss_of, has_aux=True)
         if config.accumulation == 1:
             return gradient_of(params, teacher_params, batch, counts, key)
 
-        def add(sums: Any, numbered: tuple[Array, Batch]) -> tuple[Any, None]:
-            number, micro_batch = numbered
-            found = gradient_of(params, teacher_params, micro_batch, counts, jax.random.fold_in(key, number))
+        def add(sums: Any, micro_batch: Batch) -> tuple[Any, None]:
+            found = gradient_of(params, teacher_params, micro_batch, counts, key)
             return jax.tree.map(jnp.add, sums, found), None
 
         micro_batches = jax.tree.map(lambda leaf: _cut(leaf, config.accumulation), batch)
         first = jax.tree.map(lambda leaf: leaf[0], micro_batches)
         shapes = jax.eval_shape(gradient_of, params, teacher_params, first, counts, key)
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        return jax.lax.scan(add, zeros, (jnp.arange(config.accumulation), micro_batches))[0]
+        return jax.lax.scan(add, zeros, micro_batches)[0]
 
+    if batch.row_index is None:  # its rows are numbered before it is cut, so that no two draw the same dropout
+        batch = batch.replace(row_index=jnp.arange(len(batch.input_ids)))
     params = gather_params(state.params, config.student)
     if config.loss.needs_teacher:
         teacher_params = gather_params(teacher_params, config.teacher)

@@ -9,11 +9,12 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from distil_jax.commands.assemble import resolve_compute, student_model, teacher_compute, total_steps, with_compute
 from distil_jax.commands.plan import show
 from distil_jax.commands.plan.aot import Compiled, Job, compile_for
-from distil_jax.config import Config, MeshConfig, ModelConfig, StepConfig, StudentConfig, load
+from distil_jax.config import Config, ModelConfig, StepConfig, StudentConfig, load
 from distil_jax.data.loader import Manifest, read_manifest
 from distil_jax.io.config_json import from_json
 from distil_jax.io.tensors import local_folder, read_json
@@ -91,8 +92,7 @@ class Workload:
 
     def job(self, topology: str, slices: int) -> Job:
         """What to compile for a topology."""
-        config = self.config
-        return Job(topology, slices, self.step, config.mesh, config.train, config.teacher, self.length)
+        return Job(topology, slices, self.step, self.config, self.length)
 
 
 def read_workload(config: Config, length: int | None = None, tokens: float | None = None) -> Workload:
@@ -186,15 +186,22 @@ def _advice(job: Job, compiled: Compiled) -> str:
 
 def _changes(job: Job, compiled: Compiled) -> Iterator[tuple[str, Job]]:
     """Smaller micro-batches, then computing again what the backward pass needs, then sharded parameters."""
-    rows = job.train.batch_rows // compiled.shards
+    rows = job.config.train.batch_rows // compiled.shards
     for number in (n for n in range(compiled.accumulation + 1, rows + 1) if rows % n == 0):
-        yield f"train.accumulation={number}", replace(job, train=replace(job.train, accumulation=number))
-    least = replace(job, train=replace(job.train, accumulation=rows))
-    for remat in ("dots", "full"):
-        again = replace(job.step, student=replace(job.step.student, remat=remat))
-        yield f"train.accumulation={rows} and compute.remat={remat}", replace(least, step=again)
-    fsdp, rows = compiled.chips // job.slices, job.train.batch_rows // compiled.chips
-    if job.train.batch_rows % compiled.chips == 0:
-        least = replace(job, train=replace(job.train, accumulation=rows), mesh=MeshConfig(-1, fsdp, 1), step=again)
-        mesh = f"mesh.data=-1 and mesh.fsdp={fsdp} and mesh.tensor=1"
-        yield f"train.accumulation={rows} and compute.remat=full and {mesh}", least
+        yield f"train.accumulation={number}", _changed(job, train={"accumulation": number})
+    least = _changed(job, train={"accumulation": rows})
+    again = least
+    for remat in ("dots", "full")[("none", "dots", "full").index(job.step.student.remat) :]:
+        again = replace(least, step=replace(job.step, student=replace(job.step.student, remat=remat)))
+        yield f"train.accumulation={rows} and compute.remat={remat}", again
+    fsdp, rows = compiled.chips // job.slices, job.config.train.batch_rows // compiled.chips
+    if job.config.train.batch_rows % compiled.chips == 0:
+        mesh = {"data": -1, "fsdp": fsdp, "tensor": 1}
+        said = " and ".join(f"mesh.{axis}={size}" for axis, size in mesh.items())
+        least = _changed(again, train={"accumulation": rows}, mesh=mesh)
+        yield f"train.accumulation={rows} and compute.remat=full and {said}", least
+
+
+def _changed(job: Job, **sections: dict[str, Any]) -> Job:
+    changed = {name: replace(getattr(job.config, name), **values) for name, values in sections.items()}
+    return replace(job, config=replace(job.config, **changed))

@@ -13,23 +13,23 @@ import re
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import flax.linen as nn
 import jax
 from jax.experimental import topologies
 
-from distil_jax.commands.assemble import micro_batches, teacher_shapes
+from distil_jax.commands.assemble import settle, teacher_shapes
 from distil_jax.commands.hardware import CHIPS
 from distil_jax.commands.plan.hlo import Program
-from distil_jax.config import MeshConfig, StepConfig, TeacherConfig, TrainConfig
+from distil_jax.config import Config, StepConfig
 from distil_jax.schema import InputError, build, to_dict
-from distil_jax.training.sharding import check_mesh, lower_step, make_mesh, shard_count, shardings_of
+from distil_jax.training.sharding import lower_step, make_mesh, shard_count, shardings_of
 from distil_jax.training.state import abstract_state
 from distil_jax.training.step import mask_and_train_step
 
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -45,9 +45,7 @@ class Job:
     topology: str  # as libtpu names it: "v5e:4x4"
     slices: int
     step: StepConfig
-    mesh: MeshConfig
-    train: TrainConfig
-    teacher: TeacherConfig
+    config: Config
     sequence_length: int
 
 
@@ -60,6 +58,7 @@ class Compiled:
     hosts: int
     shards: int  # into which the batch is cut
     accumulation: int
+    attention: str  # which was taken and why
     seconds: float  # to compile
     student: float  # bytes of the student's parameters in all
     parameters: float  # bytes of the student's parameters on a chip
@@ -82,7 +81,7 @@ def compile_for(job: Job) -> Compiled:
     done = subprocess.run(
         [sys.executable, "-m", "distil_jax.commands.plan.aot"],
         input=json.dumps(to_dict(job)),
-        env=os.environ | _ENVIRONMENT,
+        env=os.environ | ENVIRONMENT,
         capture_output=True,
         text=True,
         check=False,
@@ -101,12 +100,11 @@ def _compile_here(job: Job) -> Compiled:
     devices = _devices(job)
     if devices[0].device_kind not in CHIPS:
         raise InputError(f"Nothing is known of the chip {devices[0].device_kind}, only of {', '.join(CHIPS)}.")
-    mesh = make_mesh(job.mesh, devices)
-    check_mesh(mesh, job.step)
-    step = replace(job.step, accumulation=micro_batches(job.train, mesh, job.sequence_length))
+    mesh = make_mesh(job.config.mesh, devices)
+    step, attention = settle(job.step, job.config, mesh, job.sequence_length)
     state, teacher = abstract_state(step), None
     if step.teacher is not None:
-        teacher = teacher_shapes(job.teacher, step.teacher)
+        teacher = teacher_shapes(job.config.teacher, step.teacher)
 
     def on_chip(abstract: Any) -> float:
         leaves = zip(jax.tree.leaves(nn.unbox(abstract)), jax.tree.leaves(shardings_of(abstract, mesh)), strict=True)
@@ -118,13 +116,14 @@ def _compile_here(job: Job) -> Compiled:
         "hosts": len({device.process_index for device in devices}),
         "shards": shard_count(mesh),
         "accumulation": step.accumulation,
+        "attention": attention,
         "student": float(sum(_bytes(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(nn.unbox(state.params)))),
         "parameters": on_chip(state.params),
         "optimizer": on_chip(state.opt_state),
         "teacher": on_chip(teacher) if teacher is not None else 0.0,
     }
     began = time.monotonic()
-    lowered = lower_step(mask_and_train_step, mesh, state, teacher, (job.train.batch_rows, job.sequence_length))
+    lowered = lower_step(mask_and_train_step, mesh, state, teacher, (job.config.train.batch_rows, job.sequence_length))
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:

@@ -40,6 +40,7 @@ def single(workload: Workload, job: Job, compiled: Compiled) -> list[str]:
         ("  teacher", _gib(compiled.teacher)),
         ("  temporaries and batch", _gib(compiled.peak - named)),
         ("batch", f"{train.batch_rows:,} rows of {workload.length}: {compiled.accumulation} micro-batches of {rows:,}"),
+        ("computed with", compiled.attention),
         ("FLOPs a position", f"{step_flops(workload.step, workload.length) / 1e6:,.1f} M by formula"),
     ]
     if not compiled.fits:
