@@ -21,6 +21,7 @@ _VERBS = {
     "prepare": "turn text into packed rows of tokens",
     "train": "train a student; started again in the same folder, it goes on",
     "plan": "say whether a run fits TPUs and how fast it can be there, before any is paid for",
+    "bench": "measure the step, the loss, the data and the encoders, with peers beside them if wanted",
     "eval": "held-out loss, accuracy, and agreement with a teacher, of a run or a model folder",
     "export": "write a run's student as a folder that `transformers` opens",
     "report": "write report.md and its pictures for a run",

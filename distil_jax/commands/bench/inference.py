@@ -1,0 +1,86 @@
+"""`distil-jax bench inference`: the encoders without vocabulary head, teacher against student, JAX against PyTorch."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from distil_jax.commands.assemble import resolve_compute, student_model, with_compute
+from distil_jax.commands.attention import settle_attention
+from distil_jax.commands.bench import peers, timing
+from distil_jax.commands.bench.peers import OURS
+from distil_jax.commands.bench.step import random_params
+from distil_jax.commands.bench.timing import Call, Measured
+from distil_jax.config import ComputeConfig, MeshConfig, ModelConfig, StepConfig, StudentConfig
+from distil_jax.models.encoder import MaskedLm
+from distil_jax.schema import require
+from distil_jax.structs import Batch
+from distil_jax.training.sharding import make_mesh
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `distil-jax bench inference`."""
+    peers.add_shape(parser)
+    parser.add_argument("--batches", default="1,32", metavar="LIST", help="rows of a call (default: %(default)s)")
+    parser.add_argument("--lengths", default="32,128", metavar="LIST", help="of a row (default: %(default)s)")
+    parser.add_argument("--calls", type=int, default=20, help="of each encoder in a round (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="of all encoders, alternating (default: %(default)s)")
+    parser.add_argument("--peer", metavar="LIST", help="torch: the same encoders in PyTorch")
+
+
+def run(arguments: argparse.Namespace) -> Measured:
+    """A line for each batch, length and library; one device computes.
+
+    Raises:
+      InputError: numbers that are none, rows longer than the shape's, or a peer that cannot run here.
+    """
+    timing.positive(calls=arguments.calls, rounds=arguments.rounds)
+    torch, _ = peers.load(arguments.peer, ("eager",))
+    shape, compute = peers.shape_model(arguments.shape), resolve_compute(ComputeConfig(dtype=arguments.dtype))
+    student = with_compute(student_model(StudentConfig(), shape, shape.vocab_size), compute)
+    both, one = StepConfig(student, with_compute(shape, compute)), make_mesh(MeshConfig(), jax.devices()[:1])
+    lines = []
+    for batch in timing.numbers("--batches", arguments.batches, int):
+        for length in timing.numbers("--lengths", arguments.lengths, int):
+            timing.positive(batches=batch, lengths=length)
+            require(
+                length <= shape.max_positions, f"--lengths {length}: the shape has {shape.max_positions} positions."
+            )
+            step, _ = settle_attention(both, "auto", one, length)
+            models = {"teacher": step.teacher, "student": step.student}
+            calls = {(OURS, name): encoder_call(model, batch, length) for name, model in models.items()}
+            if torch:
+                make = partial(torch.encoder_call, torch.device_for(jax.default_backend()))
+                calls |= {("torch", name): make(model, batch, length) for name, model in models.items()}
+            found = timing.medians(calls, times=arguments.calls, rounds=arguments.rounds)
+            lines += [{"batch": batch, "length": length} | line for line in _lines(found)]
+    return Measured(lines)
+
+
+def encoder_call(model: ModelConfig, batch: int, length: int) -> Call:
+    """A call that sends full rows [batch, length] through the encoder; random parameters in the compute dtype."""
+    model = replace(model, mlm_head=False)
+    params = jax.jit(partial(random_params, model))(jax.random.key(0))
+    ids = np.random.default_rng(0).integers(5, model.vocab_size, (batch, length))
+    rows = jax.device_put(Batch.from_padded(ids, np.ones_like(ids), ids))
+    encode = jax.jit(lambda params, rows: MaskedLm(model).apply({"params": params}, rows).hidden)
+    return lambda: jax.block_until_ready(encode(params, rows))
+
+
+def _lines(found: Mapping[tuple[str, str], list[float]]) -> list[dict[str, Any]]:
+    lines = []
+    for side in dict.fromkeys(side for side, _ in found):
+        teacher, student = found[side, "teacher"], found[side, "student"]
+        line = {"side": side, "teacher_p50_ms": float(np.median(teacher)), "student_p50_ms": float(np.median(student))}
+        line |= timing.spread("student_is_faster", teacher, student)
+        if side != OURS:
+            line |= timing.spread("our_teacher_is_faster", teacher, found[OURS, "teacher"])
+            line |= timing.spread("our_student_is_faster", student, found[OURS, "student"])
+        lines.append(line)
+    return lines

@@ -1,0 +1,40 @@
+"""`python -m distil_jax.commands.bench.loss_aot TOPOLOGY` reads a `Job` as JSON and prints what libtpu plans for it.
+
+A process of its own, as for `distil-jax plan`: libtpu wants the environment to itself.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from functools import partial
+
+import jax
+from jax.experimental import topologies
+
+from distil_jax.commands.bench.loss import KINDS, Job, gradients, inputs
+from distil_jax.commands.plan.aot import memory_asked
+from distil_jax.schema import build
+
+
+def temporaries(job: Job, topology: str) -> dict[str, float]:
+    """Bytes by kind of loss, on one chip; of what does not fit, what the compiler says that it wanted."""
+    device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+    place = jax.sharding.SingleDeviceSharding(device)
+    shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        jax.eval_shape(partial(inputs, job)),
+    )
+    found = {}
+    for kind in KINDS:
+        try:
+            found[kind] = jax.jit(gradients(job, kind)).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+        except jax.errors.JaxRuntimeError as error:
+            found[kind] = memory_asked(str(error))
+            if found[kind] is None:
+                raise
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(temporaries(build(Job, json.load(sys.stdin)), sys.argv[1])))

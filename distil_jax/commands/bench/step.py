@@ -1,0 +1,317 @@
+"""`distil-jax bench step`: the whole train step, teacher to student, as `train` runs it, alone or beside PyTorch's."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from distil_jax.commands import assemble
+from distil_jax.commands.bench import batching, peers, timing
+from distil_jax.commands.bench.peers import OURS
+from distil_jax.commands.bench.timing import Block, Measured
+from distil_jax.commands.flops import step_flops
+from distil_jax.commands.hardware import CHIPS
+from distil_jax.config import Config, ModelConfig, StepConfig
+from distil_jax.data.loader import RowTable, batches, open_rows, prefetch, read_manifest, rows_at
+from distil_jax.models.encoder import init_params
+from distil_jax.objective.masking import most_targets
+from distil_jax.schema import build, require, set_value
+from distil_jax.structs import Rows
+from distil_jax.training.sharding import lower_step, make_mesh, put_rows, shard_count, shardings_of
+from distil_jax.training.state import abstract_state, init_state
+from distil_jax.training.step import mask_and_train_step
+
+if TYPE_CHECKING:
+    from distil_jax.commands.bench.peer_torch import Peer
+
+_SPECIAL = 5  # the first ids, which synthetic rows leave out; [MASK] is the last of them
+_SYNTHETIC_BATCHES = 8  # different ones; they come round again
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `distil-jax bench step`."""
+    peers.add_shape(parser)
+    parser.add_argument("--batch-rows", type=int, default=8, help="rows of a step (default: %(default)s)")
+    parser.add_argument("--length", type=int, help="of a row (default: of --rows, or 128)")
+    parser.add_argument("--accumulation", type=int, default=0, help="micro-batches a step (default: as train does)")
+    parser.add_argument("--dropout", default="0.1", metavar="LIST", help="rates, one after the other (default: 0.1)")
+    parser.add_argument("--steps", type=int, default=10, help="in a block that is timed (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="blocks of each side, alternating (default: %(default)s)")
+    parser.add_argument("--rows", metavar="FOLDER", help="prepared rows (default: full rows of random ids)")
+    parser.add_argument("--peer", metavar="LIST", help="torch:eager, torch:compile, torch:fused, with commas between")
+    parser.add_argument(
+        "--peer-batching",
+        choices=("buckets", "random"),
+        default="buckets",
+        help="how a peer pads the sequences of --rows: in buckets of length as the original, or at random",
+    )
+    parser.add_argument(
+        "--peer-chunk", type=int, default=0, help="positions of torch:fused at a time (default: loss.chunk, as ours)"
+    )
+    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override a config key")
+
+
+def run(arguments: argparse.Namespace) -> Measured:
+    """Measures every dropout rate, all sides in alternation; a line for each rate and side.
+
+    Raises:
+      InputError: settings that do not go together, or a peer that cannot run here.
+    """
+    timing.positive(batch_rows=arguments.batch_rows, rounds=arguments.rounds)
+    require(arguments.steps >= 2, f"--steps must be at least 2, not {arguments.steps}.")
+    torch, variants = peers.load(arguments.peer, ("eager", "compile", "fused"))
+    works = {rate: read_work(arguments, rate) for rate in timing.numbers("--dropout", arguments.dropout, float)}
+    first = next(iter(works.values()))
+    makers = {OURS: timing.products}
+    if torch:
+        _check_comparable(first)
+        makers["torch"] = partial(torch.products, torch.device_for(jax.default_backend()))
+    student, pieces = first.step.student, first.step.accumulation * shard_count(first.mesh)
+    rows = first.batch_rows * first.length // pieces
+    products = timing.product_rates(makers, rows, student.hidden_size, student.intermediate_size, student.dtype)
+    lines = []
+    for rate, work in works.items():
+        with contextlib.closing(Ours(work)) as ours:
+            sides: dict[str, Ours | Peer] = {OURS: ours}
+            if torch:
+                rounds, device = _peer_rounds(work, arguments.peer_batching), torch.device_for(jax.default_backend())
+                loss = replace(work.step.loss, chunk=arguments.peer_chunk or work.step.loss.chunk)
+                sides |= torch.build_peers(variants, replace(work.step, loss=loss), rounds, device)
+            lines += [{"dropout": rate} | line for line in _measure(work, sides, products[OURS])]
+    return Measured(lines, products)
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """What every side has to do.
+
+    Attributes:
+      config: as a run's would be.
+      step: what the step is compiled from.
+      table: the rows.
+      weights: [V], see `masking_weights`.
+      length: positions in a row.
+      steps, rounds: steps of a block, and blocks of a side.
+    """
+
+    config: Config
+    step: StepConfig
+    mesh: Mesh
+    table: RowTable
+    weights: np.ndarray
+    length: int
+    steps: int
+    rounds: int
+
+    @property
+    def batch_rows(self) -> int:
+        return self.config.train.batch_rows
+
+
+def read_work(arguments: argparse.Namespace, dropout: float) -> Work:
+    """From flags to a step by way of a run's config, any key of which can be overridden.
+
+    Raises:
+      InputError: an unknown key, rows that the shape cannot read, parts that do not fit each other.
+    """
+    values: dict[str, Any] = {
+        "teacher": {"path": arguments.shape},  # nothing is read from there: it says that there is a teacher
+        "student": {"hidden_dropout": dropout, "attention_dropout": dropout},
+        "optimizer": {"steps": 100_000},
+        "train": {"batch_rows": arguments.batch_rows, "steps": 1, "accumulation": arguments.accumulation},
+        "compute": {"dtype": arguments.dtype},
+    }
+    for override in arguments.set:
+        set_value(values, override)
+    config, shape = build(Config, values), peers.shape_model(arguments.shape)
+    compute = assemble.resolve_compute(config.compute)
+    student = assemble.with_compute(assemble.student_model(config.student, shape, shape.vocab_size), compute)
+    teacher = assemble.with_compute(shape, assemble.teacher_compute(config.teacher, compute))
+    table, weights, mask_id = _rows(arguments, config, student)
+    length, mesh = table.input_ids.shape[1], make_mesh(config.mesh)
+    most = min(student.max_positions, teacher.max_positions)
+    require(length <= most, f"Rows of {length} are longer than the {most} positions of the shape: take shorter ones.")
+    step = StepConfig(
+        student=student,
+        teacher=teacher if config.teacher.path else None,
+        loss=replace(config.loss, targets_per_row=most_targets(length, config.masking.rate)),
+        masking=replace(config.masking, mask_token_id=mask_id),
+        optimizer=config.optimizer,
+    )
+    step, _ = assemble.settle(step, config, mesh, length)
+    return Work(config, step, mesh, table, weights, length, arguments.steps, arguments.rounds)
+
+
+def _rows(arguments: argparse.Namespace, config: Config, student: ModelConfig) -> tuple[RowTable, np.ndarray, int]:
+    """The rows, how readily each id is masked, and the id of [MASK]."""
+    if arguments.rows:
+        manifest = read_manifest(arguments.rows)
+        length, ids = manifest.sequence_length, manifest.vocab_size
+        require(
+            arguments.length in (None, length), f"The rows of {arguments.rows} are {length} long: leave --length out."
+        )
+        known = f"The rows have {ids} ids, and the shape {student.vocab_size}: choose a larger one."
+        require(ids <= student.vocab_size, known)
+        weights = assemble.token_weights(arguments.rows, manifest, student, smoothing=config.masking.smoothing)
+        return open_rows(arguments.rows), weights, manifest.mask_id
+    length = 128 if arguments.length is None else arguments.length
+    timing.positive(length=length)
+    shape = (_SYNTHETIC_BATCHES * config.train.batch_rows, length)
+    ids_NxL = np.random.default_rng(0).integers(_SPECIAL, student.vocab_size, shape, np.int32)
+    ids_V = np.arange(student.padded_vocab_size)
+    weights = ((ids_V >= _SPECIAL) & (ids_V < student.vocab_size)).astype(np.float32)
+    return RowTable(ids_NxL, np.ones(shape, np.int32)), weights, _SPECIAL - 1
+
+
+def _check_comparable(work: Work) -> None:
+    """Refuses what the peers do not know, so that nothing but the same work is ever compared."""
+    loss = work.step.loss
+    terms = min(loss.kl, loss.mlm, loss.cosine) > 0 and loss.mse == 0
+    require(
+        terms and loss.soft_positions == "all" and work.step.teacher is not None and work.step.student.token_types == 0,
+        "The peers know a DistilBERT student with a teacher, and the terms kl, mlm and cosine at all positions: "
+        "leave --peer or the other settings out.",
+    )
+
+
+def _peer_rounds(work: Work, peer_batching: str) -> list[list[list[batching.Padded]]]:
+    """The sequences of the rows that our own side trains on: optimiser steps of micro-batches, dealt out to rounds."""
+    accumulation, seed = work.step.accumulation, work.config.seed
+    steps = work.rounds * work.steps
+    sequences = list(batching.unpack(rows_at(work.table, np.arange(steps * work.batch_rows), seed=seed)))
+    micro_batches = batching.masked_batches(
+        sequences,
+        size=max(1, round(len(sequences) / (steps * accumulation))),
+        batching=peer_batching,
+        weights=work.weights,
+        masking=work.step.masking,
+        length=work.length,
+        seed=seed,
+    )
+    found = [micro_batches[start : start + accumulation] for start in range(0, len(micro_batches), accumulation)]
+    return [found[number :: work.rounds] for number in range(work.rounds)]
+
+
+class Ours:
+    """`mask_and_train_step` as `jit_step` compiles it, fed as `train` feeds it: by the loader, a thread ahead.
+
+    It is compiled ahead of time, by `lower_step`, which shares its settings with `jit_step`: then the compiler says
+    what memory it planned. The parameters are random, because no speed depends on them.
+    """
+
+    def __init__(self, work: Work) -> None:
+        self._work, self._peak_before = work, _device_peak()
+        step, mesh, state, teacher = work.step, work.mesh, abstract_state(work.step), None
+        if step.teacher is not None:
+            teacher = assemble.teacher_shapes(work.config.teacher, step.teacher)
+        began = time.perf_counter()
+        lowered = lower_step(mask_and_train_step, mesh, state, teacher, (work.batch_rows, work.length))
+        self._step = lowered.compile()
+        self.compile_seconds = time.perf_counter() - began
+        key, self._teacher = jax.random.key(0), None
+        self._state = jax.jit(partial(init_state, config=step), out_shardings=shardings_of(state, mesh))(key)
+        if teacher is not None:
+            make = partial(random_params, step.teacher)
+            self._teacher = jax.jit(make, out_shardings=shardings_of(teacher, mesh))(key)
+        with contextlib.closing(self._stream()) as warm:
+            self._run(warm, work.steps)
+        self._rows = self._stream()
+
+    def block(self, number: int) -> Block:
+        """The next steps of the stream, with one wait at the end, whatever the number of the round."""
+        return self._run(self._rows, self._work.steps)
+
+    def latencies(self) -> list[float]:
+        """Seconds of each of a block's steps, waiting after each."""
+        return timing.seconds(lambda: self._run(self._rows, 1), self._work.steps)
+
+    def peak(self) -> tuple[int, str]:
+        """The most bytes in use on a device, and who says so.
+
+        A device counts from the start of the process. Where it does not count, or something else needed more before,
+        the compiler's plan of this step stands in.
+        """
+        if (peak := _device_peak()) > self._peak_before:
+            return peak, "device"
+        plan = self._step.memory_analysis()
+        kept = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
+        return kept + plan.temp_size_in_bytes, "compiler"
+
+    def close(self) -> None:
+        """Ends the thread that reads ahead."""
+        self._rows.close()
+
+    def _stream(self) -> Iterator[tuple[Rows, int]]:
+        rows = batches(self._work.table, batch_rows=self._work.batch_rows, seed=self._work.config.seed)
+        return prefetch((put_rows(each, self._work.mesh), int(np.sum(each.segment_ids > 0))) for each in rows)
+
+    def _run(self, rows: Iterator[tuple[Rows, int]], steps: int) -> Block:
+        tokens, waited, began = 0, 0.0, time.perf_counter()
+        for _ in range(steps):
+            asked = time.perf_counter()
+            batch, real = next(rows)
+            waited += time.perf_counter() - asked
+            self._state, metrics = self._step(self._state, self._teacher, batch, self._work.weights)
+            tokens += real
+        jax.block_until_ready((self._state, metrics))
+        positions = steps * self._work.batch_rows * self._work.length
+        return Block(time.perf_counter() - began, tokens, positions, waited)
+
+
+def random_params(model: ModelConfig, key: jax.Array) -> Any:
+    """Random parameters in the model's compute dtype, as a teacher's are kept."""
+    return jax.tree.map(lambda leaf: leaf.astype(model.dtype), nn.unbox(init_params(key, model)))
+
+
+def _device_peak() -> int:
+    """The most bytes in use on any device since the process began; 0 where nobody counts."""
+    return max((device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices())
+
+
+def _measure(work: Work, sides: dict[str, Ours | Peer], product_rate: float) -> Iterator[dict[str, Any]]:
+    """A line for each side, our own first."""
+    blocks = timing.alternate({name: side.block for name, side in sides.items()}, work.rounds)
+    rates = {name: [block.tokens / block.seconds for block in found] for name, found in blocks.items()}
+    for name, side in sides.items():
+        milliseconds, (peak, source) = 1e3 * np.array(side.latencies()), side.peak()
+        ratio = {} if name == OURS else timing.spread("ours_is_faster", rates[OURS], rates[name])
+        yield {
+            "side": name,
+            **timing.spread("tokens_per_second", rates[name]),
+            **ratio,
+            "tokens_per_second_by_round": rates[name],
+            "step_p50_ms": float(np.quantile(milliseconds, 0.5)),
+            "step_p95_ms": float(np.quantile(milliseconds, 0.95)),
+            "real_tokens_share": float(np.mean([block.tokens / block.positions for block in blocks[name]])),
+            "peak_gib": peak and peak / 2**30,
+            "peak_said_by": source,
+            "compile_s": side.compile_seconds,
+            **(_efficiency(work, blocks[name], product_rate) if name == OURS else {}),
+        }
+
+
+def _efficiency(work: Work, blocks: Sequence[Block], product_rate: float) -> dict[str, Any]:
+    """TFLOP/s of a device by the written formula; beside the data sheet, of bfloat16, and beside bare products."""
+    seconds = float(np.median([block.seconds for block in blocks])) / work.steps
+    rate = step_flops(work.step, work.length) * work.batch_rows * work.length / seconds / work.mesh.size / 1e12
+    device = jax.devices()[0]
+    chip = CHIPS.get(device.device_kind)
+    # Virtual devices share a processor that the bare products have for themselves.
+    alone = work.mesh.size == 1 or device.platform != "cpu"
+    return {
+        "attention": work.step.student.attention,
+        "tflops": rate,
+        "mfu": 1e12 * rate / chip.flops if chip and work.step.student.dtype == "bfloat16" else None,
+        "of_bare_products": rate / product_rate if alone else None,
+        "data_wait_share": sum(block.waited for block in blocks) / sum(block.seconds for block in blocks),
+    }
