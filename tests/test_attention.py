@@ -22,15 +22,15 @@ from jax.experimental import pallas as pl
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from distil_jax.commands.plan.aot import ENVIRONMENT
-from distil_jax.config import MaskingConfig, MeshConfig, ModelConfig, OptimizerConfig, StepConfig
+from distil_jax.config import MeshConfig, ModelConfig, OptimizerConfig, StepConfig
 from distil_jax.models import gpu_attention, tpu_attention
 from distil_jax.models.attention import attend
 from distil_jax.models.dropout import kept
 from distil_jax.models.encoder import abstract_params, init_params
-from distil_jax.structs import Rows
+from distil_jax.structs import IGNORED, Batch
 from distil_jax.training.sharding import jit_step, make_mesh, put_rows, shardings_of
 from distil_jax.training.state import abstract_state, init_state
-from distil_jax.training.step import mask_and_train_step
+from distil_jax.training.step import train_step
 
 KERNELS = {"pallas_gpu": gpu_attention, "pallas_tpu": tpu_attention}
 both = pytest.mark.parametrize("implementation", KERNELS)
@@ -102,18 +102,18 @@ def test_value_and_gradients_are_those_of_xla(interpreted, implementation, heads
 
 
 @both
-def test_bfloat16_is_as_near_to_the_truth_as_xla(interpreted, implementation):
+def test_bfloat16_is_nearer_to_the_truth_than_xla(interpreted, implementation):
     arrays = inputs(256, 2, 64, jnp.bfloat16)
     truth = exact(0.1, *arrays)
 
     def errors(name):
         found = output_and_gradients(name, 0.1, *arrays)
         assert all(each.dtype == jnp.bfloat16 for each in found)
-        return np.array([np.abs(ours - right).max() for ours, right in zip(found, truth, strict=True)])
+        return np.array([np.sqrt(np.mean((ours - right) ** 2)) for ours, right in zip(found, truth, strict=True)])
 
     ours, theirs = errors(implementation), errors("xla")
-    assert np.all(ours <= 2 * theirs), f"{ours} and XLA {theirs}"
-    assert np.all(theirs < 0.05), "XLA itself is near"
+    assert np.all(ours < 0.75 * theirs), f"{ours}, and XLA {theirs}: it rounds scores, which kernels do not"
+    assert np.all(theirs < 0.01), "XLA itself is near"
 
 
 @both
@@ -134,12 +134,12 @@ def test_a_device_that_has_some_heads_drops_what_one_with_all_would(interpreted,
 
 
 def test_blocks_of_other_segments_are_not_even_read(interpreted):
-    *wide, _, _, seeds = inputs(384, 1, 64)
-    segment_ids = np.repeat([[1, 2, 0]], 128, axis=1).astype(np.int32)
-    wide = [np.where((segment_ids == 2)[:, :, None, None], each[:1], np.nan) for each in wide]
+    *wide, _, _, seeds = inputs(256, 1, 64)
+    segment_ids = np.repeat([[1, 1, 2, 0]], 64, axis=1).astype(np.int32)
+    others = (segment_ids == 1)[:, :, None, None]
+    wide = [np.where(others, np.nan, each[:1]) for each in wide]
     found = output_and_gradients("pallas_gpu", 0.1, *wide, np.ones_like(wide[0]), segment_ids, seeds[:1])
-    for each in found:
-        assert np.isfinite(each).all(where=(segment_ids == 2)[:, :, None, None]), "what was skipped is not multiplied"
+    assert all(np.isfinite(each).all(where=~others) for each in found), "0 x NaN would be NaN"
 
 
 @pytest.mark.parametrize(
@@ -175,28 +175,27 @@ MODEL = ModelConfig(
 STEP = StepConfig(
     student=replace(MODEL, num_layers=1, token_types=0),
     teacher=MODEL,
-    masking=MaskingConfig(mask_token_id=4),
     optimizer=OptimizerConfig(steps=5, learning_rate=1e-3, warmup=0.0),
 )
 
 
 @pytest.fixture(scope="module")
 def step_inputs():
+    """The teacher's parameters and a batch."""
     generator = np.random.default_rng(0)
-    ids = generator.integers(5, 90, (8, 128)).astype(np.int32)
-    rows = Rows(ids, np.tile(segments(128)[[0, 3]], (4, 1)), np.zeros_like(ids), np.arange(8, dtype=np.int32))
-    weights = np.zeros(128, np.float32)
-    weights[5:90] = 1
-    return nn.unbox(init_params(jax.random.key(1), MODEL)), rows, weights
+    ids, row_index = generator.integers(5, 90, (8, 128)).astype(np.int32), np.arange(8, dtype=np.int32)
+    labels = np.where(generator.random(ids.shape) < 0.2, ids, IGNORED).astype(np.int32)
+    batch = Batch(ids, np.tile(segments(128)[[0, 3]], (4, 1)), np.zeros_like(ids), labels, row_index=row_index)
+    return nn.unbox(init_params(jax.random.key(1), MODEL)), batch
 
 
-def one_step(config, sizes, teacher, rows, weights):
+def one_step(config, sizes, teacher, batch):
     """Loss and new parameters of one step on a mesh."""
     mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: np.prod(sizes)])
     shapes = abstract_state(config), abstract_params(config.teacher)
     start = jax.jit(lambda: init_state(jax.random.key(0), config), out_shardings=shardings_of(shapes[0], mesh))()
-    teacher, rows = jax.device_put(teacher, shardings_of(shapes[1], mesh)), put_rows(rows, mesh)
-    state, metrics = jit_step(mask_and_train_step, mesh, *shapes)(start, teacher, rows, weights)
+    teacher = jax.device_put(teacher, shardings_of(shapes[1], mesh))
+    state, metrics = jit_step(train_step, mesh, *shapes)(start, teacher, put_rows(batch, mesh))
     return float(metrics["loss"].value()), jax.device_get(state.params)
 
 

@@ -1,13 +1,18 @@
 """The fused path against the plain one and a float64 oracle: value, every gradient, any chunk, and no whole logits."""
 
+import os
 import re
+import subprocess
+import sys
 from functools import partial
+from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from distil_jax.commands.plan.aot import ENVIRONMENT
 from distil_jax.objective.fused import fused_loss
 from distil_jax.objective.vocabulary import dense_loss
 from distil_jax.structs import IGNORED, Head
@@ -117,3 +122,31 @@ def test_no_target_gives_zero():
     nothing = (features, head, teacher_features, teacher_head, where, np.full_like(labels, IGNORED))
     (value, totals), slopes = compare(partial(fused_loss, temperature=2.0, chunk=4 * B), ("mlm",), nothing)
     assert value == 0 and totals["mlm"] == 0 and all(not leaf.any() for leaf in jax.tree.leaves(slopes))
+
+
+COMPILE = """
+import json, sys
+import jax
+from functools import partial
+from jax.experimental import topologies
+from distil_jax.commands.bench.loss import Job, gradients, inputs
+
+device = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]
+place = jax.sharding.SingleDeviceSharding(device)
+vocabulary, chunk = map(int, sys.argv[1:])
+job = Job(vocabulary, 16, 512, 768, chunk, "bfloat16")
+given = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), jax.eval_shape(partial(inputs, job))
+)
+print(jax.jit(gradients(job, "fused")).lower(*given).compile().memory_analysis().temp_size_in_bytes)
+"""
+
+
+@pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu, which compiles for TPUs, is not installed")
+@pytest.mark.parametrize(("vocabulary", "chunk", "mebibytes"), [(30_592, 512, 150), (119_552, 256, 600)])
+def test_what_a_tpu_needs_for_8192_tokens(vocabulary, chunk, mebibytes):
+    """Loss and gradients at the width of BERT-base; dense logits take 3,347 and 13,077 MiB (measured 2026-11-23)."""
+    command = [sys.executable, "-c", COMPILE, str(vocabulary), str(chunk)]
+    done = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout.splitlines()[-1]) <= mebibytes * 2**20
