@@ -85,8 +85,9 @@ BASE = ModelConfig(90, hidden_size=256, num_heads=4, intermediate_size=48)
 STEP = StepConfig(replace(BASE, num_layers=1), teacher=BASE)
 
 
-def mesh_of(platform, tensor=1):
-    return SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform)]), shape={"tensor": tensor})
+def mesh_of(platform, tensor=1, capability=None):
+    device = SimpleNamespace(platform=platform, compute_capability=capability)
+    return SimpleNamespace(devices=np.array([device]), shape={"tensor": tensor})
 
 
 @pytest.mark.parametrize(
@@ -97,6 +98,10 @@ def mesh_of(platform, tensor=1):
         ("xla", mesh_of("tpu"), 128, "xla", "xla (as asked) for the student"),
         ("auto", mesh_of("tpu"), 100, "xla", "rows of 100, and it takes multiples of 128"),
         ("auto", mesh_of("tpu", 4), 128, "xla", "1 heads of 64, which do not fill 128 lanes"),
+        ("auto", mesh_of("gpu", capability="9.0"), 64, "pallas_gpu", "pallas_gpu for the student and the teacher"),
+        ("auto", mesh_of("gpu", capability="9.0"), 100, "xla", "rows of 100, and it takes multiples of 64"),
+        ("auto", mesh_of("gpu", capability="7.5"), 128, "xla", "compute capability 8.0 or above"),
+        ("auto", mesh_of("gpu", capability="gfx942"), 128, "xla", "compute capability 8.0 or above"),
         ("auto", mesh_of("cpu"), 128, "xla", "there is no kernel for a cpu"),
     ],
 )

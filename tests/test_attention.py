@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from distil_jax.commands.plan.aot import ENVIRONMENT
-from distil_jax.config import MeshConfig, ModelConfig, OptimizerConfig, StepConfig
+from distil_jax.config import LossConfig, MeshConfig, ModelConfig, OptimizerConfig, StepConfig
 from distil_jax.models import gpu_attention, tpu_attention
 from distil_jax.models.attention import attend
 from distil_jax.models.dropout import kept
@@ -175,27 +175,27 @@ MODEL = ModelConfig(
 STEP = StepConfig(
     student=replace(MODEL, num_layers=1, token_types=0),
     teacher=MODEL,
+    loss=LossConfig(mlm=0.0, cosine=0.0),
     optimizer=OptimizerConfig(steps=5, learning_rate=1e-3, warmup=0.0),
 )
 
 
 @pytest.fixture(scope="module")
 def step_inputs():
-    """The teacher's parameters and a batch."""
-    generator = np.random.default_rng(0)
-    ids, row_index = generator.integers(5, 90, (8, 128)).astype(np.int32), np.arange(8, dtype=np.int32)
-    labels = np.where(generator.random(ids.shape) < 0.2, ids, IGNORED).astype(np.int32)
-    batch = Batch(ids, np.tile(segments(128)[[0, 3]], (4, 1)), np.zeros_like(ids), labels, row_index=row_index)
-    return nn.unbox(init_params(jax.random.key(1), MODEL)), batch
+    """A state before its first step, the teacher's parameters, and a batch."""
+    ids, row_index = np.random.default_rng(0).integers(5, 90, (8, 128), np.int32), np.arange(8, dtype=np.int32)
+    segment_ids = np.tile(segments(128)[[0, 3]], (4, 1))
+    batch = Batch(ids, segment_ids, np.zeros_like(ids), np.full_like(ids, IGNORED), row_index=row_index)
+    make = jax.jit(lambda key: (init_state(key, STEP), nn.unbox(init_params(key, MODEL)), batch))
+    return jax.device_get(make(jax.random.key(0)))
 
 
-def one_step(config, sizes, teacher, batch):
+def one_step(config, sizes, start, teacher, batch):
     """Loss and new parameters of one step on a mesh."""
     mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: np.prod(sizes)])
     shapes = abstract_state(config), abstract_params(config.teacher)
-    start = jax.jit(lambda: init_state(jax.random.key(0), config), out_shardings=shardings_of(shapes[0], mesh))()
-    teacher = jax.device_put(teacher, shardings_of(shapes[1], mesh))
-    state, metrics = jit_step(train_step, mesh, *shapes)(start, teacher, put_rows(batch, mesh))
+    state, teacher = jax.device_put((replace(start, config=config), teacher), shardings_of(shapes, mesh))
+    state, metrics = jit_step(train_step, mesh, *shapes)(state, teacher, put_rows(batch, mesh))
     return float(metrics["loss"].value()), jax.device_get(state.params)
 
 

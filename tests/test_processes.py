@@ -12,7 +12,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import run_numbers
+from conftest import IN_ORDER, run_numbers
 
 from distil_jax.commands import processes
 from distil_jax.commands.run_folder import open_model
@@ -49,7 +49,9 @@ def start(count, arguments, program=PROGRAM, devices=8):
         port = free.getsockname()[1]
     begun = []
     for index in range(count):
-        environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // count}"}
+        environment = os.environ | {
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // count} {IN_ORDER}"
+        }
         environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
         if count > 1:
             environment |= {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Literal
 
@@ -29,13 +30,16 @@ def settle_attention(
     Raises:
       InputError: "pallas" was asked for and cannot be.
     """
-    platform = mesh.devices.flat[0].platform
+    device = mesh.devices.flat[0]
+    platform = device.platform
     chosen, said = {}, {}
     for name, model in (("student", step.student), ("teacher", step.teacher)):
         if model is None:
             continue
         took, why = "xla", "as asked"
-        if wanted != "xla":
+        if wanted != "xla" and platform == "gpu" and not _is_recent(device.compute_capability):
+            why = "the kernel wants an NVIDIA GPU of compute capability 8.0 or above"
+        elif wanted != "xla":
             took, why = choose_attention(model, length=length, platform=platform, tensor_shards=mesh.shape["tensor"])
         if wanted == "pallas" and took == "xla":
             raise InputError(f'compute.attention = "pallas" cannot be for the {name}: {why}. Leave it at "auto".')
@@ -45,6 +49,11 @@ def settle_attention(
         said.setdefault(f"{took} ({why})" if why else took, []).append(name)
     sentences = (f"{took} for the {' and the '.join(names)}" for took, names in said.items())
     return replace(step, **chosen), f"attention: {', '.join(sentences)}"
+
+
+def _is_recent(capability: str) -> bool:
+    """Of an NVIDIA GPU, as "9.0"; AMD's have names instead."""
+    return bool(re.fullmatch(r"\d+\.\d+", capability)) and float(capability) >= 8
 
 
 def _tried(implementation: Attention, model: ModelConfig, length: int) -> tuple[Attention, str]:
