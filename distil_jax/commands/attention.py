@@ -32,7 +32,7 @@ def settle_attention(
     """
     device = mesh.devices.flat[0]
     platform = device.platform
-    chosen, said = {}, {}
+    chosen, said, tried = {}, {}, {}
     for name, model in (("student", step.student), ("teacher", step.teacher)):
         if model is None:
             continue
@@ -44,7 +44,10 @@ def settle_attention(
         if wanted == "pallas" and took == "xla":
             raise InputError(f'compute.attention = "pallas" cannot be for the {name}: {why}. Leave it at "auto".')
         if wanted == "auto" and took != "xla" and platform == jax.default_backend():
-            took, why = _tried(took, model, length)
+            heads = (took, model.num_heads, model.head_size, model.dtype)
+            if heads not in tried:  # a student has its teacher's heads, nearly always: one trial serves both
+                tried[heads] = _tried(took, model, length)
+            took, why = tried[heads]
         chosen[name] = replace(model, attention=took)
         said.setdefault(f"{took} ({why})" if why else took, []).append(name)
     sentences = (f"{took} for the {' and the '.join(names)}" for took, names in said.items())
