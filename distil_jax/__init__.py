@@ -14,6 +14,7 @@ from distil_jax.models.encoder import MaskedLm as MaskedLm
 from distil_jax.models.encoder import abstract_params as abstract_params
 from distil_jax.models.encoder import count_parameters as count_parameters
 from distil_jax.models.encoder import init_params as init_params
+from distil_jax.models.encoder import layers_apart as layers_apart
 from distil_jax.models.student import choose_layers as choose_layers
 from distil_jax.models.student import student_from_teacher as student_from_teacher
 

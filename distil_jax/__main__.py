@@ -1,7 +1,6 @@
-"""`python -m distil_jax VERB`."""
+"""`python -m distil_jax VERB ...` is `distil-jax VERB ...`."""
 
-import sys
+from distil_jax.cli import program
 
-from distil_jax.cli import main
-
-sys.exit(main())
+if __name__ == "__main__":
+    program()

@@ -1,17 +1,20 @@
 """The command line: finds the verb, parses its arguments, calls it, and turns what it raises into an exit status.
 
-0 done; 2 bad input; 3 diverged; 75 stopped on request with a checkpoint saved: start me again.
+0 done; 2 bad input; 3 diverged; 4 the machine failed; 75 stopped on request with a checkpoint saved: start me again.
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from distil_jax import __version__
+from distil_jax.commands import endings
 from distil_jax.schema import InputError
 
 # Each verb is a module of `distil_jax.commands` with add_arguments(parser) and run(arguments); only the one that is
@@ -25,10 +28,11 @@ _VERBS = {
     "eval": "held-out loss, accuracy, and agreement with a teacher, of a run or a model folder",
     "export": "write a run's student as a folder that `transformers` opens",
     "report": "write report.md and its pictures for a run",
+    "doctor": "check the machine, and all that a run needs, and say what to do about what is wrong",
 }
 _MODULES = {"eval": "evaluate"}
-
-_BAD_INPUT, _DIVERGED, _STOPPED = 2, 3, 75
+# Full, broken or read-only disks, and too many open files: whatever a command was about to do, this is not its mistake.
+_MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,17 +44,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=f"distil-jax {chosen}", description=f"{_VERBS[chosen].capitalize()}.")
     command.add_arguments(parser)
 
-    from distil_jax.commands.progress import Diverged, Stopped
-
     try:
         command.run(parser.parse_args(rest))
     except InputError as error:
-        return _end(error, _BAD_INPUT)
-    except Diverged as error:
-        return _end(error, _DIVERGED)
-    except Stopped as error:
-        return _end(error, _STOPPED)
+        return _end(error, endings.BAD_INPUT)
+    except endings.Diverged as error:
+        return _end(error, endings.DIVERGED)
+    except endings.MachineFailed as error:
+        return _end(error, endings.MACHINE_FAILED)
+    except endings.Stopped as error:
+        return _end(error, endings.STOPPED)
+    except OSError as error:
+        if error.errno not in _MACHINE_ERRORS:
+            raise
+        where = f" at {error.filename}" if error.filename else ""
+        sentence = f"The machine refused{where} ({error.strerror}): mend that and start again."
+        return _end(sentence, endings.MACHINE_FAILED)
     return 0
+
+
+def program() -> NoReturn:
+    """`main` as a process of its own: where the machine failed, an orderly end might wait for what failed."""
+    status = main()
+    if status == endings.MACHINE_FAILED:
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def _split(arguments: list[str]) -> tuple[str, list[str]]:
@@ -71,6 +90,6 @@ def _split(arguments: list[str]) -> tuple[str, list[str]]:
     return chosen, arguments[1:]
 
 
-def _end(error: Exception, status: int) -> int:
+def _end(error: Exception | str, status: int) -> int:
     print(f"distil-jax: {error}", file=sys.stderr)
     return status

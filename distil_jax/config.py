@@ -16,6 +16,9 @@ from distil_jax.schema import InputError, build, may_change, require, set_value,
 # Who computes attention: XLA, or a kernel for the device; see `models/attention.py`.
 Attention = Literal["xla", "pallas_gpu", "pallas_tpu"]
 
+_MOST_PARAMETERS = 10**12  # larger sizes are damage or a slip, and must not reach an allocation
+_MOST_ROWS = 2**24  # of a batch, for the same reason
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -53,6 +56,13 @@ class ModelConfig:
         require(self.token_types >= 0, f"token_types must be 0 or more, not {self.token_types}.")
         for name in ("hidden_dropout", "attention_dropout"):
             require(0 <= getattr(self, name) < 1, f"{name} must be in [0, 1), not {getattr(self, name)}.")
+        rows = self.vocab_size + self.max_positions + self.token_types
+        layer = 4 * self.hidden_size + 2 * self.intermediate_size
+        parameters = self.hidden_size * (rows + self.num_layers * layer)
+        require(
+            parameters <= _MOST_PARAMETERS,
+            f"This model would have {parameters:,} parameters, which no machine holds: is one of its sizes a slip?",
+        )
         require(
             self.positions == "learned" or self.hidden_size % 2 == 0, "Sinusoidal positions need an even hidden_size."
         )
@@ -221,7 +231,11 @@ class TrainConfig:
     eval_every: int = may_change(1000)  # steps; 0: only before the first and after the last
     eval_rows: int = may_change(512)  # held-out rows per evaluation; 0: all
     checkpoint_every: int = may_change(1000)  # steps
-    keep_checkpoints: int = may_change(3)
+    keep_checkpoints: int = may_change(3)  # the newest, and besides them the one with the best held-out loss
+    skips_allowed: int = may_change(10)  # in a row, of steps without a finite loss and gradient; one more is the end
+    spike_factor: float = may_change(3.0)  # a loss so many times its running median is unusual; 0: never
+    spike_steps: int = may_change(100)  # unusual losses in a row that end the run
+    hang_seconds: float = may_change(1800.0)  # without a step, a save or an evaluation until the run is ended; 0: never
     profile_at: int = may_change(0)  # first step of the profiler's window; 0: no profile
     profile_steps: int = may_change(5)
     tensorboard: bool = may_change(True)
@@ -234,10 +248,21 @@ class TrainConfig:
             "checkpoint_every",
             "keep_checkpoints",
             "profile_steps",
+            "spike_steps",
         ):
             require(getattr(self, name) >= 1, f"train.{name} must be at least 1, not {getattr(self, name)}.")
-        for name in ("accumulation", "eval_every", "eval_rows", "profile_at"):
+        for name in (
+            "accumulation",
+            "eval_every",
+            "eval_rows",
+            "profile_at",
+            "skips_allowed",
+            "spike_factor",
+            "hang_seconds",
+        ):
             require(getattr(self, name) >= 0, f"train.{name} must not be negative, but is {getattr(self, name)}.")
+        most = f"train.batch_rows must be at most {_MOST_ROWS}, not {self.batch_rows}."
+        require(self.batch_rows <= _MOST_ROWS, most)
         require(
             (self.steps > 0) != (self.epochs > 0),
             f"Set either train.steps or train.epochs above 0 (steps is {self.steps}, epochs {self.epochs}).",
@@ -323,7 +348,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         values = tomllib.loads(preset(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"Cannot read the config {path}: {error.strerror}.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{path} is not valid TOML: {error}.") from error
     for override in overrides:
         set_value(values, override)

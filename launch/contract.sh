@@ -107,12 +107,12 @@ with_variables() {
   quoted "${words[@]}" "${@:2}"
 }
 
-# Reads paths of committed checkpoints, CHECKPOINTS/STEP/commit_success.txt, and prints the newest step, or -1.
+# Reads paths of committed checkpoints, CHECKPOINTS/STEP/manifest.json, and prints the newest step, or -1.
 newest_step() {
-  { echo -1 && sed -nE 's|.*/([0-9]+)/commit_success\.txt$|\1|p'; } | sort -n | tail -n 1
+  { echo -1 && sed -nE 's|.*/([0-9]+)/manifest\.json$|\1|p'; } | sort -n | tail -n 1
 }
 
-newest_checkpoint() { printf '%s\n' "$DISTIL_OUTPUT"/checkpoints/*/commit_success.txt | newest_step; }
+newest_checkpoint() { printf '%s\n' "$DISTIL_OUTPUT"/checkpoints/*/manifest.json | newest_step; }
 
 # What other hosts need of this checkout; its environments and runs stay here.
 pack_checkout() {

@@ -131,7 +131,7 @@ train() {
   return "$status"
 }
 
-list_committed() { run gcloud storage ls "$(run_in_bucket)/checkpoints/*/commit_success.txt"; }
+list_committed() { run gcloud storage ls "$(run_in_bucket)/checkpoints/*/manifest.json"; }
 newest_in_bucket() { { list_committed 2> /dev/null || true; } | newest_step; }
 
 read_arguments "create setup run attempt babysit stop logs delete host-run host-stop" "$@"

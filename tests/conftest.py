@@ -5,6 +5,9 @@ import hashlib
 import os
 import random
 import shutil
+import socket
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -233,3 +236,48 @@ def assert_params_close(found, expected, tolerance=1e-5):
         # A bias on the keys shifts every score of a query alike: its true gradient is 0, and Adam scales up the noise.
         noisy = jax.tree_util.keystr(path, simple=True, separator="/") == "layers/key/bias"
         np.testing.assert_allclose(ours, theirs, atol=1e-4 if noisy else tolerance, err_msg=str(path))
+
+
+# Commands in processes of their own.
+
+LIMIT = 240  # seconds
+COMMAND = "from distil_jax import cli; cli.program()"
+
+
+def start(count, arguments, program=COMMAND, devices=8, before=()):
+    """`distil-jax ARGUMENTS` in so many processes, which share the devices; `before`: words before the command."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    begun = []
+    for index in range(count):
+        environment = os.environ | {
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // count} {IN_ORDER}"
+        }
+        environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
+        if count > 1:
+            environment |= {
+                "DISTIL_COORDINATOR": f"127.0.0.1:{port}",
+                "DISTIL_NUM_PROCESSES": str(count),
+                "DISTIL_PROCESS_ID": str(index),
+            }
+        begun.append(
+            subprocess.Popen(
+                [*before, sys.executable, "-c", program, *map(str, arguments)],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    return begun
+
+
+def finish(begun):
+    """(status, stdout, stderr) of each."""
+    try:
+        said = [process.communicate(timeout=LIMIT) for process in begun]
+    finally:
+        for process in begun:
+            process.kill()
+    return [(process.returncode, *texts) for process, texts in zip(begun, said, strict=True)]

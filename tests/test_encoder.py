@@ -11,7 +11,7 @@ from conftest import VOCAB, packed_rows, random_params
 from distil_jax.config import ModelConfig
 from distil_jax.models.attention import attend
 from distil_jax.models.dropout import row_seeds
-from distil_jax.models.encoder import MaskedLm, count_parameters
+from distil_jax.models.encoder import MaskedLm, count_parameters, layers_apart
 from distil_jax.objective.distillation import logits
 from distil_jax.structs import Batch
 
@@ -152,3 +152,10 @@ def test_without_a_head_there_is_none(teacher_config, teacher_params, rows):
     bare = {name: tree for name, tree in teacher_params.items() if name != "mlm"}
     output = apply(replace(teacher_config, mlm_head=False), bare, as_batch(rows))
     assert output.head is None and output.features is None
+
+
+def test_layers_apart_compute_the_same(teacher_config, teacher_params, rows):
+    stacked = apply(teacher_config, teacher_params, as_batch(rows))
+    apart = apply(teacher_config, layers_apart(teacher_params), as_batch(rows))
+    np.testing.assert_allclose(apart.hidden, stacked.hidden, atol=1e-6)
+    np.testing.assert_allclose(apart.features, stacked.features, atol=1e-6)

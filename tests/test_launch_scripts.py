@@ -38,7 +38,7 @@ case "$status" in
   preempt) echo SUSPENDED > "$PLAY/state"; exit 143 ;;
 esac
 echo "step ${step:--} on $here"
-[[ -z "$step" ]] || echo "gs://buck/runs/one/checkpoints/$step/commit_success.txt" >> "$PLAY/committed"
+[[ -z "$step" ]] || echo "gs://buck/runs/one/checkpoints/$step/manifest.json" >> "$PLAY/committed"
 exit "$status"
 """
 
@@ -192,7 +192,7 @@ DRY_RUNS = {
         "tpu.sh babysit",
         GOOGLE,
         [
-            "gcloud storage ls 'gs://buck/runs/one/checkpoints/*/commit_success.txt'",
+            "gcloud storage ls 'gs://buck/runs/one/checkpoints/*/manifest.json'",
             *[DESCRIBE, f"{CREATE} --node-id=dj {WHERE}", *SETUP, TRAIN],
         ],
     ),
@@ -423,7 +423,7 @@ def test_babysitting_starts_again_by_the_status(stage, statuses, starts, end):
     stage.script(*statuses.split())
     command = """echo start >> starts; read -r status < host0.play; sed -i 1d host0.play
       [[ "$status" != *@* ]] || { mkdir -p "$DISTIL_OUTPUT/checkpoints/${status#*@}"
-        touch "$DISTIL_OUTPUT/checkpoints/${status#*@}/commit_success.txt"; }
+        touch "$DISTIL_OUTPUT/checkpoints/${status#*@}/manifest.json"; }
       mkdir -p "$DISTIL_OUTPUT/checkpoints/99.orbax-checkpoint-tmp" "$DISTIL_OUTPUT/checkpoints/98"
       exit "${status%@*}" """
     variables = AGAIN_AT_ONCE | {"DISTIL_OUTPUT": str(output), "DISTIL_RETRIES": "3"}

@@ -1,18 +1,14 @@
 """Several real processes over loopback: one run, the same batches and losses, checkpoints that any number continues."""
 
-import os
 import re
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
 
 import jax
 import numpy as np
 import pytest
-from conftest import IN_ORDER, run_numbers
+from conftest import LIMIT, finish, run_numbers, start
 
 from distil_jax.commands import processes
 from distil_jax.commands.run_folder import open_model
@@ -37,53 +33,13 @@ train._device_rows = shown
 train.prefetch = lambda items: items  # gathering is a collective: not from another thread
 sys.exit(cli.main(sys.argv[1:]))
 """
-LIMIT = 240  # seconds
 STEPS = 8
 SETTINGS = (f"train.steps={STEPS}", "train.eval_rows=16", "train.tensorboard=false", "train.accumulation=1")
 
 
-def start(count, arguments, program=PROGRAM, devices=8):
-    """`distil-jax ARGUMENTS` in so many processes, which share the devices among them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    begun = []
-    for index in range(count):
-        environment = os.environ | {
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // count} {IN_ORDER}"
-        }
-        environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
-        if count > 1:
-            environment |= {
-                "DISTIL_COORDINATOR": f"127.0.0.1:{port}",
-                "DISTIL_NUM_PROCESSES": str(count),
-                "DISTIL_PROCESS_ID": str(index),
-            }
-        begun.append(
-            subprocess.Popen(
-                [sys.executable, "-c", program, *map(str, arguments)],
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    return begun
-
-
-def finish(begun):
-    """(status, stdout, stderr) of each."""
-    try:
-        said = [process.communicate(timeout=LIMIT) for process in begun]
-    finally:
-        for process in begun:
-            process.kill()
-    return [(process.returncode, *texts) for process, texts in zip(begun, said, strict=True)]
-
-
 def train(count, workshop, output, *settings):
     overrides = [word for setting in (*SETTINGS, *settings) for word in ("--set", setting)]
-    return start(count, ["train", workshop / "run.toml", "--output", output, *overrides])
+    return start(count, ["train", workshop / "run.toml", "--output", output, *overrides], program=PROGRAM)
 
 
 def batch_hashes(stderr):

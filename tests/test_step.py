@@ -234,3 +234,54 @@ def test_impossible_steps_are_refused(step_config, change, words):
 def test_teachers_that_do_not_fit_are_refused(step_config, change, words):
     with pytest.raises(InputError, match=words):
         replace(step_config, teacher=replace(step_config.teacher, **change))
+
+
+# Numbers that are none
+
+
+def not_a_number(tree):
+    return jax.tree.map(lambda leaf: leaf * np.float32("nan"), tree)
+
+
+def test_an_update_that_is_no_number_is_left_out(step_config, student_params, teacher_params, batch, whole):
+    """The teacher's logits are NaN at the second of four steps: parameters, moments and schedule wait for the next."""
+    state, step = init_state(KEY, step_config, params=student_params), jax.jit(train_step)
+    for number, teacher in enumerate([teacher_params, not_a_number(teacher_params), teacher_params, teacher_params]):
+        before = state
+        state, metrics = step(state, teacher, batch)
+        bad = number == 1
+        assert metrics["skipped"].value() == bad and np.isfinite(metrics["loss"].value()) != bad
+        assert (int(state.step), int(state.skipped)) == (number + 1, number > 0)
+        same = jax.tree.map(np.array_equal, (state.params, state.opt_state), (before.params, before.opt_state))
+        assert all(jax.tree.leaves(same)) == bad
+    # Without dropout the step's number decides nothing but the schedule, so this is the run of three good steps.
+    close(state.params, whole[0].params, tolerance=1e-6)
+    assert float(metrics["learning_rate"].value()) == pytest.approx(whole[1][-1]["learning_rate"])
+
+
+def test_one_device_whose_gradient_is_no_number_stops_no_other(
+    step_config, student_params, teacher_params, batch, monkeypatch
+):
+    """Of eight devices, the one that has row 5: every device leaves the update out."""
+    from distil_jax.config import MeshConfig
+    from distil_jax.objective.distillation import Distillation
+    from distil_jax.training.sharding import jit_step, make_mesh
+
+    loss = Distillation.loss
+
+    def broken(self, student, teacher, batch, counts):
+        value, terms = loss(self, student, teacher, batch, counts)
+        return value * jnp.where(jnp.any(batch.row_index == 5), jnp.nan, 1), terms
+
+    monkeypatch.setattr(Distillation, "loss", broken)
+    step = jit_step(train_step, make_mesh(MeshConfig()), abstract_state(step_config), teacher_params)
+    state = init_state(KEY, step_config, params=student_params)
+    state, metrics = step(state, teacher_params, batch.replace(row_index=jnp.arange(16)))
+    assert metrics["skipped"].value() == 1 and np.isnan(metrics["gradient_norm"].value())
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, state.params, student_params)))
+
+
+def test_parameters_that_are_no_numbers_are_seen_at_once(step_config, student_params, teacher_params, batch):
+    state = init_state(KEY, step_config, params=not_a_number(student_params))
+    _, metrics = jax.jit(train_step)(state, teacher_params, batch)
+    assert metrics["skipped"].value() == 1

@@ -5,9 +5,12 @@ Never on import: research code that calls `train_step` decides for itself.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import re
+import signal
+import sys
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -16,9 +19,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from distil_jax import __version__
+from distil_jax.commands.endings import MACHINE_FAILED, MachineFailed
 from distil_jax.schema import InputError
 
 T = TypeVar("T")
+_HEARTBEAT = 40  # seconds without a sign of life after which JAX's service gives a process up
+_on_abort = None
 _VARIABLES = ("DISTIL_COORDINATOR", "DISTIL_NUM_PROCESSES", "DISTIL_PROCESS_ID")
 # What decides how a program is compiled and where it runs; nothing else of the environment is ever printed.
 _SHOWN = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "CUDA_VISIBLE_DEVICES")
@@ -44,14 +50,31 @@ def connect() -> None:
                 f"{', '.join(_VARIABLES)} go together, host:port, how many, and which one from 0, but they are "
                 f"{', '.join(map(repr, given))}: set all three, or none."
             )
-        jax.distributed.initialize(given[0], int(given[1]), int(given[2]))
+        _end_aborts()
+        jax.distributed.initialize(given[0], int(given[1]), int(given[2]), heartbeat_timeout_seconds=_HEARTBEAT)
         return
     try:
-        jax.distributed.initialize()
+        jax.distributed.initialize(heartbeat_timeout_seconds=_HEARTBEAT)
+        _end_aborts()
     except (ValueError, RuntimeError) as error:
         # No cluster that JAX knows, or a program that computed before it called us: a run of one process.
         if not any(known in str(error) for known in ("coordinator_address", "before any JAX")):
             raise
+
+
+def _end_aborts() -> None:
+    """From here on, SIGABRT is the end with status 4: JAX's service aborts the processes that have lost another.
+
+    Nothing in Python can catch that. The handler runs in the thread that aborts, so it may take the interpreter's lock.
+    """
+    global _on_abort  # noqa: PLW0603 (must live as long as the process)
+
+    def end(_: int) -> None:
+        print("distil-jax: another process of this run is lost: start all of them again.", file=sys.stderr, flush=True)
+        os._exit(MACHINE_FAILED)
+
+    _on_abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(end)
+    ctypes.CDLL(None).signal(signal.SIGABRT, _on_abort)
 
 
 def is_first() -> bool:
@@ -99,6 +122,13 @@ def meet(where: str) -> None:
     """Waits until every process of the run is here."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(where)
+
+
+def leave(failure: MachineFailed) -> None:
+    """Ends this process, where there are others: an orderly end would wait for the one that is lost."""
+    if jax.process_count() > 1:
+        print(f"distil-jax: {failure}", file=sys.stderr, flush=True)
+        os._exit(MACHINE_FAILED)
 
 
 def environment() -> str:

@@ -3,49 +3,39 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from tqdm import tqdm
 
+from distil_jax.commands.divergence import Divergence
 from distil_jax.commands.processes import is_first
+from distil_jax.config import TrainConfig
 from distil_jax.io.metrics import MetricsWriter, to_numbers
 from distil_jax.structs import Metrics
-
-
-class Diverged(Exception):
-    """The loss or the parameters are no numbers any more; the last checkpoint is from before that."""
-
-    def __init__(self, what: str) -> None:
-        super().__init__(
-            f"{what}: go on from the last checkpoint with a lower optimizer.learning_rate, or a longer "
-            "optimizer.warmup, in a new run folder."
-        )
-
-
-class Stopped(Exception):
-    """The run was asked to stop, and saved a checkpoint first: start it again."""
 
 
 class Progress:
     """Reads each step's metrics one step late, so that the device never waits for the host.
 
     Args:
-      steps: of the whole run.
+      config: how many steps, and how many of them a line; a line holds their means.
       start: steps done before.
-      every: steps per line; a line holds their means.
       writer: gets the same numbers.
+      rows_of: the numbers of the rows that a step trains on.
     """
 
-    def __init__(self, steps: int, start: int, *, every: int, writer: MetricsWriter) -> None:
-        self._steps, self._every, self._writer = steps, every, writer
+    def __init__(
+        self, config: TrainConfig, start: int, *, writer: MetricsWriter, rows_of: Callable[[int], list[int]]
+    ) -> None:
+        self._steps, self._every, self._writer, self._rows_of = config.steps, config.log_every, writer, rows_of
+        self._divergence = Divergence(config)
         self._behind: tuple[int, Metrics] | None = None
         self._window: list[dict[str, float]] = []
         self._clock, self._idle, self._first = time.perf_counter(), 0.0, True
         self._bar = tqdm(
-            total=steps,
+            total=config.steps,
             initial=start,
             unit="step",
             disable=not (sys.stderr.isatty() and is_first()),
@@ -61,29 +51,26 @@ class Progress:
         """Reads what is still unread.
 
         Raises:
-          Diverged: its loss is not finite.
+          Diverged: see `Divergence.look`.
         """
         if self._behind is None:
             return
         step, metrics = self._behind
         self._behind = None
         numbers = to_numbers(metrics)
-        # The gradients too: from them on, the parameters are no numbers either, though the loss still is one.
-        if not (math.isfinite(numbers["loss"]) and math.isfinite(numbers["gradient_norm"])):
-            raise Diverged(
-                f"At step {step} the loss is {numbers['loss']:.4g} and the norm of its gradient "
-                f"{numbers['gradient_norm']:.4g}"
-            )
+        if skipped := bool(numbers["skipped"]):
+            self._skipped(step, numbers)
         self._window.append(numbers)
         self._bar.update(step - self._bar.n)
         # The first step's time is XLA's: it gets a line of its own and is in no throughput.
         if self._first or step % self._every == 0 or step == self._steps:
             self._line(step)
+        self._divergence.look(step, numbers["loss"], skipped=skipped)
 
     def held_out(self, step: int, numbers: dict[str, float]) -> None:
         """Shows and writes an evaluation."""
         self._writer.write(step, "held_out", numbers)
-        self._say(f"step {step:>6,}  held-out: {_words(numbers)}")
+        self.say(f"step {step:>6,}  held-out: {_words(numbers)}")
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -97,9 +84,12 @@ class Progress:
 
     def _line(self, step: int) -> None:
         seconds = time.perf_counter() - self._clock - self._idle
-        means = {name: sum(n[name] for n in self._window) / len(self._window) for name in self._window[-1]}
+        # A step whose update was left out has no numbers worth a mean, unless there are no others.
+        learnt = [numbers for numbers in self._window if not numbers["skipped"]] or self._window
+        means = {name: sum(n[name] for n in learnt) / len(learnt) for name in learnt[-1]}
         tokens = means.pop("tokens")
         rate = len(self._window) / seconds
+        means["skipped"] = sum(numbers["skipped"] for numbers in self._window)
         numbers = {**means, "tokens_per_step": tokens}
         if self._first:
             numbers["compile_seconds"] = seconds
@@ -110,16 +100,28 @@ class Progress:
         self._writer.write(step, "train", numbers)
         losses = {name: means[name] for name in ("loss", "kl", "mlm", "cosine", "mse") if name in means}
         if self._bar.disable:
-            self._say(f"step {step:>6,}  {_words(losses)}  {shown}")
+            self.say(f"step {step:>6,}  {_words(losses)}  {shown}")
         else:
             self._bar.set_postfix_str(f"{_words(losses)}, {shown}")
         self._window, self._clock, self._idle, self._first = [], time.perf_counter(), 0.0, False
 
-    def _say(self, line: str) -> None:
+    def _skipped(self, step: int, numbers: dict[str, float]) -> None:
+        rows = self._rows_of(step)
+        found = {name: numbers[name] for name in ("loss", "gradient_norm")}
+        self._writer.write(step, "skipped", {**found, "rows": rows})
+        self.say(f"step {step:>6,}  no update, because a number is not finite: {_words(found)}; rows {_few(rows)}")
+
+    def say(self, line: str) -> None:
+        """Prints a line, above the bar where there is one."""
         if self._bar.disable:
             print(line, flush=True)
         else:
             self._bar.write(line)
+
+
+def _few(rows: list[int]) -> str:
+    shown = ", ".join(map(str, rows[:8]))
+    return shown if len(rows) <= 8 else f"{shown} and {len(rows) - 8} more, all of them in metrics.jsonl"
 
 
 def _words(numbers: dict[str, float]) -> str:

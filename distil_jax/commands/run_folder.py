@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,12 +15,13 @@ import jax
 import tomli_w
 
 from distil_jax import __version__
+from distil_jax.commands import processes
 from distil_jax.commands.assemble import Parts
 from distil_jax.config import Config, LossConfig, ModelConfig, StepConfig, load
 from distil_jax.io import huggingface
 from distil_jax.io.checkpoint import Checkpoints
 from distil_jax.io.tensors import local_folder
-from distil_jax.schema import InputError, build, differences, to_dict
+from distil_jax.schema import InputError, build, differences, require, to_dict
 from distil_jax.training.state import TrainState, init_state
 
 
@@ -64,7 +66,8 @@ def check(folder: Path, parts: Parts | None = None) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file: name a folder for the run.")
-    begun = {"tokenizer", ".config.toml", "compiled"}  # what a run that was killed while it began leaves behind
+    # What a run that was killed while it began leaves behind.
+    begun = {"tokenizer", ".config.toml", ".lock", "compiled"}
     if folder.is_dir() and not is_run(folder) and {path.name for path in folder.iterdir()} - begun:
         raise InputError(f"{folder} holds something other than a run: name a new folder; nothing was changed.")
     if parts is None or not is_run(folder):
@@ -77,9 +80,11 @@ def check(folder: Path, parts: Parts | None = None) -> None:
         )
     if not (folder / "checkpoints").is_dir():
         return
+    identity = parts.identity
     with contextlib.closing(Checkpoints(folder / "checkpoints")) as checkpoints:
-        steps = checkpoints.steps()
-        identity = checkpoints.facts(steps[-1])["identity"] if steps else parts.identity
+        for step in checkpoints.steps():
+            with contextlib.suppress(InputError):  # whether a damaged one matters is seen when one is restored
+                identity = checkpoints.facts(step)["identity"]
     for name, digest in parts.identity.items():
         if identity.get(name) != digest:
             raise InputError(
@@ -95,7 +100,6 @@ def begin(folder: Path, parts: Parts) -> None:
       InputError: it cannot be written.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         # Kept with the run, so that it can be exported when the data is gone.
         shutil.copytree(parts.tokenizer, folder / "tokenizer", dirs_exist_ok=True)
         draft = folder / ".config.toml"
@@ -128,7 +132,7 @@ def facts(parts: Parts, step: int) -> dict[str, Any]:
 
 def arrays(state: TrainState) -> dict[str, Any]:
     """The leaves of a state, without its static config: what a checkpoint holds."""
-    return {"step": state.step, "params": state.params, "opt_state": state.opt_state, "key": state.key}
+    return {name: getattr(state, name) for name in ("step", "skipped", "params", "opt_state", "key")}
 
 
 def restore(checkpoints: Checkpoints, step: int, config: StepConfig, shardings: Any = None) -> TrainState:
@@ -141,6 +145,23 @@ def restore(checkpoints: Checkpoints, step: int, config: StepConfig, shardings: 
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
     )
     return abstract.replace(**checkpoints.restore(step, arrays(abstract)))
+
+
+def choose(checkpoints: Checkpoints, step: int | None) -> int | None:
+    """The checkpoint of `step`, or else the newest valid one; None where there is none at all. Damaged ones are named.
+
+    Raises:
+      InputError: `step` is not there or damaged, or every checkpoint is.
+    """
+    if step is not None:
+        saved = checkpoints.steps()
+        require(step in saved, f"There is no checkpoint of step {step}, only of the steps {saved}.")
+        processes.together(lambda: checkpoints.verify(step) if processes.is_first() else None)
+        return step
+    found, problems = checkpoints.newest_valid()
+    for problem in problems:
+        print(f"{problem} The one of step {found} is taken.", file=sys.stderr, flush=True)
+    return found
 
 
 def open_model(path: str | Path, step: int | None = None) -> Model:
@@ -156,13 +177,10 @@ def open_model(path: str | Path, step: int | None = None) -> Model:
         folder = local_folder(path)
         config, params = huggingface.load(folder)
         return Model(config, params, tokenizer=folder)
-    if not (folder / "checkpoints").is_dir():
-        raise InputError(f"{folder} has no checkpoint yet: let it train for longer.")
     with contextlib.closing(Checkpoints(folder / "checkpoints")) as checkpoints:
-        saved = checkpoints.steps()
-        if not saved or step not in (None, *saved):
-            raise InputError(f"{folder} has checkpoints of the steps {saved}, and not {step or 'one to read'}.")
-        step = saved[-1] if step is None else step
+        step = choose(checkpoints, step)
+        if step is None:
+            raise InputError(f"{folder} has no checkpoint yet: let it train for longer.")
         found = checkpoints.facts(step)
         # Of the machine that trained it was its attention; whoever computes with it now chooses again.
         student = replace(build(ModelConfig, found["student"]), attention="xla")

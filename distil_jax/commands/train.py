@@ -5,41 +5,30 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import tomli_w
-from jax.experimental import multihost_utils
 
 from distil_jax.commands import processes, run_folder
-from distil_jax.commands.assemble import Parts, assemble, teacher_shapes
-from distil_jax.commands.evaluate import held_out_numbers
-from distil_jax.commands.progress import Diverged, Progress, Stopped
+from distil_jax.commands.assemble import assemble
+from distil_jax.commands.endings import Diverged, MachineFailed, Stopped
+from distil_jax.commands.guards import StopRequest, Watchdog, folder_lock
+from distil_jax.commands.program import Program, compile_run, first_state
+from distil_jax.commands.progress import Progress
 from distil_jax.config import Config, TrainConfig, load
-from distil_jax.data.loader import batches, prefetch
+from distil_jax.data.loader import batches, numbers_at, prefetch
 from distil_jax.io.checkpoint import Checkpoints
 from distil_jax.io.metrics import MetricsWriter, last_held_out, read_metrics
 from distil_jax.models.encoder import count_parameters
-from distil_jax.schema import to_dict
+from distil_jax.schema import InputError, to_dict
 from distil_jax.structs import Rows
-from distil_jax.training.sharding import (
-    jit_eval,
-    jit_step,
-    local_places,
-    make_mesh,
-    put_params,
-    put_rows,
-    shardings_of,
-)
-from distil_jax.training.state import TrainState, abstract_state, init_state
-from distil_jax.training.step import mask_and_eval_step, mask_and_train_step
+from distil_jax.training.sharding import local_places, put_rows
+from distil_jax.training.state import TrainState
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,6 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="FOLDER", help="the run folder (default: runs/NAME_OF_CONFIG)")
     parser.add_argument(
         "--set", metavar="KEY=VALUE", action="append", default=[], help="override a config key: --set train.steps=100"
+    )
+    parser.add_argument(
+        "--resume-step",
+        type=int,
+        metavar="STEP",
+        help="go on from this checkpoint and no other; later ones are set aside (default: the newest valid one)",
     )
     parser.add_argument("--print-config", action="store_true", help="print the whole configuration and stop")
 
@@ -65,7 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
         print(processes.environment(), flush=True)
         _keep_compiled(config.compute.cache, output)
-        train(config, output)
+        train(config, output, resume_step=arguments.resume_step)
         print(f"Done. The run is in {output}. Next: distil-jax export {output} MODEL_FOLDER")
 
 
@@ -77,59 +72,53 @@ def _keep_compiled(cache: str, output: Path) -> None:
         jax.config.update("jax_compilation_cache_dir", cache)
 
 
-@dataclass(frozen=True, eq=False)
-class Program:
-    """A run, compiled for the machine: the mesh, the step, the evaluation, and where its state lives."""
-
-    parts: Parts
-    mesh: jax.sharding.Mesh
-    step: Callable
-    eval_step: Callable
-    state_sharding: Any
-    teacher_params: Any
-
-    def held_out(self, state: TrainState) -> dict[str, float]:
-        config = self.parts.config.train
-        return held_out_numbers(
-            self.eval_step,
-            state,
-            self.teacher_params,
-            self.parts.rows("held_out"),
-            self.parts.held_out_weights,
-            mesh=self.mesh,
-            batch_rows=config.batch_rows // self.parts.step.accumulation,
-            limit=config.eval_rows,
-        )
-
-
-def train(config: Config, workdir: str | Path) -> dict[str, float]:
+def train(config: Config, workdir: str | Path, *, resume_step: int | None = None) -> dict[str, float]:
     """Trains a student, or goes on with the run that `workdir` holds.
 
     Args:
       config: of the run; where the folder holds one already, only what changes no number may differ.
       workdir: gets config.toml, metrics.jsonl, checkpoints/ and tensorboard/.
+      resume_step: the checkpoint to go on from; None: the newest valid one, or the beginning.
 
     Returns:
       The held-out numbers of the finished student.
 
     Raises:
-      InputError: bad input; nothing was written.
+      InputError: bad input, or no valid checkpoint among those that are there; nothing was written.
       Stopped: SIGTERM or Ctrl-C; a checkpoint was saved.
-      Diverged: the loss is not finite; the last checkpoint is from before.
+      Diverged: too many steps without a finite loss, or a loss far above what it was; checkpoints are from before.
+      MachineFailed: the disk did not take the end of the run, or a device or another process is lost.
     """
     workdir = Path(workdir)
     program = processes.together(lambda: _ready(config, workdir))  # nobody writes before everybody has looked
     parts = program.parts
     processes.agree(f"{parts.step} {parts.identity}")
-    processes.together(lambda: run_folder.begin(workdir, parts) if processes.is_first() else None)
-    with contextlib.closing(Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints)) as checkpoints:
-        state = _begin(program, checkpoints)
+    with contextlib.ExitStack() as stack:
+        if processes.is_first():
+            processes.together(lambda: stack.enter_context(folder_lock(workdir)))
+        else:
+            processes.together(lambda: None)
+        kept = Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints)
+        checkpoints = stack.enter_context(contextlib.closing(kept))
+        state = _begin(program, checkpoints, resume_step)
         step = int(state.step)
+        processes.together(lambda: run_folder.begin(workdir, parts) if processes.is_first() else None)
         _announce(program, workdir, step)
         writer = MetricsWriter(workdir, step=step, tensorboard=config.train.tensorboard, enabled=processes.is_first())
         processes.meet("the metrics are as of this step")
-        with contextlib.closing(writer):
+        stack.enter_context(contextlib.closing(writer))
+        try:
             return _loop(program, state, checkpoints, writer)
+        except jax.errors.JaxRuntimeError as error:
+            reason = " ".join(str(error).split())[:400]
+            if "RESOURCE_EXHAUSTED" in reason:
+                raise InputError(
+                    f"The devices have too little memory ({reason}): lower train.tokens_per_device, which changes no "
+                    "number, or spread the run over more of them with mesh.fsdp."
+                ) from error
+            failure = MachineFailed(f"A device or another process of this run failed ({reason}): start the run again.")
+            processes.leave(failure)
+            raise failure from error
 
 
 def _ready(config: Config, workdir: Path) -> Program:
@@ -140,37 +129,14 @@ def _ready(config: Config, workdir: Path) -> Program:
     return compile_run(parts)
 
 
-def compile_run(parts: Parts) -> Program:
-    """Mesh, shardings and jitted steps; nothing is computed yet (XLA compiles at the first call)."""
-    mesh = make_mesh(parts.config.mesh)
-    state_shapes = abstract_state(parts.step)
-    shapes, teacher_params = None, None
-    if parts.teacher_params is not None:
-        shapes = teacher_shapes(parts.config.teacher, parts.step.teacher)
-        teacher_params = put_params(parts.teacher_params, shardings_of(shapes, mesh))
-    return Program(
-        parts=parts,
-        mesh=mesh,
-        step=jit_step(mask_and_train_step, mesh, state_shapes, shapes),
-        eval_step=jit_eval(mask_and_eval_step, mesh, state_shapes, shapes),
-        state_sharding=shardings_of(state_shapes, mesh),
-        teacher_params=teacher_params,
-    )
-
-
-def first_state(program: Program) -> TrainState:
-    """The student before its first step, made where it will live."""
-    make = partial(init_state, jax.random.key(program.parts.config.seed), program.parts.step)
-    return jax.jit(lambda params: make(params=params), out_shardings=program.state_sharding)(
-        program.parts.student_params
-    )
-
-
-def _begin(program: Program, checkpoints: Checkpoints) -> TrainState:
-    steps = checkpoints.steps()
-    if not steps:
+def _begin(program: Program, checkpoints: Checkpoints, resume_step: int | None) -> TrainState:
+    step = run_folder.choose(checkpoints, resume_step)
+    if step is None:
         return first_state(program)
-    return run_folder.restore(checkpoints, steps[-1], program.parts.step, program.state_sharding)
+    state = run_folder.restore(checkpoints, step, program.parts.step, program.state_sharding)
+    for name in checkpoints.set_aside_after(step):
+        print(f"Going on after step {step}; what is later is kept as {name}.")
+    return state
 
 
 def _loop(program: Program, state: TrainState, checkpoints: Checkpoints, writer: MetricsWriter) -> dict[str, float]:
@@ -179,32 +145,73 @@ def _loop(program: Program, state: TrainState, checkpoints: Checkpoints, writer:
         print("This run is finished: nothing is left to train.")
         return last_held_out(read_metrics(writer.folder))
     numbers: dict[str, float] = {}
+    progress = Progress(config, start, writer=writer, rows_of=lambda step: _rows_of(program, step))
     with (
-        contextlib.closing(Progress(config.steps, start, every=config.log_every, writer=writer)) as progress,
+        contextlib.closing(progress),
         contextlib.closing(prefetch(_device_rows(program, start))) as rows,
         Profiler(config, writer.folder) as profiler,
         StopRequest() as stop,
+        Watchdog(config.hang_seconds) as watchdog,
     ):
+        disk = DiskTrouble(checkpoints, writer, progress)
         if start == 0:
             _evaluate(program, state, progress, 0)
         for step in range(start + 1, config.steps + 1):
+            watchdog.alive()
             profiler.before(step)
             state, metrics = program.step(state, program.teacher_params, next(rows), program.parts.weights)
             profiler.after(step)
             progress.add(step, metrics)
-            last, stopping = step == config.steps, stop.requested(step)
+            last, stopping, score = step == config.steps, stop.requested(step), None
             if last or (config.eval_every and step % config.eval_every == 0):
+                watchdog.alive()
                 numbers = _evaluate(program, state, progress, step)
+                score = numbers["mlm"]
             if last or step % config.checkpoint_every == 0 or stopping:
-                progress.flush()  # a loss that is not finite stops the run here, before it is saved
+                watchdog.alive()
+                progress.flush()  # a run that diverges stops here, before it is saved
                 with progress.paused():
                     if not _finite(state.params):
                         raise Diverged(f"After step {step} the parameters are not finite")
-                    checkpoints.save(step, run_folder.arrays(state), run_folder.facts(program.parts, step))
+                    facts = run_folder.facts(program.parts, step)
+                    checkpoints.save(step, run_folder.arrays(state), facts, score=score)
+            disk.tell()
             if stopping and not last:
-                checkpoints.wait()
+                disk.settle(f"The run was asked to stop after step {step}")
                 raise Stopped(f"Stopped after step {step} with a checkpoint saved: run the same command to go on.")
+        disk.settle(f"The run has reached its last step, {config.steps}")
     return numbers
+
+
+class DiskTrouble:
+    """Tells, while the training goes on, that the disk does not take what it should, and in the end insists."""
+
+    def __init__(self, checkpoints: Checkpoints, writer: MetricsWriter, progress: Progress) -> None:
+        self._checkpoints, self._writer, self._progress = checkpoints, writer, progress
+        self._told: set[str] = set()
+
+    def tell(self) -> None:
+        """Prints what is new."""
+        self._checkpoints.check()
+        for failure in {self._checkpoints.failure, self._writer.failure} - self._told - {None}:
+            self._told.add(failure)
+            saved = self._checkpoints.steps()
+            newest = f"the newest checkpoint is that of step {saved[-1]}" if saved else "there is no checkpoint yet"
+            self._progress.say(f"Warning: {failure}; the training goes on, and {newest}.")
+
+    def settle(self, when: str) -> None:
+        """Waits for the last save.
+
+        Raises:
+          MachineFailed: it, or the last metrics, are not on disk.
+        """
+        self._checkpoints.wait()
+        self.tell()
+        if failure := self._checkpoints.failure or self._writer.failure:
+            raise MachineFailed(
+                f"{when}, but {failure}: make the disk writable and run the same command to go on from the newest "
+                "checkpoint."
+            )
 
 
 @jax.jit
@@ -231,6 +238,13 @@ def _device_rows(program: Program, step: int) -> Iterator[Rows]:
         places=local_places(program.mesh, batch_rows),
     ):
         yield put_rows(rows, program.mesh, batch_rows=batch_rows)
+
+
+def _rows_of(program: Program, step: int) -> list[int]:
+    """The numbers of the rows that a step trains on."""
+    config = program.parts.config
+    positions = np.arange((step - 1) * config.train.batch_rows, step * config.train.batch_rows)
+    return numbers_at(program.parts.manifest.train.rows, positions, seed=config.seed).tolist()
 
 
 class Profiler:
@@ -273,35 +287,3 @@ def _announce(program: Program, workdir: Path, step: int) -> None:
         f" in {workdir}" + (f", going on after step {step:,}" if step else ""),
         flush=True,
     )
-
-
-class StopRequest:
-    """While entered, turns the first SIGTERM or Ctrl-C into a request; the second ends the process as usual.
-
-    Of several processes each may be asked, by SIGTERM, and all of them learn of it at the same step, from JAX's own
-    service; Ctrl-C is not for them.
-    """
-
-    def __init__(self) -> None:
-        self._noted = False
-        self._before: dict[int, Any] = {}
-
-    def requested(self, step: int) -> bool:
-        """Whether to stop after this step; the same answer in every process."""
-        if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(step)
-        return self._noted
-
-    def __enter__(self) -> StopRequest:
-        # Python allows handlers in the main thread alone, and JAX has its own where there are several processes.
-        if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
-            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, *_: object) -> None:
-        self._noted = True
-        self.__exit__()

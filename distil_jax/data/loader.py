@@ -80,7 +80,7 @@ def read_manifest(folder: str | Path) -> Manifest:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"Cannot read {path} ({error.strerror}): write rows with `distil-jax prepare`.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged ({error}): {again}.") from error
     version = values.get("format") if isinstance(values, dict) else None
     if version != FORMAT:
@@ -135,15 +135,27 @@ class RowTable:
     input_ids: np.ndarray
     segment_ids: np.ndarray
     pad_id: int = 0
+    vocab_size: int = 2**32
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
     def gather(self, indices: np.ndarray) -> Rows:
-        """The rows with these numbers, as NumPy int32 arrays."""
+        """The rows with these numbers, as NumPy int32 arrays.
+
+        Raises:
+          InputError: an id that the vocabulary does not have.
+        """
+        ids_BxL = self.input_ids[indices]
+        if (largest := int(ids_BxL.max(initial=0))) >= self.vocab_size:
+            row = np.asarray(indices)[(ids_BxL >= self.vocab_size).any(axis=1)][0]
+            raise InputError(
+                f"Row {row} of input_ids.npy holds the token id {largest}, and the vocabulary has {self.vocab_size}: "
+                "the rows are damaged; copy their folder again, or prepare them again."
+            )
         segments_BxL = self.segment_ids[indices].astype(np.int32)
         return Rows(
-            input_ids=self.input_ids[indices].astype(np.int32),
+            input_ids=ids_BxL.astype(np.int32),
             segment_ids=segments_BxL,
             position_ids=positions(segments_BxL),
             row_index=np.asarray(indices, np.int32),
@@ -181,7 +193,7 @@ def open_rows(folder: str | Path, split: Split = "train") -> RowTable:
                 f"{[rows, manifest.sequence_length]}: copy the folder again."
             )
         arrays.append(array.view(np.ndarray))  # a plain array: memmap's own indexing is slower
-    return RowTable(*arrays, pad_id=manifest.pad_id)
+    return RowTable(*arrays, pad_id=manifest.pad_id, vocab_size=manifest.vocab_size)
 
 
 @functools.lru_cache(maxsize=2)  # a batch may straddle two epochs
@@ -194,14 +206,19 @@ def order(rows: int, seed: int, epoch: int) -> np.ndarray:
     return np.argsort(np.random.Philox(key=[seed, epoch]).random_raw(rows), kind="stable")
 
 
-def rows_at(table: RowTable, positions: np.ndarray, *, seed: int) -> Rows:
-    """The rows at these positions of the endless stream, in rising order; they may straddle epochs."""
-    epochs, places = np.divmod(positions, len(table))
-    indices = np.empty(len(positions), np.int64)
+def numbers_at(rows: int, positions: np.ndarray, *, seed: int) -> np.ndarray:
+    """Which of so many rows stand at these positions of the endless stream: rising, and maybe of several epochs."""
+    epochs, places = np.divmod(positions, rows)
+    numbers = np.empty(len(positions), np.int64)
     for epoch in range(epochs[0], epochs[-1] + 1):
         inside = epochs == epoch
-        indices[inside] = order(len(table), seed, epoch)[places[inside]]
-    return table.gather(indices)
+        numbers[inside] = order(rows, seed, epoch)[places[inside]]
+    return numbers
+
+
+def rows_at(table: RowTable, positions: np.ndarray, *, seed: int) -> Rows:
+    """The rows at these positions of the endless stream, see `numbers_at`."""
+    return table.gather(numbers_at(len(table), positions, seed=seed))
 
 
 def batches(

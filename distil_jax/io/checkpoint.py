@@ -1,105 +1,292 @@
-"""Checkpoints of a run: the state, and beside it a few plain facts. Orbax does the work and stays in this file."""
+"""Checkpoints of a run: the state, and beside it a few plain facts. Orbax writes arrays and stays in this file.
+
+`checkpoints/STEP/` holds what Orbax wrote, in `state/`, and `manifest.json`: the facts, the shape of every array, and
+size and sha256 of every file, under a sha256 of its own. All of it is written in a folder with another name and renamed
+last, so a checkpoint is there whole or not at all, and whatever damages one afterwards is found before it is used.
+"""
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import json
 import logging
+import os
+import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from distil_jax.schema import InputError
+from distil_jax.schema import InputError, require
 
-# Orbax reports every directory it makes at INFO and WARNING; a run's own lines must stay readable.
-logging.getLogger("absl").setLevel(logging.ERROR)
+# Orbax reports every directory it makes at INFO and WARNING, and with a traceback what `failure` says in a sentence.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
+
+FORMAT = 2  # of the manifest; a reader refuses any other
+_MANIFEST, _ARRAYS = "manifest.json", "state"
+_LARGEST_MANIFEST = 64 * 2**20  # bytes; a real one has some thousand
+# What a disk, its file system and the layers above them raise; anything else is a mistake in the program.
+_DISK_FAILURES = (OSError, ValueError, RuntimeError, KeyError)
 
 
 class Checkpoints:
     """The checkpoints of one run folder, by step.
 
+    Of several processes, all make the same calls in the same order; the first one alone renames, seals and removes.
+
     Args:
-      folder: made if it is not there and `keep` is given.
-      keep: how many of the newest stay; None: only to read, and nothing on disk changes.
+      folder: made by the first save.
+      keep: how many of the newest stay, and besides them the best; None: only to read, and nothing on disk changes.
+
+    Attributes:
+      failure: why the newest save did not succeed, or None.
     """
 
     def __init__(self, folder: str | Path, *, keep: int | None = None) -> None:
-        self._folder = Path(folder).absolute()
-        if keep is None:
-            options = ocp.CheckpointManagerOptions(read_only=True)
-        else:
-            if jax.process_index() == 0:
-                self._set_unfinished_aside()
-            if jax.process_count() > 1:
-                multihost_utils.sync_global_devices("unfinished checkpoints are set aside")
-            options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-        self._manager = ocp.CheckpointManager(self._folder, options=options)
-
-    def _set_unfinished_aside(self) -> None:
-        """Renames what bears a step's name and was never committed: Orbax would take it for that step."""
-        for path in self._folder.glob("*"):
-            if path.is_dir() and path.name.isdigit() and int(path.name) not in self.steps():
-                path.rename(path.with_name(f"{path.name}.unfinished-{time.time_ns()}"))
+        self._folder, self._keep = Path(folder).absolute(), keep
+        self._first = jax.process_index() == 0
+        self._checkpointer = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
+        self._sealer, self._sealing = ThreadPoolExecutor(1, thread_name_prefix="checkpoint"), None
+        self.failure: str | None = None
+        if keep is not None:
+            if self._first:
+                for left in (*self._folder.glob(".saving-*"), *self._folder.glob(".retired-*")):
+                    shutil.rmtree(left)  # by a process that was killed
+            self._meet("what a killed process left is gone")
 
     def steps(self) -> list[int]:
-        """The steps whose checkpoints were committed, in order (an interrupted save leaves no commit file)."""
-        return sorted(
-            int(path.parent.name) for path in self._folder.glob("*/commit_success.txt") if path.parent.name.isdigit()
-        )
+        """The steps that have a folder, whole or damaged, in order."""
+        return sorted(int(path.name) for path in self._folder.glob("*") if path.is_dir() and path.name.isdigit())
 
-    def save(self, step: int, arrays: Any, facts: dict[str, Any]) -> None:
-        """Starts a save and returns; it appears whole or not at all.
+    def facts(self, step: int) -> dict[str, Any]:
+        """What was saved beside the arrays of `step`; these alone are read and checked.
+
+        Raises:
+          InputError: damaged, or not there.
+        """
+        return self._manifest(step)["facts"]
+
+    def verify(self, step: int) -> dict[str, Any]:
+        """Reads every file of a checkpoint, compares it with its checksum, and returns the facts.
+
+        Raises:
+          InputError: damaged, or not there.
+        """
+        manifest = self._manifest(step)
+        for file in manifest["files"]:
+            path = self._folder / str(step) / file["path"]
+            try:
+                size, digest = path.stat().st_size, _sha256(path)
+            except OSError as error:
+                raise self._damaged(step, f"{file['path']} cannot be read: {error.strerror}") from error
+            if (size, digest) != (file["bytes"], file["sha256"]):
+                raise self._damaged(step, f"{file['path']} has changed since it was written")
+        return manifest["facts"]
+
+    def newest_valid(self) -> tuple[int | None, list[str]]:
+        """The newest step that passes `verify`, and what is wrong with those that are newer.
+
+        None where there is no checkpoint at all. Only the first process looks; it alone can say what is wrong.
+
+        Raises:
+          InputError: there are some, and none is valid.
+        """
+        found, problems = -1, []
+        if self._first:
+            for step in reversed(self.steps()):
+                try:
+                    self.verify(step)
+                except InputError as error:
+                    problems.append(str(error))
+                else:
+                    found = step
+                    break
+        if jax.process_count() > 1:
+            found, damaged = (int(n) for n in multihost_utils.broadcast_one_to_all(np.array([found, len(problems)])))
+        else:
+            damaged = len(problems)
+        if found < 0 and damaged:
+            reason = " ".join(problems) or "The first process says why."
+            raise InputError(
+                f"None of the checkpoints in {self._folder} is valid: put a copy of one back, or name a new run folder "
+                f"to begin again; nothing was changed. {reason}"
+            )
+        return (None if found < 0 else found), problems
+
+    def set_aside_after(self, step: int) -> list[str]:
+        """Renames every checkpoint later than `step`, so that the run can write these steps again; the new names."""
+        later, moved = [number for number in self.steps() if number > step], []
+        self._meet("all have seen the checkpoints that are set aside")
+        for number in later if self._first else ():
+            moved.append(f"{number}.set-aside-{time.time_ns()}")
+            (self._folder / str(number)).rename(self._folder / moved[-1])
+        self._meet("later checkpoints are set aside")
+        return moved
+
+    def save(self, step: int, arrays: Any, facts: dict[str, Any], *, score: float | None = None) -> None:
+        """Starts a save and returns; it appears whole or not at all, and `failure` says if it does not.
 
         Args:
           step: its name; a step that is already there is left as it is.
           arrays: a tree of arrays.
           facts: plain values.
+          score: of the state, where it is known: the lower the better; the best checkpoint is never removed.
         """
-        if step not in self.steps():
-            self._manager.save(
-                step, args=ocp.args.Composite(state=ocp.args.StandardSave(arrays), facts=ocp.args.JsonSave(facts))
-            )
-
-    def facts(self, step: int) -> dict[str, Any]:
-        """What was saved beside the arrays of `step`.
-
-        Raises:
-          InputError: it cannot be read.
-        """
+        self.wait()
+        if step in self.steps():
+            return
+        draft = self._folder / f".saving-{step}"
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(facts=ocp.args.JsonRestore())).facts
-        except (ValueError, KeyError, OSError) as error:
-            raise self._damaged(step, error) from error
+            self._make(draft, sum(leaf.nbytes for leaf in jax.tree.leaves(arrays)))
+            self._checkpointer.save(draft / _ARRAYS, args=ocp.args.StandardSave(arrays))
+        except _DISK_FAILURES as error:
+            self._fail(step, error)
+            return
+        self._sealing = (step, self._sealer.submit(self._seal, step, facts, _described(arrays), score))
+
+    def check(self) -> None:
+        """Takes note of a save that has ended meanwhile; call it at every step."""
+        if self._sealing is not None and self._sealing[1].done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until the save that was started is on disk, or has failed."""
+        if self._sealing is None:
+            return
+        (step, future), self._sealing = self._sealing, None
+        try:
+            future.result()
+            self.failure = None
+        except _DISK_FAILURES as error:
+            self._fail(step, error)
 
     def restore(self, step: int, abstract: Any) -> Any:
-        """The arrays of `step`.
+        """The arrays of `step`, which should have passed `verify`.
 
         Args:
           step: one of `steps()`.
           abstract: a tree of `jax.ShapeDtypeStruct` with shardings: of any mesh, not only the one that saved.
 
         Raises:
-          InputError: the checkpoint does not fit `abstract`.
+          InputError: the checkpoint does not fit `abstract`, or is damaged.
         """
+        saved, wanted = self._manifest(step)["arrays"], _described(abstract)
+        if unlike := sorted(saved.items() ^ wanted.items()):
+            name = unlike[0][0]
+            raise InputError(
+                f"Checkpoint {step} in {self._folder} does not fit this run: {name} is {saved.get(name, 'not there')} "
+                f"and should be {wanted.get(name, 'absent')}: use the configuration it was written with."
+            )
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))).state
-        except (ValueError, KeyError, OSError) as error:
-            raise self._damaged(step, error) from error
-
-    def _damaged(self, step: int, error: Exception) -> InputError:
-        reason = " ".join(str(error).split())[:500]
-        return InputError(
-            f"Checkpoint {step} in {self._folder} does not fit this run, or is damaged ({reason}): use the "
-            "configuration it was written with, or move that step's folder away to go on from an older one."
-        )
-
-    def wait(self) -> None:
-        """Until every save that was started is on disk."""
-        self._manager.wait_until_finished()
+            return self._checkpointer.restore(
+                self._folder / str(step) / _ARRAYS, args=ocp.args.StandardRestore(abstract)
+            )
+        except _DISK_FAILURES as error:
+            raise self._damaged(step, " ".join(str(error).split())[:500]) from error
 
     def close(self) -> None:
         """Finishes what was started, and lets the folder go."""
         self.wait()
-        self._manager.close()
+        self._sealer.shutdown()
+        self._checkpointer.close()
+
+    def _make(self, draft: Path, size: int) -> None:
+        """The folder of a save, on a disk with room for it; where the first process refuses, all do."""
+        refusal = None
+        if self._first:
+            try:
+                draft.mkdir(parents=True)
+                if shutil.disk_usage(draft).free < size:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError as error:
+                refusal = error
+        refused = refusal is not None
+        if jax.process_count() > 1:
+            refused = bool(multihost_utils.broadcast_one_to_all(np.array(refused)))
+        if refused:
+            raise refusal or OSError("the first process says why")
+
+    def _seal(self, step: int, facts: dict[str, Any], arrays: dict[str, str], score: float | None) -> None:
+        """In a thread: once the arrays of all processes are written, the manifest, the name, and what is too old."""
+        self._checkpointer.wait_until_finished()
+        if not self._first:
+            return
+        draft = self._folder / f".saving-{step}"
+        files = [
+            {"path": path.relative_to(draft).as_posix(), "bytes": path.stat().st_size, "sha256": _sha256(path)}
+            for path in sorted(draft.rglob("*"))
+            if path.is_file()
+        ]
+        body = {"format": FORMAT, "step": step, "score": score, "facts": facts, "arrays": arrays, "files": files}
+        with (draft / _MANIFEST).open("w", encoding="utf-8") as stream:
+            json.dump({"sha256": _digest(body), "body": body}, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        draft.rename(self._folder / str(step))
+        self._retire()
+
+    def _retire(self) -> None:
+        """Removes what is neither among the newest nor the best; a damaged checkpoint counts for nothing and stays."""
+        scores = {}
+        for step in self.steps():
+            try:
+                scores[step] = self._manifest(step)["score"]
+            except InputError:
+                continue
+        scored = {step: score for step, score in scores.items() if score is not None}
+        best = [min(scored, key=scored.get)] if scored else []
+        for step in sorted(scores)[: -self._keep]:
+            if step not in best:
+                shutil.rmtree((self._folder / str(step)).rename(self._folder / f".retired-{step}"))
+
+    def _fail(self, step: int, error: Exception) -> None:
+        reason = (getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__)[:300]
+        self.failure = f"the checkpoint of step {step} could not be saved ({reason})"
+        if self._first:  # half of one only fills the disk further
+            shutil.rmtree(self._folder / f".saving-{step}", ignore_errors=True)
+
+    def _manifest(self, step: int) -> dict[str, Any]:
+        """Checked in itself; the files that it lists are not."""
+        path = self._folder / str(step) / _MANIFEST
+        try:
+            require(path.stat().st_size <= _LARGEST_MANIFEST, f"{path} is too large to be one.")
+            whole = json.loads(path.read_text(encoding="utf-8"))
+            body = whole["body"]
+            intact = _digest(body) == whole["sha256"] and (body["format"], body["step"]) == (FORMAT, step)
+        except OSError as error:
+            raise self._damaged(step, f"{_MANIFEST} cannot be read: {error.strerror}") from error
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise self._damaged(step, f"{_MANIFEST} is no manifest") from error
+        if not intact:
+            raise self._damaged(step, f"{_MANIFEST} has changed since it was written")
+        return body
+
+    def _damaged(self, step: int, reason: str) -> InputError:
+        return InputError(f"Checkpoint {step} in {self._folder} is damaged ({reason}).")
+
+    def _meet(self, where: str) -> None:
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(where)
+
+
+def _described(tree: Any) -> dict[str, str]:
+    """Path -> dtype and shape of every array, for people and for comparison."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): f"{np.dtype(leaf.dtype)}{list(leaf.shape)}"
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _digest(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -26,15 +29,21 @@ def perplexity(mlm: float) -> float:
 class MetricsWriter:
     """Appends one JSON object a line to `metrics.jsonl`: {"step": ..., "kind": ..., name: number, ...}.
 
+    A disk that takes no more stops no run: what could not be written is kept and tried again with the next line.
+
     Args:
       folder: the run's.
       step: where the run goes on from; lines of later steps, written by a run that was then cut off, are dropped.
       tensorboard: whether to write event files too, which needs the tensorboardX package.
       enabled: False writes nothing: of several processes, one writes.
+
+    Attributes:
+      failure: why the newest lines are not on disk, or None.
     """
 
     def __init__(self, folder: str | Path, *, step: int = 0, tensorboard: bool = False, enabled: bool = True) -> None:
-        self.folder, self._lines, self._events = Path(folder), None, None
+        self.folder, self.failure = Path(folder), None
+        self._lines, self._unwritten, self._events = None, b"", None
         if not enabled:
             return
         path = self.folder / "metrics.jsonl"
@@ -42,24 +51,32 @@ class MetricsWriter:
         draft = path.with_name(".metrics.jsonl")  # a kill here loses no line
         draft.write_text("".join(map(_dumps, kept)), encoding="utf-8")
         os.replace(draft, path)
-        self._lines = path.open("a", encoding="utf-8")
+        self._lines = path.open("ab", buffering=0)
         self._events = _event_writer(self.folder / "tensorboard", step) if tensorboard else None
 
-    def write(self, step: int, kind: str, numbers: dict[str, float]) -> None:
-        """Writes the numbers of one step; `kind` is "train" or "held_out"."""
+    def write(self, step: int, kind: str, numbers: dict[str, Any]) -> None:
+        """Writes the numbers of one step; `kind` is "train", "held_out" or "skipped"."""
         if self._lines is None:
             return
-        self._lines.write(_dumps({"step": step, "kind": kind, **numbers}))
-        self._lines.flush()
-        if self._events is not None:
-            for name, number in numbers.items():
-                self._events.add_scalar(f"{kind}/{name}", number, step)
+        self._unwritten += _dumps({"step": step, "kind": kind, **numbers}).encode()
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._lines.write(self._unwritten) :]
+            if self._events is not None:
+                for name, number in numbers.items():
+                    if isinstance(number, (int, float)):
+                        self._events.add(f"{kind}/{name}", number, step)
+                self._events.flush()
+            self.failure = None
+        except OSError as error:
+            self.failure = f"the metrics of step {step} could not be written ({error.strerror})"
 
     def close(self) -> None:
         if self._lines is not None:
             self._lines.close()
         if self._events is not None:
-            self._events.close()
+            with contextlib.suppress(OSError):  # the disk is still full, and `failure` has said so
+                self._events.close()
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, float | str]]:
@@ -89,10 +106,34 @@ def _whole_lines(lines: list[str]) -> Iterable[dict[str, float | str]]:
                 raise
 
 
-def _event_writer(folder: Path, step: int):
+def _event_writer(folder: Path, step: int) -> _Events | None:
     try:
-        from tensorboardX import SummaryWriter
+        return _Events(folder, step)
     except ImportError:
         print("No TensorBoard files: the package tensorboardX is not installed. metrics.jsonl has every number.")
         return None
-    return SummaryWriter(str(folder), purge_step=step + 1)
+
+
+class _Events:
+    """An event file, written by this thread: tensorboardX's own SummaryWriter hangs once its thread met a full disk."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        from tensorboardX import event_file_writer, summary
+        from tensorboardX.proto import event_pb2
+
+        folder.mkdir(exist_ok=True)
+        self._event, self._scalar = event_pb2.Event, summary.scalar
+        self._file = event_file_writer.EventsWriter(str(folder / "events"))
+        # TensorBoard forgets what an earlier file has of later steps.
+        began = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._file.write_event(self._event(wall_time=time.time(), step=step + 1, session_log=began))
+
+    def add(self, name: str, number: float, step: int) -> None:
+        event = self._event(wall_time=time.time(), step=step, summary=self._scalar(name, number))
+        self._file.write_event(event)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()

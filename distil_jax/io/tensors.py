@@ -16,6 +16,7 @@ from distil_jax.schema import InputError
 SINGLE, INDEX, PICKLE = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json")
 
+_LARGEST_JSON = 64 * 2**20  # bytes; an index of a thousand files has less
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names
 
 
@@ -68,10 +69,12 @@ def read_json(path: Path) -> dict[str, Any]:
       InputError: no such file, or something else in it.
     """
     try:
+        if path.stat().st_size > _LARGEST_JSON:
+            raise ValueError("it is larger than any real one")
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"Cannot read {path} ({error.strerror}): is this the folder of a model?") from error
-    except ValueError as error:  # not JSON, or not text at all
+    except (ValueError, RecursionError) as error:  # not JSON, or not text at all
         raise InputError(f"{path} is not valid JSON ({error}): download or export it again.") from error
     if not isinstance(values, dict):
         raise InputError(f"{path} must hold a JSON object, not a {type(values).__name__}: download or export it again.")

@@ -172,16 +172,21 @@ class MaskedLm(nn.Module):
         block = Block
         if config.remat != "none":
             block = nn.remat(Block, policy=_PRODUCTS if config.remat == "dots" else None, prevent_cse=False)
-        blocks = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(nn.broadcast, 0),
-            length=config.num_layers,
-            unroll=config.num_layers if config.unroll else 1,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
-        hidden_BxLxD, _ = blocks(config, name="layers")(hidden_BxLxD, batch.segment_ids, seeds_Nx3xB)
+        if self.has_variable("params", _layer_name(0)):
+            for number in range(config.num_layers):
+                seeds_3xB = None if seeds_Nx3xB is None else seeds_Nx3xB[number]
+                hidden_BxLxD, _ = block(config, name=_layer_name(number))(hidden_BxLxD, batch.segment_ids, seeds_3xB)
+        else:
+            blocks = nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(nn.broadcast, 0),
+                length=config.num_layers,
+                unroll=config.num_layers if config.unroll else 1,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )
+            hidden_BxLxD, _ = blocks(config, name="layers")(hidden_BxLxD, batch.segment_ids, seeds_Nx3xB)
         if config.pooler and self.is_initializing():
             # BERT's layer on the first position: no masked-LM loss reads it, but fine-tuning starts from it.
             _dense(config, config.hidden_size, "pooler", "embed", "features")(hidden_BxLxD[:, 0])
@@ -207,6 +212,24 @@ def init_params(key: Array, config: ModelConfig) -> dict:
     batch = Batch(input_ids=ids, segment_ids=ids, position_ids=ids, labels=ids)
     # Not by a kernel: none takes one position, and parameters know nothing of it.
     return MaskedLm(replace(config, attention="xla")).init(key, batch)["params"]
+
+
+def layers_apart(params: dict) -> dict:
+    """The same parameters, for `MaskedLm.apply`, with arrays of each layer's own instead of stacked ones.
+
+    For inference on CPUs: there XLA copies every layer out of a stack at every call, which at batch 1 is most of the
+    time (README, "How fast").
+    """
+    *_, one_of_them = jax.tree.leaves(params["layers"])
+    layers = {
+        _layer_name(number): jax.tree.map(lambda stacked, number=number: stacked[number], params["layers"])
+        for number in range(len(one_of_them))
+    }
+    return {name: part for name, part in params.items() if name != "layers"} | layers
+
+
+def _layer_name(number: int) -> str:
+    return f"layers_{number}"
 
 
 def abstract_params(config: ModelConfig) -> dict:

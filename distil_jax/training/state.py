@@ -20,7 +20,8 @@ class TrainState:
     """One student in training.
 
     Attributes:
-      step: int32 scalar, the updates done.
+      step: int32 scalar, the batches seen.
+      skipped: int32 scalar, how many of them left the parameters as they were, see `train_step`.
       params: the student's tree, float32.
       opt_state: of `make_optimizer(config.optimizer)`.
       key: raw data of the key from which every step's masks and dropout are folded, so resuming needs no more.
@@ -28,6 +29,7 @@ class TrainState:
     """
 
     step: Array
+    skipped: Array
     params: Any
     opt_state: Any
     key: Array
@@ -61,6 +63,7 @@ def abstract_state(config: StepConfig) -> TrainState:
 def _state(run_key: Array, config: StepConfig, params: Any) -> TrainState:
     return TrainState(
         step=jnp.zeros((), jnp.int32),
+        skipped=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=make_optimizer(config.optimizer).init(params),
         key=jax.random.key_data(run_key),

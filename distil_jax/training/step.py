@@ -39,6 +39,8 @@ def train_step(state: TrainState, teacher_params: Any, batch: Batch) -> tuple[Tr
     """One optimiser step on a batch that is already masked (Sanh et al., 2019, section 2).
 
     Pure. The teacher's parameters are an argument: never donated, saved, averaged or differentiated.
+    Where the loss or the norm of its gradient is not finite, the update is left out: parameters, moments and the
+    schedule stay, and step, data and masks go on.
 
     Args:
       state: the student.
@@ -47,20 +49,25 @@ def train_step(state: TrainState, teacher_params: Any, batch: Batch) -> tuple[Tr
 
     Returns:
       The next state, and the metrics of this step: the terms of the loss, "loss", "gradient_norm",
-      "learning_rate" and "tokens" (the attended ones).
+      "learning_rate", "tokens" (the attended ones) and "skipped" (1 where the update was left out).
     """
     gradients, terms, loss = _gradients(state, teacher_params, batch)
     config = state.config
+    norm = optax.tree.norm(gradients)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     updates, opt_state = make_optimizer(config.optimizer).update(gradients, state.opt_state, state.params)
+    updated, before = (optax.apply_updates(state.params, updates), opt_state), (state.params, state.opt_state)
+    params, opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, before)
     numbers = {
         "loss": loss,
-        "gradient_norm": optax.tree.norm(gradients),
-        "learning_rate": learning_rate(config.optimizer)(state.step),
+        "gradient_norm": norm,
+        "learning_rate": learning_rate(config.optimizer)(state.step - state.skipped),
         "tokens": jnp.sum(batch.segment_ids > 0),
+        "skipped": ~finite,
     }
     metrics = terms | {name: Mean(jnp.asarray(n, jnp.float32), jnp.ones(())) for name, n in numbers.items()}
-    params = optax.apply_updates(state.params, updates)
-    return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+    skipped = state.skipped + jnp.asarray(~finite, jnp.int32)
+    return state.replace(step=state.step + 1, skipped=skipped, params=params, opt_state=opt_state), metrics
 
 
 def eval_step(state: TrainState, teacher_params: Any, batch: Batch) -> Metrics:

@@ -18,7 +18,7 @@ from distil_jax.commands.bench.peers import OURS
 from distil_jax.commands.bench.step import random_params
 from distil_jax.commands.bench.timing import Call, Measured
 from distil_jax.config import ComputeConfig, MeshConfig, ModelConfig, StepConfig, StudentConfig
-from distil_jax.models.encoder import MaskedLm
+from distil_jax.models.encoder import MaskedLm, layers_apart
 from distil_jax.schema import require
 from distil_jax.structs import Batch
 from distil_jax.training.sharding import make_mesh
@@ -64,9 +64,14 @@ def run(arguments: argparse.Namespace) -> Measured:
 
 
 def encoder_call(model: ModelConfig, batch: int, length: int) -> Call:
-    """A call that sends full rows [batch, length] through the encoder; random parameters in the compute dtype."""
+    """A call that sends full rows [batch, length] through the encoder; random parameters in the compute dtype.
+
+    Where layers are unrolled, on CPUs, each has arrays of its own.
+    """
     model = replace(model, mlm_head=False)
     params = jax.jit(partial(random_params, model))(jax.random.key(0))
+    if model.unroll:
+        params = layers_apart(params)
     ids = np.random.default_rng(0).integers(5, model.vocab_size, (batch, length))
     rows = jax.device_put(Batch.from_padded(ids, np.ones_like(ids), ids))
     encode = jax.jit(lambda params, rows: MaskedLm(model).apply({"params": params}, rows).hidden)

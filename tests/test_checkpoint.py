@@ -1,0 +1,179 @@
+"""Checkpoints as files: whole or not there, found damaged before they are used, and the right ones kept."""
+
+import contextlib
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from conftest import file_hashes, same_leaves
+
+from distil_jax.io.checkpoint import Checkpoints
+from distil_jax.schema import InputError
+
+FACTS = {"position": 7, "identity": {"rows": "abc"}}
+
+
+def arrays(step):
+    draw = np.random.default_rng(step)
+    values = {"params": {"kernel": draw.normal(size=(3, 8, 16)).astype(np.float32)}, "step": np.int32(step)}
+    return jax.tree.map(jax.numpy.asarray, values)
+
+
+def shapes(tree):
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), tree)
+
+
+def saved(folder, *steps, keep=9, scores=None):
+    with contextlib.closing(Checkpoints(folder, keep=keep)) as checkpoints:
+        for step in steps:
+            checkpoints.save(step, arrays(step), FACTS | {"step": step}, score=(scores or {}).get(step))
+            checkpoints.wait()
+            assert checkpoints.failure is None
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """Checkpoints of the steps 1 and 2. Copy them."""
+    return saved(tmp_path_factory.mktemp("two") / "checkpoints", 1, 2)
+
+
+def test_what_was_saved_comes_back(two):
+    with contextlib.closing(Checkpoints(two)) as checkpoints:
+        assert checkpoints.steps() == [1, 2] and checkpoints.newest_valid() == (2, [])
+        for step in (1, 2):
+            assert checkpoints.verify(step) == checkpoints.facts(step) == FACTS | {"step": step}
+            assert same_leaves(checkpoints.restore(step, shapes(arrays(step))), arrays(step))
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path):
+    values = bytearray(path.read_bytes())
+    values[len(values) // 2] ^= 1
+    path.write_bytes(values)
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def remove(path):
+    path.unlink()
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, empty, remove])
+def test_damage_to_any_file_is_found_and_the_older_one_is_taken(two, tmp_path, damage):
+    """Every file of the newest checkpoint in turn, the manifest too."""
+    names = [path.relative_to(two) for path in sorted((two / "2").rglob("*")) if path.is_file()]
+    assert len(names) >= 5
+    for number, name in enumerate(names):
+        folder = shutil.copytree(two, tmp_path / str(number))
+        if (folder / name).stat().st_size == 0 and damage is not remove:
+            continue
+        damage(folder / name)
+        before = file_hashes(folder)
+        with contextlib.closing(Checkpoints(folder)) as checkpoints:
+            step, problems = checkpoints.newest_valid()
+            assert step == 1, name
+            assert len(problems) == 1 and "Checkpoint 2" in problems[0] and name.name in problems[0], problems
+            with pytest.raises(InputError, match="Checkpoint 2"):
+                checkpoints.verify(2)
+            assert same_leaves(checkpoints.restore(1, shapes(arrays(1))), arrays(1))
+        assert file_hashes(folder) == before, "looking changes nothing"
+
+
+def test_where_none_is_valid_nothing_begins_from_nothing(two, tmp_path):
+    folder = shutil.copytree(two, tmp_path / "checkpoints")
+    for step in (1, 2):
+        flip(folder / str(step) / "manifest.json")
+    said = pytest.raises(InputError, match=r"None of the checkpoints .* Checkpoint 2 .* Checkpoint 1 ")
+    with contextlib.closing(Checkpoints(folder, keep=1)) as checkpoints, said:
+        checkpoints.newest_valid()
+    assert (folder / "1").is_dir() and (folder / "2").is_dir()
+
+
+def test_a_manifest_whose_facts_were_changed_is_damaged(two, tmp_path):
+    folder = shutil.copytree(two, tmp_path / "checkpoints")
+    path = folder / "2" / "manifest.json"
+    values = json.loads(path.read_text())
+    values["body"]["facts"]["position"] = 8
+    path.write_text(json.dumps(values))
+    with contextlib.closing(Checkpoints(folder)) as checkpoints, pytest.raises(InputError, match="has changed"):
+        checkpoints.facts(2)
+
+
+@pytest.mark.parametrize("text", ["", "[" * 100_000, "[]", "{}", '{"body": 1, "sha256": 2}', '{"body": {}}', "\xff"])
+def test_a_manifest_that_is_none_is_one_error(two, tmp_path, text):
+    folder = shutil.copytree(two, tmp_path / "checkpoints")
+    (folder / "2" / "manifest.json").write_text(text, encoding="latin-1")
+    with contextlib.closing(Checkpoints(folder)) as checkpoints:
+        assert checkpoints.newest_valid()[0] == 1
+
+
+def test_other_shapes_or_types_are_refused_by_name(two):
+    other = arrays(2) | {"params": {"kernel": jax.numpy.zeros((3, 8, 17))}}
+    with contextlib.closing(Checkpoints(two)) as checkpoints:
+        with pytest.raises(InputError, match=r"params/kernel is float32\[3, 8, 16\] and should be float32\[3, 8, 17\]"):
+            checkpoints.restore(2, shapes(other))
+        with pytest.raises(InputError, match=r"should be absent|not there"):
+            checkpoints.restore(2, shapes({"step": arrays(2)["step"]}))
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path):
+    folder = saved(tmp_path / "checkpoints", 1, 2, 3, 4, 5, keep=2, scores={1: 3.0, 2: 1.0, 3: 2.0})
+    with contextlib.closing(Checkpoints(folder)) as checkpoints:
+        assert checkpoints.steps() == [2, 4, 5]
+        assert checkpoints.newest_valid() == (5, [])
+    assert not list(folder.glob(".*"))
+
+
+def test_a_damaged_checkpoint_is_not_counted_among_the_newest(tmp_path):
+    folder = saved(tmp_path / "checkpoints", 1, 2)
+    flip(folder / "2" / "manifest.json")
+    saved(folder, 3, keep=2)
+    with contextlib.closing(Checkpoints(folder)) as checkpoints:
+        assert checkpoints.steps() == [1, 2, 3], "the damaged one is kept, and so are two that are whole"
+
+
+def test_later_ones_are_set_aside_and_can_be_written_again(two, tmp_path):
+    folder = shutil.copytree(two, tmp_path / "checkpoints")
+    with contextlib.closing(Checkpoints(folder, keep=9)) as checkpoints:
+        (name,) = checkpoints.set_aside_after(1)
+        assert name.startswith("2.set-aside-") and (folder / name / "manifest.json").exists()
+        assert checkpoints.steps() == [1]
+        checkpoints.save(2, arrays(20), FACTS)
+        checkpoints.wait()
+        assert same_leaves(checkpoints.restore(2, shapes(arrays(20))), arrays(20))
+
+
+def test_what_a_killed_save_left_is_removed_and_harmless(two, tmp_path):
+    folder = shutil.copytree(two, tmp_path / "checkpoints")
+    shutil.copytree(folder / "2", folder / ".saving-3")
+    shutil.copytree(folder / "1", folder / ".retired-0")
+    (folder / "notes").write_text("mine")
+    with contextlib.closing(Checkpoints(folder)) as checkpoints:
+        assert checkpoints.newest_valid() == (2, [])
+    assert (folder / ".saving-3").exists(), "who only reads removes nothing"
+    saved(folder, 3)
+    with contextlib.closing(Checkpoints(folder)) as checkpoints:
+        assert checkpoints.steps() == [1, 2, 3]
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "2", "3", "notes"]
+
+
+def test_a_save_that_fails_is_told_and_the_next_one_succeeds(tmp_path, monkeypatch):
+    folder = saved(tmp_path / "checkpoints", 1)
+    with contextlib.closing(Checkpoints(folder, keep=9)) as checkpoints:
+        (folder / ".saving-2").write_text("in the way")
+        checkpoints.save(2, arrays(2), FACTS)
+        checkpoints.wait()
+        assert "step 2 could not be saved" in checkpoints.failure
+        assert checkpoints.newest_valid() == (1, [])
+        checkpoints.save(3, arrays(3), FACTS)
+        checkpoints.wait()
+        assert checkpoints.failure is None and checkpoints.newest_valid() == (3, [])

@@ -1,0 +1,359 @@
+"""Real kills, signals, full disks and lost machines, in processes of their own; README, "What it survives"."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from conftest import LIMIT, file_hashes, finish, run_numbers, same_leaves, start
+
+from distil_jax.commands.run_folder import open_model
+from distil_jax.io.metrics import read_metrics
+
+# How many kills: 30 in the series that README reports, fewer where time is short.
+KILLS = int(os.environ.get("DISTIL_KILLS", "3"))
+QUICK = ("train.eval_rows=16", "train.tensorboard=false", "train.accumulation=1", "optimizer.steps=1000")
+
+
+def words(workshop, output, *settings, command=()):
+    overrides = [word for setting in (*QUICK, *settings) for word in ("--set", setting)]
+    return ["train", workshop / "run.toml", "--output", output, *overrides, *command]
+
+
+def train(workshop, output, *settings, count=1, before=(), command=()):
+    return start(count, words(workshop, output, *settings, command=command), before=before)
+
+
+def done(begun, status):
+    """(stdout, stderr) of each, once all have ended with the status and without a traceback."""
+    ended = finish(begun)
+    for found, _, stderr in ended:
+        assert found == status, ended
+        assert "Traceback" not in stderr, stderr
+    return [texts for _, *texts in ended]
+
+
+def wait_for(condition, process):
+    deadline = time.monotonic() + LIMIT
+    while not condition():
+        assert time.monotonic() < deadline and process.poll() is None, finish([process])
+        time.sleep(0.01)
+
+
+def reached(run, step):
+    """Whether the line of a training step is on disk."""
+    metrics = run / "metrics.jsonl"
+    return metrics.exists() and any(line["step"] >= step for line in read_metrics(run) if line["kind"] == "train")
+
+
+def steps_of(run):
+    return sorted(int(path.name) for path in (run / "checkpoints").glob("*") if path.name.isdigit())
+
+
+def same_run(run, unbroken):
+    assert run_numbers(run) == run_numbers(unbroken)
+    ours, theirs = open_model(run), open_model(unbroken)
+    assert ours.step == theirs.step and same_leaves(ours.params, theirs.params)
+
+
+# Killed
+
+
+@pytest.fixture(scope="module")
+def long_run(workshop, tmp_path_factory):
+    """Settings under which a kill meets a save as often as a step, and the run that nothing broke."""
+    settings = (f"train.steps={max(40, 10 * KILLS)}", "train.checkpoint_every=1", "train.eval_every=7")
+    run = tmp_path_factory.mktemp("unbroken") / "run"
+    began = time.monotonic()
+    done(train(workshop, run, *settings), 0)
+    return settings, run, time.monotonic() - began
+
+
+def test_killed_at_random_moments_a_run_ends_as_the_unbroken_one(workshop, tmp_path, long_run):
+    """SIGKILL at seeded random moments, most of them during saves, and started again each time."""
+    settings, unbroken, _ = long_run
+    run, draw, kills, saves = tmp_path / "run", random.Random(5), 0, 0
+    last = int(settings[0].partition("=")[2])
+    while kills < KILLS:
+        (process,) = train(workshop, run, *settings)
+        before = steps_of(run)[-1] if (run / "checkpoints").exists() and steps_of(run) else 0
+        wait_for(lambda at=before: reached(run, at + 1), process)
+        time.sleep(draw.uniform(0, 0.25))
+        process.kill()
+        _, stdout, stderr = finish([process])[0]
+        assert process.returncode == -signal.SIGKILL and "Traceback" not in stderr, (stdout, stderr)
+        kills += 1
+        saves += any((run / "checkpoints").glob(".saving-*"))
+        assert not steps_of(run) or steps_of(run)[-1] < last, "the run must be long enough for all kills"
+    print(f"{kills} kills, {saves} of them during a save")
+    done(train(workshop, run, *settings), 0)
+    same_run(run, unbroken)
+
+
+def test_a_damaged_checkpoint_is_named_kept_and_the_older_one_used(workshop, tmp_path, long_run):
+    settings, unbroken, _ = long_run
+    run = shutil.copytree(unbroken, tmp_path / "run")
+    older, newest = steps_of(run)
+    weights = max((run / "checkpoints" / str(newest)).rglob("*"), key=lambda path: path.stat().st_size)
+    values = bytearray(weights.read_bytes())
+    values[len(values) // 2] ^= 1
+    weights.write_bytes(values)
+    ((stdout, stderr),) = done(train(workshop, run, *settings), 0)
+    assert f"Checkpoint {newest} in" in stderr and weights.name in stderr and f"step {older} is taken" in stderr
+    (kept,) = (run / "checkpoints").glob(f"{newest}.set-aside-*")
+    assert f"kept as {kept.name}" in stdout and (kept / weights.relative_to(run / "checkpoints" / str(newest))).exists()
+    same_run(run, unbroken)
+
+
+def test_a_step_that_is_asked_for_is_taken_or_refused(workshop, tmp_path, long_run):
+    settings, unbroken, _ = long_run
+    run = shutil.copytree(unbroken, tmp_path / "run")
+    older, newest = steps_of(run)
+    before = file_hashes(run / "checkpoints")
+    ((_, stderr),) = done(train(workshop, run, *settings, command=("--resume-step", older - 1)), 2)
+    assert f"no checkpoint of step {older - 1}" in stderr and str([older, newest]) in stderr
+    assert file_hashes(run / "checkpoints") == before
+    done(train(workshop, run, *settings, command=("--resume-step", older)), 0)
+    same_run(run, unbroken)
+    assert list((run / "checkpoints").glob(f"{newest}.set-aside-*"))
+
+
+def test_where_no_checkpoint_is_valid_the_run_does_not_begin_from_nothing(workshop, tmp_path, long_run):
+    settings, unbroken, _ = long_run
+    run = shutil.copytree(unbroken, tmp_path / "run")
+    for manifest in (run / "checkpoints").glob("*/manifest.json"):
+        manifest.unlink()
+    before = file_hashes(run)
+    ((_, stderr),) = done(train(workshop, run, *settings), 2)
+    assert "None of the checkpoints" in stderr
+    after = file_hashes(run)
+    after.pop(".lock"), before.pop(".lock")
+    assert after == before
+
+
+# Asked to stop
+
+
+def test_a_second_signal_ends_at_once_and_loses_nothing(workshop, tmp_path):
+    run, settings = tmp_path / "run", ("train.steps=100000", "train.checkpoint_every=3")
+    (process,) = train(workshop, run, *settings)
+    wait_for(lambda: reached(run, 4), process)
+    process.send_signal(signal.SIGSTOP)  # so that both are there before it can act on either
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGCONT)
+    began = time.monotonic()
+    finish([process])
+    assert process.returncode in (75, -signal.SIGINT, 130, 1) and time.monotonic() - began < 30
+    assert open_model(run).step >= 3
+
+
+# Numbers that are none
+
+
+def test_one_bad_batch_is_skipped_and_told(workshop, tmp_path, monkeypatch, capsys):
+    """The teacher's parameters are no numbers at step 4, and are again at step 5."""
+    status, run = train_with(workshop, tmp_path, monkeypatch, bad_steps={4})
+    assert status == 0
+    (line,) = [line for line in read_metrics(run) if line["kind"] == "skipped"]
+    assert line["step"] == 4 and len(line["rows"]) == 16
+    said = capsys.readouterr().out
+    assert "step      4  no update" in said and str(line["rows"][0]) in said
+    trained = {line["step"]: line for line in read_metrics(run) if line["kind"] == "train"}
+    assert trained[4]["skipped"] == 1 and trained[5]["skipped"] == 0 and np.isfinite(trained[5]["loss"])
+    # The schedule waits for the update that was left out.
+    assert trained[5]["learning_rate"] == trained[4]["learning_rate"] > trained[6]["learning_rate"]
+
+
+def test_bad_batches_in_a_row_end_the_run_and_leave_its_checkpoints(workshop, tmp_path, monkeypatch, capsys):
+    settings = ["train.skips_allowed=2"]
+    status, run = train_with(workshop, tmp_path, monkeypatch, bad_steps=range(6, 100), settings=settings)
+    assert status == 3
+    assert "3 times in a row" in capsys.readouterr().err
+    model = open_model(run)
+    assert model.step == 4 and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(model.params))
+
+
+def train_with(workshop, tmp_path, monkeypatch, *, bad_steps, settings=()):
+    """A run in this process, whose teacher has no numbers at some steps: (status, folder)."""
+    from dataclasses import replace
+
+    from distil_jax import cli
+    from distil_jax.commands import train as command
+
+    compile_run = command.compile_run
+
+    def with_bad_steps(parts):
+        program = compile_run(parts)
+        bad = jax.tree.map(lambda leaf: leaf * np.float32("nan"), program.teacher_params)
+
+        def step(state, teacher_params, *rest):
+            return program.step(state, bad if int(state.step) + 1 in bad_steps else teacher_params, *rest)
+
+        return replace(program, step=step)
+
+    monkeypatch.setattr(command, "compile_run", with_bad_steps)
+    run = tmp_path / "run"
+    overrides = [word for setting in ("train.tensorboard=false", *settings) for word in ("--set", setting)]
+    return cli.main(["train", str(workshop / "run.toml"), "--output", str(run), *overrides]), run
+
+
+# The machine
+
+
+def test_two_runs_in_one_folder(workshop, tmp_path):
+    run, settings = tmp_path / "run", ("train.steps=100000",)
+    (first,) = train(workshop, run, *settings)
+    wait_for(lambda: reached(run, 1), first)
+    ((_, stderr),) = done(train(workshop, run, *settings), 2)
+    assert f"process {first.pid} " in stderr and stderr.count("\n") == 1
+    first.send_signal(signal.SIGTERM)
+    done([first], 75)
+
+
+def can_mount():
+    mount = ["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/mnt"]
+    return (
+        shutil.which("unshare") is not None and subprocess.run(mount, check=False, capture_output=True).returncode == 0
+    )
+
+
+@pytest.mark.skipif(not can_mount(), reason="mounting a small disk needs user namespaces")
+def test_a_full_disk_stops_no_training_and_loses_no_checkpoint(workshop, tmp_path, long_run):
+    """The run folder is a file system with room for a checkpoint or two; what it held is copied out afterwards."""
+    _, unbroken, _ = long_run
+    one = sum(path.stat().st_size for path in (unbroken / "checkpoints" / str(steps_of(unbroken)[0])).rglob("*"))
+    disk, out = tmp_path / "disk", tmp_path / "out"
+    disk.mkdir()
+    settings = ("train.steps=12", "train.checkpoint_every=3", "train.keep_checkpoints=9", "train.tensorboard=true")
+    mount = f"mount -t tmpfs -o size={2 * one // 1024}k none {disk}"
+    script = f'{mount}; "$@"; status=$?; cp -r {disk}/run {out}; exit $status'
+    small = ("unshare", "-rm", "sh", "-c", script, "sh")
+    ((stdout, stderr),) = done(train(workshop, disk / "run", *settings, before=small), 4)
+    assert "Warning: the checkpoint of step" in stdout and "No space left" in stdout
+    assert "could not be saved" in stderr and "step 12" in stderr
+    assert steps_of(out) and steps_of(out)[-1] < 12 and not list((out / "checkpoints").glob(".saving-*"))
+    assert open_model(out).step == steps_of(out)[-1]
+    # With room again, the run ends as if nothing had been.
+    whole = tmp_path / "whole"
+    done(train(workshop, out, *settings), 0)
+    done(train(workshop, whole, *settings), 0)
+    same_run(out, whole)
+
+
+def test_a_write_that_fails_in_the_middle_of_a_save(workshop, tmp_path, long_run):
+    """Files may not grow beyond 100 KiB: there is room, the save begins, and its largest file breaks off."""
+    run, settings = tmp_path / "run", ("train.steps=6", "train.checkpoint_every=3")
+    begun = train(workshop, run, *settings, before=("bash", "-c", 'ulimit -f 100; exec "$@"', "bash"))
+    ((status, stdout, stderr),) = finish(begun)
+    assert status == 4 and "Warning: the checkpoint of step 3" in stdout, (stdout, stderr)
+    assert stderr.splitlines()[-1].startswith("distil-jax: ") and "step 6 could not be saved" in stderr
+    assert not any((run / "checkpoints").iterdir())
+    done(train(workshop, run, *settings), 0)
+
+
+@pytest.mark.skipif(shutil.which("setpriv") is None and os.getuid() == 0, reason="root needs setpriv to obey rights")
+def test_a_folder_that_becomes_read_only(workshop, tmp_path):
+    run = tmp_path / "run"
+    settings = ("train.steps=400", "train.checkpoint_every=3")
+    drop = ("setpriv", "--bounding-set=-all", "--inh-caps=-all") if os.getuid() == 0 else ()
+    (process,) = train(workshop, run, *settings, before=drop)
+    wait_for(lambda: (run / "checkpoints").exists() and steps_of(run), process)
+    (run / "checkpoints").chmod(0o555)
+    try:
+        ((stdout, stderr),) = done([process], 4)
+        assert "Permission denied" in stdout and "could not be saved" in stderr
+        assert open_model(run).step == steps_of(run)[-1] < 400
+    finally:
+        (run / "checkpoints").chmod(0o755)
+    done(train(workshop, run, *settings), 0)
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_where_one_process_dies_the_other_ends(workshop, tmp_path, lost):
+    run = tmp_path / "run"
+    begun = train(workshop, run, "train.steps=100000", count=2)
+    wait_for(lambda: reached(run, 2), begun[0])
+    begun[lost].kill()
+    began = time.monotonic()
+    _, (status, _, stderr) = sorted(finish(begun), key=lambda ended: ended[0] == 4)
+    assert time.monotonic() - began < 60
+    assert status == 4, stderr
+
+
+def test_a_hang_is_noticed(workshop, tmp_path):
+    """One of two processes is stopped, not dead: the other waits for it in a collective."""
+    run = tmp_path / "run"
+    begun = train(workshop, run, "train.steps=100000", "train.hang_seconds=15", count=2)
+    wait_for(lambda: reached(run, 2), begun[0])
+    begun[1].send_signal(signal.SIGSTOP)
+    try:
+        stdout, stderr = begun[0].communicate(timeout=60)
+    finally:
+        begun[1].kill()
+        begun[0].kill()
+    begun[1].communicate()
+    assert begun[0].returncode == 4, (stdout, stderr)
+    assert "hang_seconds" in stderr and "most recent call first" in stderr
+
+
+def test_another_clock_and_another_name_change_nothing(workshop, tmp_path, long_run, monkeypatch):
+    """The clock stands in 1970, the files are from the future, the machine has another name."""
+    from distil_jax import cli
+
+    settings, unbroken, _ = long_run
+    run = shutil.copytree(unbroken, tmp_path / "run")
+    older, newest = steps_of(run)
+    shutil.rmtree(run / "checkpoints" / str(newest))
+    for path in run.rglob("*"):
+        os.utime(path, (2e9, 2e9))
+    monkeypatch.setattr(time, "time", lambda: 5.0)
+    monkeypatch.setattr(time, "time_ns", lambda: 5)
+    monkeypatch.setattr(os, "uname", lambda: os.uname_result(("Linux", "elsewhere", "", "", "")))
+    (run / ".lock").write_text("process 1 on a machine that is gone\n")
+    assert cli.main([str(word) for word in words(workshop, run, *settings)]) == 0
+    assert open_model(run).step == newest > older
+
+
+def test_few_file_descriptors_are_one_clear_error(workshop, tmp_path):
+    ((_, stderr),) = done(train(workshop, tmp_path / "run", before=("sh", "-c", 'ulimit -n 10; exec "$@"', "sh")), 4)
+    assert "Too many open files" in stderr
+
+
+def test_no_secret_of_the_environment_is_written_anywhere(workshop, tmp_path, monkeypatch):
+    for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "WANDB_API_KEY", "MY_PASSWORD"):
+        monkeypatch.setenv(name, "s3cr3t-value")
+    run, model = tmp_path / "run", tmp_path / "model"
+    said = done(train(workshop, run, "train.steps=3"), 0)
+    for verb in (["export", run, model], ["report", run]):
+        said += done(start(1, verb), 0)
+    assert "s3cr3t" not in json.dumps(said)
+    for path in (*run.rglob("*"), *model.rglob("*")):
+        assert not path.is_file() or b"s3cr3t" not in path.read_bytes(), path
+
+
+def test_the_doctor_finds_nothing_and_then_what_was_done(workshop, tmp_path, long_run):
+    _, unbroken, _ = long_run
+    run = shutil.copytree(unbroken, tmp_path / "run")
+    ((stdout, _),) = done(start(1, ["doctor", run]), 0)
+    assert "Nothing is wrong" in stdout and "WRONG" not in stdout and "on all 8" in stdout
+    _, newest = steps_of(run)
+    (run / "checkpoints" / str(newest) / "manifest.json").write_text("{}")
+    rows = shutil.copytree(workshop / "rows", tmp_path / "rows")
+    table = Path(rows) / "train" / "input_ids.npy"
+    values = bytearray(table.read_bytes())
+    values[-1] ^= 1
+    table.write_bytes(values)
+    config = run / "config.toml"
+    config.write_text(config.read_text().replace(str(workshop / "rows"), str(rows)))
+    ((stdout, stderr),) = done(start(1, ["doctor", run]), 2)
+    wrong = [line for line in stdout.splitlines() if line.startswith("WRONG")]
+    assert len(wrong) == 2 and f"checkpoint {newest}" in wrong[0] and str(table) in wrong[1]
+    assert "2 of" in stderr
