@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,7 @@ logging.getLogger("absl").setLevel(logging.CRITICAL)
 FORMAT = 2  # of the manifest; a reader refuses any other
 _MANIFEST, _ARRAYS = "manifest.json", "state"
 _LARGEST_MANIFEST = 64 * 2**20  # bytes; a real one has some thousand
+_ROOM = 1.25  # free bytes that a save needs for each byte of its arrays
 # What a disk, its file system and the layers above them raise; anything else is a mistake in the program.
 _DISK_FAILURES = (OSError, ValueError, RuntimeError, KeyError)
 
@@ -202,7 +204,7 @@ class Checkpoints:
         if self._first:
             try:
                 draft.mkdir(parents=True)
-                if shutil.disk_usage(draft).free < size:
+                if shutil.disk_usage(draft).free < _ROOM * size:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             except OSError as error:
                 refusal = error
@@ -246,7 +248,9 @@ class Checkpoints:
                 shutil.rmtree((self._folder / str(step)).rename(self._folder / f".retired-{step}"))
 
     def _fail(self, step: int, error: Exception) -> None:
-        reason = (getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__)[:300]
+        said = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+        of_system = re.search(r"OS error \d+: \w+ ([^\]]+)", said)  # what TensorStore says at the end of a long story
+        reason = of_system[1] if of_system else said[:300]
         self.failure = f"the checkpoint of step {step} could not be saved ({reason})"
         if self._first:  # half of one only fills the disk further
             shutil.rmtree(self._folder / f".saving-{step}", ignore_errors=True)

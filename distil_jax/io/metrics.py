@@ -64,7 +64,7 @@ class MetricsWriter:
                 self._unwritten = self._unwritten[self._lines.write(self._unwritten) :]
             if self._events is not None:
                 for name, number in numbers.items():
-                    if isinstance(number, (int, float)):
+                    if isinstance(number, float) and math.isfinite(number):
                         self._events.add(f"{kind}/{name}", number, step)
                 self._events.flush()
             self.failure = None
