@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import LIMIT, file_hashes, finish, run_numbers, same_leaves, start
+from conftest import LIMIT, file_hashes, finish, run_numbers, same_leaves, start, write_sentences
 
 from distil_jax.commands.run_folder import open_model
 from distil_jax.io.metrics import read_metrics
@@ -69,7 +69,7 @@ def same_run(run, unbroken):
 @pytest.fixture(scope="module")
 def long_run(workshop, tmp_path_factory):
     """Settings under which a kill meets a save as often as a step, and the run that nothing broke."""
-    settings = (f"train.steps={max(40, 10 * KILLS)}", "train.checkpoint_every=1", "train.eval_every=7")
+    settings = (f"train.steps={max(40, 4 * KILLS)}", "train.checkpoint_every=1", "train.eval_every=7")
     run = tmp_path_factory.mktemp("unbroken") / "run"
     began = time.monotonic()
     done(train(workshop, run, *settings), 0)
@@ -357,3 +357,53 @@ def test_the_doctor_finds_nothing_and_then_what_was_done(workshop, tmp_path, lon
     wrong = [line for line in stdout.splitlines() if line.startswith("WRONG")]
     assert len(wrong) == 2 and f"checkpoint {newest}" in wrong[0] and str(table) in wrong[1]
     assert "2 of" in stderr
+
+
+# For days
+
+# Prints the step, the resident MiB and the open files at every line that the run writes.
+WATCHED = """
+import os, sys
+from pathlib import Path
+from distil_jax import cli
+from distil_jax.io.metrics import MetricsWriter
+write = MetricsWriter.write
+def watched(self, step, kind, numbers):
+    write(self, step, kind, numbers)
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    print("watched", step, resident, len(os.listdir("/proc/self/fd")), file=sys.stderr, flush=True)
+MetricsWriter.write = watched
+cli.program()
+"""
+
+
+def test_memory_and_open_files_stay_flat(workshop, tmp_path):
+    """Tiny steps with many checkpoints and evaluations; a leak of a few KiB a step would show."""
+    steps = int(os.environ.get("DISTIL_SOAK", "400"))
+    settings = (f"train.steps={steps}", "train.checkpoint_every=10", "train.eval_every=20", "train.log_every=10")
+    settings += ("train.tensorboard=true",)
+    ((_, stderr),) = done(start(1, words(workshop, tmp_path / "run", *settings), program=WATCHED), 0)
+    lines = [line.split()[1:] for line in stderr.splitlines() if line.startswith("watched")]
+    step, resident, files = np.array(lines, float).T
+    middle, late = (step > steps / 2) & (step <= 3 * steps / 4), step > 3 * steps / 4
+    grown = np.median(resident[late]) - np.median(resident[middle])
+    print(f"{steps} steps: {np.median(resident[middle]):.0f} MiB in the third quarter, {grown:+.1f} in the fourth")
+    assert grown < max(6, steps / 1000), "MiB"
+    assert np.median(files[late]) <= np.median(files[middle]) + 1
+
+
+def test_preparing_takes_no_more_memory_for_more_text(tmp_path, workshop):
+    """Ten times the text; the tokenizer, the libraries and one chunk are what stays in memory."""
+    peaks, sizes = [], []
+    program = "import resource, sys; from distil_jax import cli; status = cli.main(sys.argv[1:])"
+    program += "; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10); sys.exit(status)"
+    for documents in (5_000, 50_000):
+        source = tmp_path / f"{documents}.txt"
+        write_sentences(source, documents=documents, seed=1)
+        sizes.append(source.stat().st_size / 2**20)
+        verb = ["prepare", source, "--tokenizer", workshop / "teacher", "--output", tmp_path / f"rows-{documents}"]
+        begun = start(1, [*verb, "--sequence-length", "24", "--document", "line"], program=program)
+        ((stdout, _),) = done(begun, 0)
+        peaks.append(float(stdout.splitlines()[-1]))
+    print(f"{sizes[0]:.1f} and {sizes[1]:.1f} MiB of text: {peaks[0]:.0f} and {peaks[1]:.0f} MiB at most")
+    assert peaks[1] - peaks[0] < 24, peaks
