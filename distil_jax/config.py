@@ -16,6 +16,8 @@ from distil_jax.schema import InputError, build, may_change, require, set_value,
 # Who computes attention: XLA, or a kernel for the device; see `models/attention.py`.
 Attention = Literal["xla", "pallas_gpu", "pallas_tpu"]
 
+# The small BERT that comes with distil_jax: what can be tried without a model hub.
+EMBEDDED_TEACHER = Path(__file__).parent / "teacher"
 _MOST_PARAMETERS = 10**12  # larger sizes are damage or a slip, and must not reach an allocation
 _MOST_ROWS = 2**24  # of a batch, for the same reason
 

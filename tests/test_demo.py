@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from distil_jax.commands.demo import TEACHER, TEXT, _row, demo
+from distil_jax.commands.demo import TEXT, _row, demo
 from distil_jax.commands.fill_mask import fill_mask
 from distil_jax.commands.run_folder import open_model
-from distil_jax.config import ModelConfig
+from distil_jax.config import EMBEDDED_TEACHER, ModelConfig
 from distil_jax.io import huggingface
 from distil_jax.schema import InputError
 
@@ -55,10 +55,10 @@ def test_another_folder_is_left_alone(tmp_path):
 
 
 def test_the_embedded_teacher_is_small_whole_and_has_learnt():
-    assert sum(path.stat().st_size for path in TEACHER.iterdir()) < 12e6
-    card = (TEACHER / "README.md").read_text()
+    assert sum(path.stat().st_size for path in EMBEDDED_TEACHER.iterdir()) < 12e6
+    card = (EMBEDDED_TEACHER / "README.md").read_text()
     assert "last name" in card and "steps" in card and "| mlm |" in card.replace("  ", " ")
-    model = open_model(TEACHER)
+    model = open_model(EMBEDDED_TEACHER)
     assert all(np.isfinite(leaf).all() for leaf in _leaves(model.params))
     (answers,) = fill_mask(model, ["if the [MASK] is not found, an exception is raised."], best=50)
     words = [word for word, _ in answers]

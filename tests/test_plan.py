@@ -3,7 +3,6 @@
 import importlib.util
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +16,9 @@ from distil_jax.commands.hardware import CHIPS
 from distil_jax.commands.plan.aot import Compiled, memory_asked
 from distil_jax.commands.plan.hlo import Program
 from distil_jax.commands.plan.roofline import roofline
-from distil_jax.config import LossConfig, ModelConfig, StepConfig, load
+from distil_jax.config import EMBEDDED_TEACHER, LossConfig, ModelConfig, StepConfig, load
 from distil_jax.schema import InputError
 
-TEACHER = Path(plan.__file__).parents[2] / "teacher"
 GIB = 2**30
 
 
@@ -114,7 +112,7 @@ def compiled_as(monkeypatch):
     return use
 
 
-SMALL = ["plan", "demo_student", "--set", f"teacher.path={TEACHER}", "--set", "train.batch_rows=64"]
+SMALL = ["plan", "demo_student", "--set", f"teacher.path={EMBEDDED_TEACHER}", "--set", "train.batch_rows=64"]
 SMALL += ["--set", "compute.remat=none"]
 
 

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from distil_jax import cli
-from distil_jax.commands.report import table
+from distil_jax.commands.markdown import table
 from distil_jax.config import Config, load
 from distil_jax.io.metrics import read_metrics
 from distil_jax.schema import build

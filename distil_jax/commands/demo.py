@@ -19,19 +19,19 @@ import numpy as np
 from distil_jax.commands.evaluate import evaluate
 from distil_jax.commands.export import export
 from distil_jax.commands.fill_mask import fill_mask
+from distil_jax.commands.markdown import table
 from distil_jax.commands.prepare import prepare_rows
-from distil_jax.commands.report import table, write_report
+from distil_jax.commands.report import write_report
 from distil_jax.commands.run_folder import Model, open_model
 from distil_jax.commands.train import train
-from distil_jax.config import ModelConfig, load
+from distil_jax.config import EMBEDDED_TEACHER, ModelConfig, load
 from distil_jax.data.prepare import PrepareConfig
 from distil_jax.io.metrics import read_metrics
 from distil_jax.models.encoder import MaskedLm, count_parameters
 from distil_jax.schema import InputError
 from distil_jax.structs import Batch
 
-TEACHER = Path(__file__).parents[1] / "teacher"
-TEXT = PrepareConfig(sources=("docstrings",), tokenizer=str(TEACHER), sequence_length=128, held_out=0.05)
+TEXT = PrepareConfig(sources=("docstrings",), tokenizer=str(EMBEDDED_TEACHER), sequence_length=128, held_out=0.05)
 _EXAMPLES = (
     "this function returns a new [MASK] of the given shape and type.",
     "if true, the input is sorted in ascending [MASK].",
@@ -84,7 +84,7 @@ def demo(
     if not rows.exists():
         _title("Text, from the docstrings of the installed packages")
         print(prepare_rows(text, rows))
-    config = load("demo_student", [f"teacher.path={TEACHER}", f"data.path={rows}", *overrides])
+    config = load("demo_student", [f"teacher.path={EMBEDDED_TEACHER}", f"data.path={rows}", *overrides])
     undistilled = replace(config, loss=replace(config.loss, kl=0.0, cosine=0.0, mse=0.0))
     for seed in seeds:
         _title(f"Seed {seed}: a student of half the teacher's layers, with the teacher")
@@ -96,7 +96,7 @@ def demo(
 
 
 def _judge(output: Path, seeds: Sequence[int], began: float) -> dict[str, list[dict[str, float]]]:
-    teacher, student = open_model(TEACHER), open_model(output / f"distilled-{seeds[0]}")
+    teacher, student = open_model(EMBEDDED_TEACHER), open_model(output / f"distilled-{seeds[0]}")
     runs = {name: [output / f"{name}-{seed}" for seed in seeds] for name in ("distilled", "undistilled")}
     lines = {name: [read_metrics(folder) for folder in folders] for name, folders in runs.items()}
     held_out = {name: [[each for each in run if each["kind"] == "held_out"] for run in lines[name]] for name in lines}

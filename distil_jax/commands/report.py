@@ -8,6 +8,7 @@ from pathlib import Path
 
 import tomli_w
 
+from distil_jax.commands.markdown import table
 from distil_jax.commands.run_folder import is_run
 from distil_jax.config import load
 from distil_jax.io.metrics import read_metrics
@@ -116,15 +117,3 @@ def _throughput(lines: list[dict]) -> list[str]:
         return ["No throughput yet."]
     rates = sorted(line["tokens_per_second"] for line in timed)
     return [f"Throughput while training, median of {len(rates)} readings: {rates[len(rates) // 2]:,.0f} tokens/s."]
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A Markdown table whose columns line up as plain text too; the first column is left-aligned."""
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = [cells[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(cells[1:], widths[1:], strict=True))]
-        return f"| {' | '.join(padded)} |"
-
-    rule = "|" + "|".join(["-" * (widths[0] + 2), *("-" * (w + 1) + ":" for w in widths[1:])]) + "|"
-    return [line(head), rule, *map(line, rows)]

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +18,7 @@ from distil_jax.commands.bench.timing import Measured
 from distil_jax.config import ComputeConfig, LossConfig
 from distil_jax.objective.fused import fused_loss
 from distil_jax.objective.vocabulary import dense_loss
-from distil_jax.schema import InputError, require, to_dict
+from distil_jax.schema import require
 from distil_jax.structs import IGNORED, Head
 
 KINDS = ("dense", "fused")
@@ -142,19 +138,6 @@ def plan_elsewhere(job: Job, topology: str) -> dict[str, Any]:
     Raises:
       InputError: libtpu is not installed, knows no such topology, or fails otherwise.
     """
-    from distil_jax.commands.plan.aot import ENVIRONMENT
+    from distil_jax.commands.plan.aot import elsewhere
 
-    done = subprocess.run(
-        [sys.executable, "-m", "distil_jax.commands.bench.loss_aot", topology],
-        input=json.dumps(to_dict(job)),
-        env=os.environ | ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        said = " ".join(done.stderr.split())[-300:]
-        raise InputError(
-            f"libtpu cannot plan for {topology} ({said}): name one such as v5e:2x2, where it is installed."
-        )
-    return _memory(json.loads(done.stdout.splitlines()[-1]))
+    return _memory(elsewhere("distil_jax.commands.bench.loss_aot", job, topology))

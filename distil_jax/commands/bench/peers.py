@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from types import ModuleType
 
 import jax
 
-from distil_jax.config import ModelConfig
+from distil_jax.config import EMBEDDED_TEACHER, ModelConfig
 from distil_jax.io.config_json import from_json
 from distil_jax.io.tensors import read_json
 from distil_jax.schema import InputError, require
@@ -35,7 +34,7 @@ def shape_model(shape: str) -> ModelConfig:
     if shape == "base":
         return ModelConfig(vocab_size=30_522)
     if shape == "demo":
-        path = Path(__file__).parents[2] / "teacher" / "config.json"
+        path = EMBEDDED_TEACHER / "config.json"
         return from_json(read_json(path), path)
     return ModelConfig(vocab_size=90, num_layers=2, hidden_size=32, num_heads=4, intermediate_size=48, max_positions=64)
 

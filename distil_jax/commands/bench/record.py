@@ -16,6 +16,7 @@ from typing import Any
 import jax
 
 from distil_jax import __version__
+from distil_jax.commands import markdown
 from distil_jax.commands.bench.timing import Measured
 from distil_jax.schema import InputError, require
 
@@ -130,10 +131,7 @@ def table(lines: Sequence[dict[str, Any]]) -> list[str]:
     keys = dict.fromkeys(key for line in lines for key in line if not key.endswith(("_lowest", "_highest")))
     columns = {key.replace("_", " "): [_cell(line, key) for line in lines] for key in keys}
     columns = {title: cells for title, cells in columns.items() if any(cells)}
-    widths = {title: max(map(len, (title, *cells))) for title, cells in columns.items()}
-    rows = [[title.rjust(width) for title, width in widths.items()], ["-" * (w - 1) + ":" for w in widths.values()]]
-    rows += [[cells[n].rjust(widths[title]) for title, cells in columns.items()] for n in range(len(lines))]
-    return [f"| {' | '.join(row)} |" for row in rows]
+    return markdown.table(list(columns), list(zip(*columns.values(), strict=True)))
 
 
 def _cell(line: dict[str, Any], key: str) -> str:

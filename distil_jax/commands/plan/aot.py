@@ -78,8 +78,17 @@ def compile_for(job: Job) -> Compiled:
     Raises:
       InputError: no such topology, a mesh or a batch that does not fit it, or a compiler that failed otherwise.
     """
+    return Compiled(**elsewhere("distil_jax.commands.plan.aot", job, job.topology))
+
+
+def elsewhere(module: str, job: Any, topology: str) -> dict[str, Any]:
+    """What `python -m MODULE TOPOLOGY` prints, as JSON, for a job (a dataclass) that it reads as JSON.
+
+    Raises:
+      InputError: its own, with status 2, or whatever else libtpu died of.
+    """
     done = subprocess.run(
-        [sys.executable, "-m", "distil_jax.commands.plan.aot"],
+        [sys.executable, "-m", module, topology],
         input=json.dumps(to_dict(job)),
         env=os.environ | ENVIRONMENT,
         capture_output=True,
@@ -91,8 +100,8 @@ def compile_for(job: Job) -> Compiled:
         raise InputError(lines[-1])
     if done.returncode:
         said = " ".join(done.stderr.split())[-500:]
-        raise InputError(f"Compiling for {job.topology} failed ({said}): try another topology or mesh.")
-    return Compiled(**json.loads(lines[-1]))
+        raise InputError(f"Compiling for {topology} failed ({said}): try another topology, where libtpu is installed.")
+    return json.loads(lines[-1])
 
 
 def _compile_here(job: Job) -> Compiled:

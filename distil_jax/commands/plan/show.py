@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distil_jax.commands.flops import step_flops
+from distil_jax.commands.markdown import table
 from distil_jax.commands.plan.aot import Compiled, Job
 from distil_jax.commands.plan.roofline import ASSUMPTIONS, chip_of, roofline
-from distil_jax.commands.report import table
 
 if TYPE_CHECKING:
     from distil_jax.commands.plan import Workload
