@@ -275,10 +275,10 @@ def start(count, arguments, program=COMMAND, devices=8, before=()):
     return begun
 
 
-def finish(begun):
-    """(status, stdout, stderr) of each."""
+def finish(begun, limit=LIMIT):
+    """(status, stdout, stderr) of each, which must have ended after so many seconds."""
     try:
-        said = [process.communicate(timeout=LIMIT) for process in begun]
+        said = [process.communicate(timeout=limit) for process in begun]
     finally:
         for process in begun:
             process.kill()

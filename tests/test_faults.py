@@ -31,9 +31,9 @@ def train(workshop, output, *settings, count=1, before=(), command=()):
     return start(count, words(workshop, output, *settings, command=command), before=before)
 
 
-def done(begun, status):
+def done(begun, status, limit=LIMIT):
     """(stdout, stderr) of each, once all have ended with the status and without a traceback."""
-    ended = finish(begun)
+    ended = finish(begun, limit)
     for found, _, stderr in ended:
         assert found == status, ended
         assert "Traceback" not in stderr, stderr
@@ -382,7 +382,8 @@ def test_memory_and_open_files_stay_flat(workshop, tmp_path):
     steps = int(os.environ.get("DISTIL_SOAK", "400"))
     settings = (f"train.steps={steps}", "train.checkpoint_every=10", "train.eval_every=20", "train.log_every=10")
     settings += ("train.tensorboard=true",)
-    ((_, stderr),) = done(start(1, words(workshop, tmp_path / "run", *settings), program=WATCHED), 0)
+    begun = start(1, words(workshop, tmp_path / "run", *settings), program=WATCHED)
+    ((_, stderr),) = done(begun, 0, limit=LIMIT + steps)
     lines = [line.split()[1:] for line in stderr.splitlines() if line.startswith("watched")]
     step, resident, files = np.array(lines, float).T
     middle, late = (step > steps / 2) & (step <= 3 * steps / 4), step > 3 * steps / 4

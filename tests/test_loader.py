@@ -268,3 +268,13 @@ def test_the_loader_needs_no_heavy_library():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_an_id_that_the_vocabulary_lacks_is_named(folder):
+    values = json.loads((folder / "manifest.json").read_text())
+    values["vocab_size"] = 50
+    (folder / "manifest.json").write_text(json.dumps(values))
+    table = loader.open_rows(folder, "train")
+    first = np.flatnonzero((np.load(folder / "train" / "input_ids.npy") >= 50).any(axis=1))[0]
+    with pytest.raises(InputError, match=rf"Row {first} .* the vocabulary has 50"):
+        table.gather(np.arange(ROWS))

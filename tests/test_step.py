@@ -285,3 +285,14 @@ def test_parameters_that_are_no_numbers_are_seen_at_once(step_config, student_pa
     state = init_state(KEY, step_config, params=not_a_number(student_params))
     _, metrics = jax.jit(train_step)(state, teacher_params, batch)
     assert metrics["skipped"].value() == 1
+
+
+def test_a_batch_without_any_target_moves_nothing_but_the_decay(step_config, student_params, teacher_params, batch):
+    """All rows empty, and all rows full but none of their tokens a target: every term is 0, and no number is lost."""
+    nothing = batch.replace(labels=jnp.full_like(batch.labels, IGNORED))
+    empty = nothing.replace(segment_ids=jnp.zeros_like(batch.segment_ids))
+    step = jax.jit(train_step)
+    for each, terms in ((empty, ("loss", "kl", "mlm", "cosine")), (nothing, ("mlm",))):
+        state, metrics = step(init_state(KEY, step_config, params=student_params), teacher_params, each)
+        assert metrics["skipped"].value() == 0 and all(metrics[name].value() == 0 for name in terms)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))

@@ -1,0 +1,40 @@
+"""When a run is given up: too many steps without numbers in a row, or a loss far above what it was."""
+
+import pytest
+
+from distil_jax.commands.divergence import Divergence
+from distil_jax.commands.endings import Diverged
+from distil_jax.config import TrainConfig
+
+CONFIG = TrainConfig(steps=1, skips_allowed=2, spike_factor=3.0, spike_steps=4)
+
+
+def looked(losses, config=CONFIG):
+    """The step that was the end, or None; a loss of None is a skipped step."""
+    divergence = Divergence(config)
+    for step, loss in enumerate(losses, 1):
+        try:
+            divergence.look(step, float("nan") if loss is None else loss, skipped=loss is None)
+        except Diverged:
+            return step
+    return None
+
+
+def test_skips_count_in_a_row():
+    assert looked([1.0, None, None, 1.0, None, None, 1.0]) is None
+    assert looked([1.0, None, None, None]) == 4
+    assert looked([None], TrainConfig(steps=1, skips_allowed=0)) == 1
+
+
+@pytest.mark.parametrize(("tail", "end"), [([3.1] * 4, 44), ([3.1] * 3 + [2.9] + [3.1] * 3, None), ([2.9] * 50, None)])
+def test_a_loss_far_above_its_median_for_long(tail, end):
+    assert looked([1.0] * 40 + tail) == end
+
+
+def test_high_losses_do_not_become_usual():
+    assert looked([1.0] * 40 + ([5.0] * 3 + [1.0]) * 100 + [5.0] * 4) == 444
+
+
+def test_the_beginning_and_a_factor_of_0_judge_nothing():
+    assert looked([1.0] * 5 + [100.0] * 10) is None
+    assert looked([1.0] * 40 + [1e9] * 50, TrainConfig(steps=1, spike_factor=0.0)) is None
