@@ -133,6 +133,15 @@ def test_an_unfinished_run_has_a_page_too(run, figures, tmp_path, last):
     assert imread(short / "curves.png").std() > 0
 
 
+def test_updates_that_were_left_out_are_told(run, figures, tmp_path):
+    short = shortened(run, tmp_path / "short", lambda line: line)
+    assert "left out" not in (cli.main(["report", str(short)]) or (short / "report.md").read_text())
+    with (short / "metrics.jsonl").open("a") as lines:
+        lines.write('{"step": 7, "kind": "skipped", "loss": null, "rows": [3, 5]}\n')
+    assert cli.main(["report", str(short)]) == 0
+    assert "a number was not finite: at the steps 7." in (short / "report.md").read_text()
+
+
 def test_what_is_no_run_is_refused(run, workshop, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     begun = tmp_path / "begun"

@@ -59,6 +59,8 @@ def write_report(runs: dict[str, Path], output: Path, *, title: str = "", head: 
     lines = [f"# {title or ', '.join(runs)}", "", *head, "", "## Curves", "", "![curves](curves.png)", ""]
     for name, folder in runs.items():
         lines += [f"## {name}", "", *_evaluations(metrics[name]), "", *_throughput(metrics[name]), ""]
+        if skipped := [f"{line['step']:,}" for line in metrics[name] if line["kind"] == "skipped"]:
+            lines += [f"Updates left out, because a number was not finite: at the steps {', '.join(skipped)}.", ""]
         settings = tomli_w.dumps(to_dict(load(folder / "config.toml")))
         lines += ["<details><summary>configuration</summary>", "", f"```toml\n{settings}```", "", "</details>", ""]
     path = output / "report.md"
