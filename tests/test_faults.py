@@ -378,7 +378,10 @@ cli.program()
 
 
 def test_memory_and_open_files_stay_flat(workshop, tmp_path):
-    """Tiny steps with many checkpoints and evaluations; a leak of a few KiB a step would show."""
+    """Tiny steps with many checkpoints and evaluations; a leak of a few KiB a step would show.
+
+    Orbax keeps about 0.1 MiB of each save, which a run of some thousand saves can bear.
+    """
     steps = int(os.environ.get("DISTIL_SOAK", "400"))
     settings = (f"train.steps={steps}", "train.checkpoint_every=10", "train.eval_every=20", "train.log_every=10")
     settings += ("train.tensorboard=true",)
@@ -389,7 +392,7 @@ def test_memory_and_open_files_stay_flat(workshop, tmp_path):
     middle, late = (step > steps / 2) & (step <= 3 * steps / 4), step > 3 * steps / 4
     grown = np.median(resident[late]) - np.median(resident[middle])
     print(f"{steps} steps: {np.median(resident[middle]):.0f} MiB in the third quarter, {grown:+.1f} in the fourth")
-    assert grown < max(6, steps / 1000), "MiB"
+    assert grown < 4 + 0.15 * steps / 4 / 10, "MiB"
     assert np.median(files[late]) <= np.median(files[middle]) + 1
 
 
