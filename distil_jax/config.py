@@ -350,7 +350,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         values = tomllib.loads(preset(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"Cannot read the config {path}: {error.strerror}.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, or numbers and brackets beyond Python's limits
         raise InputError(f"{path} is not valid TOML: {error}.") from error
     for override in overrides:
         set_value(values, override)

@@ -7,21 +7,43 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import re
 import tomllib
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
+_LONGEST_SENTENCE = 1_500  # characters; ten tensors with their shapes have about a thousand
+_SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: JSON can escape it and a shell pass it, no file holds it
+
 
 class InputError(ValueError):
-    """Something the person running the command can mend: one sentence that says what is wrong and what to do."""
+    """Something the person running the command can mend: one sentence that says what is wrong and what to do.
+
+    It may quote names and values from anybody's files, so characters that move a terminal's cursor are escaped, and
+    the middle of what is too long is left out.
+    """
+
+    def __init__(self, sentence: str) -> None:
+        line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in sentence)
+        half = _LONGEST_SENTENCE // 2
+        super().__init__(line if len(line) <= _LONGEST_SENTENCE else f"{line[:half]} ... {line[-half:]}")
 
 
 def require(condition: bool, sentence: str) -> None:
     """Raises `InputError` with the sentence where the condition does not hold."""
     if not condition:
         raise InputError(sentence)
+
+
+def shown(value: Any) -> str:
+    """`repr`, or only the type of what Python does not write out: thousands of digits, or of brackets."""
+    try:
+        return repr(value)
+    except (ValueError, RecursionError):
+        return f"a {type(value).__name__} too large to show"
 
 
 def may_change(default: Any) -> Any:
@@ -31,7 +53,7 @@ def may_change(default: Any) -> Any:
 
 def build(kind: type, values: Mapping[str, Any], where: str = "") -> Any:
     """The dataclass `kind` from nested plain values; every key and type is checked."""
-    types_of = typing.get_type_hints(kind)
+    types_of = _types_of(kind)
     known = [f.name for f in dataclasses.fields(kind)]
     for key in values:
         if key not in known:
@@ -40,6 +62,11 @@ def build(kind: type, values: Mapping[str, Any], where: str = "") -> Any:
     missing = [f.name for f in dataclasses.fields(kind) if f.name not in values and f.default is dataclasses.MISSING]
     require(not missing, f"The config lacks {where}{', '.join(missing)}.")
     return kind(**{key: _convert(types_of[key], value, where + key) for key, value in values.items()})
+
+
+@functools.cache  # a manifest may list thousands of files
+def _types_of(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -81,7 +108,7 @@ def set_value(values: dict[str, Any], override: str) -> None:
         values = values[section]
     try:
         values[key] = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # not TOML, or numbers and brackets beyond what Python reads
         values[key] = text
 
 
@@ -92,14 +119,17 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         return build(kind, value, where + ".")
     if origin is Literal:
         choices = " or ".join(map(repr, arguments))
-        require(value in arguments, f"Config key {where} must be {choices}, not {value!r}.")
+        require(value in arguments, f"Config key {where} must be {choices}, not {shown(value)}.")
         return value
     if origin is tuple:
-        require(isinstance(value, (list, tuple)), f"Config key {where} must be a list, not {value!r}.")
+        require(isinstance(value, (list, tuple)), f"Config key {where} must be a list, not {shown(value)}.")
         return tuple(_convert(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     if origin is types.UnionType:
         return None if value is None else _convert(arguments[0], value, where)
-    if kind is float and type(value) is int:
-        return float(value)
-    require(type(value) is kind, f"Config key {where} must be of type {kind.__name__}, not {value!r}.")
+    if kind in (int, float) and type(value) is int:
+        require(abs(value) < 2**63, f"Config key {where} must be a number of at most 63 bits, not {shown(value)}.")
+        return kind(value)
+    require(type(value) is kind, f"Config key {where} must be of type {kind.__name__}, not {shown(value)}.")
+    if kind is str:
+        require(not _SURROGATE.search(value), f"Config key {where} must be text that UTF-8 can hold, not {value!r}.")
     return value

@@ -46,6 +46,12 @@ def write(folder, text):
         ("[mesh]\ndata = -1\nfsdp = -1", "at most one of them -1"),
         ("[masking]\nmask = 0.8\nrandom = 0.3", "shares of one whole"),
         ("this is no toml", "is not valid TOML"),
+        pytest.param("seed = " + "9" * 5_000, "is not valid TOML", id="more digits than Python reads"),
+        pytest.param("seed = 0x" + "f" * 5_000, "seed must be a number of at most 63 bits", id="a hexadecimal giant"),
+        pytest.param("[loss]\nkl = 0x" + "f" * 5_000, "loss.kl must be a number of at most 63 bits", id="no float"),
+        pytest.param(f"data = [0x{'f' * 5_000}]", "data must be a table", id="a giant in a list"),
+        pytest.param(f'[data]\n"{"x" * 9_000}" = 1', "Unknown config key .{,2000}$", id="a long name"),
+        ('[data]\n"a\\n\\u001b[31m" = 1', r"data.a\\n\\x1b\[31m: did you mean"),
     ],
 )
 def test_a_mistake_is_one_sentence(tmp_path, text, words):
@@ -58,7 +64,10 @@ def test_a_config_that_is_not_there_names_those_that_are():
         load("distilbert_base_unkased")
 
 
-@pytest.mark.parametrize("override", ["train.steps", "train.stepz=3", "loss=4", "train.steps=x"])
+GIANTS = ["train.steps=" + "9" * 5_000, "train.steps=" + "[" * 5_000, "data.path=\udcff"]
+
+
+@pytest.mark.parametrize("override", ["train.steps", "train.stepz=3", "loss=4", "train.steps=x", *GIANTS])
 def test_bad_overrides(tmp_path, override):
     with pytest.raises(InputError):
         load(write(tmp_path, ""), [override])
