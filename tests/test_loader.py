@@ -222,6 +222,50 @@ def test_damaged_files_are_named(folder):
         loader.open_rows(folder)
 
 
+def test_no_header_is_run_as_python(folder):
+    """NumPy's own reader raises whatever Python's parser does: MemoryError, SyntaxError, tokenize.TokenError."""
+    path = folder / "train" / "segment_ids.npy"
+    sound = path.read_bytes()
+    for text in (b"(" * 5_000, b"{'descr': '<u2', 'fortran_order': False, 'shape': (23L, 16L), }", b"'", b""):
+        header = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
+        path.write_bytes(header + sound[len(header) :])
+        file = {"path": "train/segment_ids.npy", "bytes": path.stat().st_size, "header": 128, "sha256": ""}
+        others = json.loads((folder / "manifest.json").read_text())["files"]
+        edit(folder, files=[file, *(other for other in others if other["path"] != file["path"])])
+        with pytest.raises(InputError, match=r"segment_ids\.npy is damaged"):
+            loader.open_rows(folder)
+
+
+def test_a_manifest_that_cannot_be_is_refused(folder):
+    values = json.loads((folder / "manifest.json").read_text())
+    file = values["files"][0]
+    for changes, message in (
+        ({"vocab_size": 0}, "vocab_size must be from 1"),
+        ({"vocab_size": 2**40}, "vocab_size must be from 1"),
+        ({"sequence_length": 0}, "sequence_length must be at least 1"),
+        ({"unused_ids": [100]}, "has no id 100"),
+        ({"mask_id": -1}, "has no id -1"),
+        ({"train": values["train"] | {"rows": -1}}, "rows must not be negative"),
+        ({"settings": {}}, "settings.sources"),
+        ({"tokenizer_fingerprint": "\ud800"}, "text that UTF-8 can hold"),
+        ({"files": [*values["files"], file | {"header": -1}]}, "A header of -1"),
+        ({"files": [*values["files"], file | {"path": "a\0b"}]}, "outside the folder"),
+        ({"files": [*values["files"], file | {"path": "train"}]}, "is no file"),
+    ):
+        (folder / "manifest.json").write_text(json.dumps(values | changes))
+        with pytest.raises(InputError, match=message):
+            loader.read_manifest(folder)
+
+
+def test_token_counts_are_those_of_the_vocabulary(folder):
+    manifest = loader.read_manifest(folder)
+    counts = loader.token_counts(folder, manifest)
+    assert np.array_equal(counts, np.load(folder / "token_counts.npy"))
+    np.save(folder / "token_counts.npy", counts[:-1])
+    with pytest.raises(InputError, match=r"holds <i8 \[99\] where the manifest says <i8 \[100\]"):
+        loader.token_counts(folder, manifest)
+
+
 def test_verify_reads_every_byte(folder):
     with pytest.raises(InputError, match=r"token_counts\.npy has changed"):  # the fixture's hash is not real
         loader.verify(folder)

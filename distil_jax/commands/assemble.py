@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from distil_jax.commands.attention import settle_attention
 from distil_jax.config import ComputeConfig, Config, ModelConfig, StepConfig, StudentConfig, TeacherConfig, TrainConfig
-from distil_jax.data.loader import Manifest, RowTable, Split, open_rows, read_manifest
+from distil_jax.data.loader import Manifest, RowTable, Split, open_rows, read_manifest, token_counts
 from distil_jax.data.tokenizer import fingerprint as tokenizer_fingerprint
 from distil_jax.io import huggingface
 from distil_jax.io.tensors import local_folder
@@ -209,7 +209,7 @@ def with_compute(model: ModelConfig, compute: ComputeConfig) -> ModelConfig:
 def token_weights(folder: str | Path, manifest: Manifest, model: ModelConfig, *, smoothing: float) -> np.ndarray:
     """[V] how readily each token is masked; special, unused and padding ids never."""
     counts_V = np.zeros(model.padded_vocab_size, np.int64)
-    counts_V[: manifest.vocab_size] = np.load(Path(folder) / "token_counts.npy", allow_pickle=False)
+    counts_V[: manifest.vocab_size] = token_counts(folder, manifest)
     never = [*manifest.special_ids, *manifest.unused_ids, *range(manifest.vocab_size, model.padded_vocab_size)]
     return masking_weights(counts_V, never, smoothing=smoothing)
 

@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import io
 import itertools
 import json
+import math
+import re
+import stat
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,13 +24,19 @@ from typing import Literal, TypeVar, get_args
 
 import numpy as np
 
-from distil_jax.schema import InputError, build
+from distil_jax.schema import InputError, build, require, shown
 from distil_jax.structs import Rows
 
 FORMAT = 1  # of the folder; a reader refuses any other
 Split = Literal["train", "held_out"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 T = TypeVar("T")
+# The header of a .npy file as NumPy writes it: its length after the first ten bytes, the type, and one or two sizes.
+_HEADER = re.compile(
+    rb"\x93NUMPY\x01\x00(..)\{'descr': '([<|>]\w+)', 'fortran_order': False, "
+    rb"'shape': \((\d{1,18}), ?(\d{0,18})\), \} *\n",
+    re.DOTALL,
+)
 
 
 @dataclass(frozen=True)
@@ -35,6 +45,10 @@ class SplitCounts:
     sequences: int
     tokens: int  # real ones, [CLS] and [SEP] among them
 
+    def __post_init__(self) -> None:
+        for name, count in vars(self).items():
+            require(count >= 0, f"{name} must not be negative, but is {count}.")
+
 
 @dataclass(frozen=True)
 class StoredFile:
@@ -42,6 +56,9 @@ class StoredFile:
     bytes: int
     header: int  # bytes at the start that the hash leaves out: a .npy header is written last
     sha256: str  # of the rest
+
+    def __post_init__(self) -> None:
+        require(0 <= self.header <= self.bytes, f"A header of {self.header} in {self.bytes} bytes cannot be.")
 
 
 @dataclass(frozen=True)
@@ -65,6 +82,16 @@ class Manifest:
     counts: dict  # documents, sequences, tokens, what was dropped and why
     settings: dict  # the PrepareConfig that made it
 
+    def __post_init__(self) -> None:
+        require(self.sequence_length > 0, f"sequence_length must be at least 1, not {self.sequence_length}.")
+        require(0 < self.vocab_size < 2**31, f"vocab_size must be from 1 to 2**31 - 1, not {self.vocab_size}.")
+        ids = (self.pad_id, self.cls_id, self.sep_id, self.mask_id, self.unk_id, *self.special_ids, *self.unused_ids)
+        for number in ids:
+            require(0 <= number < self.vocab_size, f"The vocabulary of {self.vocab_size} has no id {number}.")
+        sources = self.settings.get("sources")
+        texts = isinstance(sources, list) and all(isinstance(source, str) for source in sources)
+        require(texts, "settings.sources must be a list of texts.")
+
 
 def read_manifest(folder: str | Path) -> Manifest:
     """The folder's manifest, checked against the files that lie there (names and sizes; `verify` checks contents).
@@ -84,7 +111,8 @@ def read_manifest(folder: str | Path) -> Manifest:
         raise InputError(f"{path} is damaged ({error}): {again}.") from error
     version = values.get("format") if isinstance(values, dict) else None
     if version != FORMAT:
-        raise InputError(f"{path} has format {version!r}, and this version reads {FORMAT}: prepare the rows again.")
+        found = shown(version)
+        raise InputError(f"{path} has format {found}, and this version reads {FORMAT}: prepare the rows again.")
     try:
         manifest = build(Manifest, values)
     except InputError as error:
@@ -99,15 +127,18 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
         raise InputError(f"{folder}/manifest.json does not list {', '.join(lacking)}: prepare the rows again.")
     for file in manifest.files:
         name = PurePosixPath(file.path)
-        if name.is_absolute() or ".." in name.parts or "\\" in file.path:
+        if name.is_absolute() or ".." in name.parts or "\\" in file.path or "\0" in file.path:
             raise InputError(f"{folder}/manifest.json names {file.path!r}, outside the folder: do not use this data.")
         try:
-            size = (folder / name).stat().st_size
+            status = (folder / name).stat()
         except OSError as error:
             raise InputError(f"{folder / name} cannot be read ({error.strerror}): copy the folder again.") from error
-        if size != file.bytes:
+        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
+            raise InputError(f"{folder / name} is no file: copy the folder again.")
+        if status.st_size != file.bytes:
             raise InputError(
-                f"{folder / name} has {size:,} bytes where the manifest says {file.bytes:,}: copy the folder again."
+                f"{folder / name} has {status.st_size:,} bytes where the manifest says {file.bytes:,}: "
+                "copy the folder again."
             )
 
 
@@ -120,9 +151,12 @@ def verify(folder: str | Path) -> Manifest:
     manifest = read_manifest(folder)
     for file in manifest.files:
         path = Path(folder) / file.path
-        with path.open("rb") as stream:
-            stream.seek(file.header)
-            found = hashlib.file_digest(stream, "sha256").hexdigest()
+        try:
+            with path.open("rb") as stream:
+                stream.seek(file.header)
+                found = hashlib.file_digest(stream, "sha256").hexdigest()
+        except OSError as error:
+            raise InputError(f"{path} cannot be read ({error.strerror}): copy the folder again.") from error
         if found != file.sha256:
             raise InputError(f"{path} has changed since it was written (its sha256 differs): copy the folder again.")
     return manifest
@@ -179,21 +213,45 @@ def open_rows(folder: str | Path, split: Split = "train") -> RowTable:
       InputError: as `read_manifest`, or an array of another shape or type than the manifest says.
     """
     manifest = read_manifest(folder)
-    rows = getattr(manifest, split).rows
-    arrays = []
-    for name in ("input_ids", "segment_ids"):
-        path = Path(folder) / split / f"{name}.npy"
-        try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            raise InputError(f"{path} is damaged ({error}): copy the folder again.") from error
-        if array.shape != (rows, manifest.sequence_length) or array.dtype not in (np.uint16, np.uint32):
-            raise InputError(
-                f"{path} holds {array.dtype} {list(array.shape)} where the manifest says "
-                f"{[rows, manifest.sequence_length]}: copy the folder again."
-            )
-        arrays.append(array.view(np.ndarray))  # a plain array: memmap's own indexing is slower
+    shape = (getattr(manifest, split).rows, manifest.sequence_length)
+    arrays = [
+        _array(Path(folder) / split / f"{name}.npy", ("<u2", "<u4"), shape) for name in ("input_ids", "segment_ids")
+    ]
     return RowTable(*arrays, pad_id=manifest.pad_id, vocab_size=manifest.vocab_size)
+
+
+def token_counts(folder: str | Path, manifest: Manifest) -> np.ndarray:
+    """[vocab_size] int64: how often each token occurs in the training rows.
+
+    Raises:
+      InputError: an array of another shape or type than the manifest says.
+    """
+    return _array(Path(folder) / "token_counts.npy", ("<i8",), (manifest.vocab_size,))
+
+
+def _array(path: Path, dtypes: tuple[str, ...], shape: tuple[int, ...]) -> np.ndarray:
+    """The array of a .npy file, memory-mapped.
+
+    The header is matched and not evaluated: NumPy's reader takes it for Python, and fails in any way that Python can.
+    """
+    again = "copy the folder again, or prepare the rows again"
+    try:
+        with path.open("rb") as file:
+            header = _HEADER.match(file.read(1024))
+            size = file.seek(0, io.SEEK_END)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): {again}.") from error
+    if header is None or 10 + int.from_bytes(header[1], "little") != header.end():
+        raise InputError(f"{path} is damaged (it does not begin as NumPy's files do): {again}.")
+    dtype, found = header[2].decode(), tuple(int(length) for length in header.groups()[2:] if length)
+    if dtype not in dtypes or found != shape:
+        raise InputError(
+            f"{path} holds {dtype} {list(found)} where the manifest says {' or '.join(dtypes)} {list(shape)}: {again}."
+        )
+    if size != header.end() + math.prod(shape) * np.dtype(dtype).itemsize:
+        raise InputError(f"{path} is damaged ({size:,} bytes are not those of {list(shape)} numbers): {again}.")
+    # A plain array: memmap's own indexing is slower.
+    return np.memmap(path, dtype, mode="r", offset=header.end(), shape=shape).view(np.ndarray)
 
 
 @functools.lru_cache(maxsize=2)  # a batch may straddle two epochs
