@@ -1,6 +1,7 @@
 """Checkpoints as files: whole or not there, found damaged before they are used, and the right ones kept."""
 
 import contextlib
+import hashlib
 import json
 import shutil
 
@@ -33,6 +34,13 @@ def saved(folder, *steps, keep=9, scores=None):
             checkpoints.wait()
             assert checkpoints.failure is None
     return folder
+
+
+def sealed(path, **changes):
+    """A manifest with another body and the checksum of that."""
+    body = json.loads(path.read_text())["body"] | changes
+    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps({"sha256": digest, "body": body}))
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +104,37 @@ def test_where_none_is_valid_nothing_begins_from_nothing(two, tmp_path):
     with contextlib.closing(Checkpoints(folder, keep=1)) as checkpoints, said:
         checkpoints.newest_valid()
     assert (folder / "1").is_dir() and (folder / "2").is_dir()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"files": [{"path": "/dev/zero", "bytes": 0, "sha256": ""}]},
+        {"files": [{"path": "../1/manifest.json", "bytes": 0, "sha256": ""}]},
+        {"files": [{"path": "state"}]},
+        {"files": None},
+        {"facts": []},
+        {"arrays": {"step": []}},
+        {"score": "low"},
+        {"step": 1},
+    ],
+)
+def test_a_manifest_that_cannot_be_is_damaged_whatever_its_checksum_says(two, tmp_path, changes):
+    folder = shutil.copytree(two, tmp_path / "checkpoints")
+    sealed(folder / "2" / "manifest.json", **changes)
+    with contextlib.closing(Checkpoints(folder)) as checkpoints:
+        step, problems = checkpoints.newest_valid()
+        assert step == 1 and "Checkpoint 2" in problems[0]
+        with pytest.raises(InputError, match="Checkpoint 2"):
+            checkpoints.restore(2, shapes(arrays(2)))
+
+
+def test_only_numbers_are_steps(two, tmp_path):
+    folder = shutil.copytree(two, tmp_path / "checkpoints")
+    for name in ("²", "٣", "02", "-1", "2.set-aside-1"):
+        (folder / name).mkdir()
+    with contextlib.closing(Checkpoints(folder)) as checkpoints:
+        assert checkpoints.steps() == [1, 2]
 
 
 def test_a_manifest_whose_facts_were_changed_is_damaged(two, tmp_path):

@@ -16,7 +16,8 @@ import re
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import jax
@@ -24,17 +25,43 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from distil_jax.schema import InputError, require
+from distil_jax.schema import InputError, build, require
 
 # Orbax reports every directory it makes at INFO and WARNING, and with a traceback what `failure` says in a sentence.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 FORMAT = 2  # of the manifest; a reader refuses any other
 _MANIFEST, _ARRAYS = "manifest.json", "state"
+_STEP = re.compile("0|[1-9][0-9]{0,17}")  # the name of a checkpoint's folder
 _LARGEST_MANIFEST = 64 * 2**20  # bytes; a real one has some thousand
 _ROOM = 1.25  # free bytes that a save needs for each byte of its arrays
 # What a disk, its file system and the layers above them raise; anything else is a mistake in the program.
 _DISK_FAILURES = (OSError, ValueError, RuntimeError, KeyError)
+
+
+@dataclass(frozen=True)
+class _File:
+    path: str  # inside the checkpoint, with forward slashes
+    bytes: int
+    sha256: str
+
+    def __post_init__(self) -> None:
+        name = PurePosixPath(self.path)
+        outside = name.is_absolute() or ".." in name.parts or "\0" in self.path
+        require(not outside, f"{self.path!r} is no file of the checkpoint.")
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    format: int
+    step: int
+    score: float | None  # the lower the better
+    facts: dict
+    arrays: dict  # path -> dtype and shape, see `_described`
+    files: tuple[_File, ...]
+
+    def __post_init__(self) -> None:
+        require(all(isinstance(value, str) for value in self.arrays.values()), "arrays must hold texts.")
 
 
 class Checkpoints:
@@ -64,7 +91,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps that have a folder, whole or damaged, in order."""
-        return sorted(int(path.name) for path in self._folder.glob("*") if path.is_dir() and path.name.isdigit())
+        return sorted(int(path.name) for path in self._folder.glob("*") if path.is_dir() and _STEP.fullmatch(path.name))
 
     def facts(self, step: int) -> dict[str, Any]:
         """What was saved beside the arrays of `step`; these alone are read and checked.
@@ -72,7 +99,7 @@ class Checkpoints:
         Raises:
           InputError: damaged, or not there.
         """
-        return self._manifest(step)["facts"]
+        return self._manifest(step).facts
 
     def verify(self, step: int) -> dict[str, Any]:
         """Reads every file of a checkpoint, compares it with its checksum, and returns the facts.
@@ -81,15 +108,15 @@ class Checkpoints:
           InputError: damaged, or not there.
         """
         manifest = self._manifest(step)
-        for file in manifest["files"]:
-            path = self._folder / str(step) / file["path"]
+        for file in manifest.files:
+            path = self._folder / str(step) / file.path
             try:
-                size, digest = path.stat().st_size, _sha256(path)
+                same = path.stat().st_size == file.bytes and _sha256(path) == file.sha256
             except OSError as error:
-                raise self._damaged(step, f"{file['path']} cannot be read: {error.strerror}") from error
-            if (size, digest) != (file["bytes"], file["sha256"]):
-                raise self._damaged(step, f"{file['path']} has changed since it was written")
-        return manifest["facts"]
+                raise self._damaged(step, f"{file.path} cannot be read: {error.strerror}") from error
+            if not same:
+                raise self._damaged(step, f"{file.path} has changed since it was written")
+        return manifest.facts
 
     def newest_valid(self) -> tuple[int | None, list[str]]:
         """The newest step that passes `verify`, and what is wrong with those that are newer.
@@ -178,7 +205,7 @@ class Checkpoints:
         Raises:
           InputError: the checkpoint does not fit `abstract`, or is damaged.
         """
-        saved, wanted = self._manifest(step)["arrays"], _described(abstract)
+        saved, wanted = self._manifest(step).arrays, _described(abstract)
         if unlike := sorted(saved.items() ^ wanted.items()):
             name = unlike[0][0]
             raise InputError(
@@ -238,7 +265,7 @@ class Checkpoints:
         scores = {}
         for step in self.steps():
             try:
-                scores[step] = self._manifest(step)["score"]
+                scores[step] = self._manifest(step).score
             except InputError:
                 continue
         scored = {step: score for step, score in scores.items() if score is not None}
@@ -255,21 +282,21 @@ class Checkpoints:
         if self._first:  # half of one only fills the disk further
             shutil.rmtree(self._folder / f".saving-{step}", ignore_errors=True)
 
-    def _manifest(self, step: int) -> dict[str, Any]:
+    def _manifest(self, step: int) -> _Manifest:
         """Checked in itself; the files that it lists are not."""
         path = self._folder / str(step) / _MANIFEST
         try:
             require(path.stat().st_size <= _LARGEST_MANIFEST, f"{path} is too large to be one.")
             whole = json.loads(path.read_text(encoding="utf-8"))
-            body = whole["body"]
-            intact = _digest(body) == whole["sha256"] and (body["format"], body["step"]) == (FORMAT, step)
+            manifest = build(_Manifest, whole["body"])
+            intact = _digest(whole["body"]) == whole["sha256"] and (manifest.format, manifest.step) == (FORMAT, step)
         except OSError as error:
             raise self._damaged(step, f"{_MANIFEST} cannot be read: {error.strerror}") from error
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise self._damaged(step, f"{_MANIFEST} is no manifest") from error
         if not intact:
             raise self._damaged(step, f"{_MANIFEST} has changed since it was written")
-        return body
+        return manifest
 
     def _damaged(self, step: int, reason: str) -> InputError:
         return InputError(f"Checkpoint {step} in {self._folder} is damaged ({reason}).")
