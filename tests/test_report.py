@@ -142,6 +142,50 @@ def test_updates_that_were_left_out_are_told(run, figures, tmp_path):
     assert "a number was not finite: at the steps 7." in (short / "report.md").read_text()
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"[]",
+        b"{",
+        b"\xff",
+        b"[" * 100_000,
+        b"9" * 5_000,
+        b'{"kind": "train"}',
+        b'{"step": -1, "kind": "train"}',
+        b'{"step": 1, "kind": "train", "kl": "low"}',
+        b'{"step": 1, "kind": "train", "kl": 1' + b"0" * 400 + b"}",
+        b'{"step": 1, "kind": "train", "\\ud800": 1}',
+    ],
+    ids=range(10),
+)
+def test_a_damaged_line_is_named(run, capsys, line):
+    path = run / "metrics.jsonl"
+    lines = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([*lines[:3], line, *lines[3:], b""]))
+    assert cli.main(["report", str(run)]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"distil-jax: Line 4 of {path} is damaged (") and message.count("\n") == 1
+
+
+def test_wherever_the_file_was_cut_off_the_lines_before_are_read(run):
+    path = run / "metrics.jsonl"
+    sound, lines = path.read_bytes(), read_metrics(run)
+    for length in range(len(sound)):
+        path.write_bytes(sound[:length])
+        whole = sound[: length + 1].count(b"\n")  # the last line may lack its end
+        assert repr(read_metrics(run)) == repr(lines[:whole])
+
+
+def test_a_number_that_is_missing_is_no_number(run, figures):
+    path = run / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    first = next(line for line in lines if line["kind"] == "held_out")
+    del first["perplexity"]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert cli.main(["report", str(run)]) == 0
+    assert "nan" in (run / "report.md").read_text()
+
+
 def test_what_is_no_run_is_refused(run, workshop, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     begun = tmp_path / "begun"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -114,10 +115,11 @@ def _held_out(model: Model) -> list[str]:
         return ["This run has no evaluation up to this step."]
     names = [name for name in found[-1] if name not in ("step", "kind")]
     rows = [found[0], found[-1]] if len(found) > 1 else found
+    numbers = [" | ".join(f"{row.get(name, math.nan):.4f}" for name in names) for row in rows]
     return [
         "| step | " + " | ".join(names) + " |",
         "|---:" * (len(names) + 1) + "|",
-        *(f"| {row['step']:,} | " + " | ".join(f"{row[name]:.4f}" for name in names) + " |" for row in rows),
+        *(f"| {row['step']:,} | {shown} |" for row, shown in zip(rows, numbers, strict=True)),
         "",
         "mlm is the cross entropy at the masked positions, kl (temperature 1) and agreement compare with the teacher "
         "there.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -110,7 +111,8 @@ def _evaluations(lines: list[dict]) -> list[str]:
     if not found:
         return ["No evaluation yet."]
     names = [name for name in found[-1] if name not in ("step", "kind")]
-    return table(["step", *names], [[f"{line['step']:,}", *(f"{line[name]:.4f}" for name in names)] for line in found])
+    rows = [[f"{line['step']:,}", *(f"{line.get(name, math.nan):.4f}" for name in names)] for line in found]
+    return table(["step", *names], rows)
 
 
 def _throughput(lines: list[dict]) -> list[str]:

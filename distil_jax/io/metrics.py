@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from distil_jax.schema import InputError, require
 from distil_jax.structs import Metrics
 
 
@@ -80,9 +81,13 @@ class MetricsWriter:
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, float | str]]:
-    """The lines of a run's `metrics.jsonl`; a last line that was cut off is left out."""
+    """The lines of a run's `metrics.jsonl`; a last line that was cut off is left out.
+
+    Raises:
+      InputError: a line that no `MetricsWriter` writes.
+    """
     path = Path(folder) / "metrics.jsonl"
-    return list(_whole_lines(path.read_text(encoding="utf-8").splitlines())) if path.exists() else []
+    return list(_whole_lines(path, path.read_bytes().splitlines())) if path.exists() else []
 
 
 def last_held_out(lines: list[dict[str, float | str]]) -> dict[str, float]:
@@ -97,13 +102,29 @@ def _dumps(line: dict[str, float | str]) -> str:
     return json.dumps(plain) + "\n"
 
 
-def _whole_lines(lines: list[str]) -> Iterable[dict[str, float | str]]:
+def _whole_lines(path: Path, lines: list[bytes]) -> Iterable[dict[str, float | str]]:
     for place, line in enumerate(lines, 1):
         try:
-            yield {name: math.nan if number is None else number for name, number in json.loads(line).items()}
-        except json.JSONDecodeError:
-            if place < len(lines):
-                raise
+            yield _checked(json.loads(line.decode()))
+        except (ValueError, RecursionError) as error:
+            if place == len(lines) and isinstance(error, json.JSONDecodeError):
+                return
+            raise InputError(
+                f"Line {place} of {path} is damaged ({error}): remove that line, or put a copy of the file back."
+            ) from error
+
+
+def _checked(line: Any) -> dict[str, float | str]:
+    """A line as it was before it was written, where None stood for what is not a number."""
+    require(isinstance(line, dict), "it is no object")
+    step, kind = line.get("step"), line.get("kind")
+    require(type(step) is int and step >= 0 and isinstance(kind, str), "it has no step and kind")
+    for name, number in line.items():
+        whole = type(number) is int and abs(number) < 2**63
+        other = name == "kind" or (name == "rows" and kind == "skipped")
+        known = whole or number is None or type(number) is float or other
+        require(known and name.isidentifier(), f"{name!r} is no number of a run")
+    return {name: math.nan if number is None else number for name, number in line.items()}
 
 
 def _event_writer(folder: Path, step: int) -> _Events | None:
