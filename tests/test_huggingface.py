@@ -387,6 +387,25 @@ def test_an_untied_model_is_refused(tmp_path: Path) -> None:
         assert f"{copy} differs from" in refusal(folder)
 
 
+@pytest.mark.parametrize("spoiled", ["vocab_projector.weight", "distilbert.embeddings.word_embeddings.weight"])
+@pytest.mark.parametrize(("dtype", "bits"), [("F8_E4M3", 8), ("F4", 4), ("F6_E2M3", 6), ("C64", 64), ("I32", 32)])
+def test_tied_tensors_of_a_type_that_numpy_lacks_are_refused(
+    dtype: str, bits: int, spoiled: str, tmp_path: Path
+) -> None:
+    folder = saved(tmp_path / "model", DISTILBERT)
+    weights = load_file(folder / "model.safetensors")
+    weights["vocab_projector.weight"] = weights["distilbert.embeddings.word_embeddings.weight"]
+    header, body = {}, b""
+    for name, value in weights.items():
+        kind, length = (dtype, value.size * bits // 8) if name == spoiled else ("F32", value.nbytes)
+        header[name] = {"dtype": kind, "shape": value.shape, "data_offsets": [len(body), len(body) + length]}
+        body += value.tobytes()[:length].ljust(length)
+    text = json.dumps(header).encode()
+    (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + body)
+    message = refusal(folder)
+    assert "vocab_projector.weight differs from" in message or f"word_embeddings.weight is {dtype} where" in message
+
+
 def test_a_tensor_under_two_names_is_refused(tmp_path: Path) -> None:
     folder = saved(tmp_path / "model")
     edit_weights(folder, lambda w: w | {"embeddings.LayerNorm.gamma": w["bert.embeddings.LayerNorm.weight"]})
@@ -733,12 +752,22 @@ def test_torch_shards_and_pickles_hold_the_same_model(tmp_path: Path, transforme
 def test_a_pickle_that_is_more_than_weights_is_refused(tmp_path: Path, transformers: ModuleType) -> None:
     import torch
 
-    folder = saved(tmp_path / "model")
+    folder = shutil.copytree(saved(tmp_path / "whole"), tmp_path / "model")
     (folder / "model.safetensors").unlink()
     file = folder / "pytorch_model.bin"
     torch.save({"run": tmp_path}, file)
     assert "could run code" in refusal(folder)
     torch.save({"state": {"a": torch.ones(2)}}, file)
+    assert "one dictionary of tensors" in refusal(folder)
+    weights = load_file(tmp_path / "whole" / "model.safetensors")
+    for spoil in (
+        torch.Tensor.to_sparse,
+        lambda value: value.to("meta"),
+        lambda value: torch.ones(1).expand(value.shape),
+    ):
+        torch.save({name: spoil(torch.from_numpy(value)) for name, value in weights.items()}, file)
+        assert "one dictionary of tensors" in refusal(folder)
+    torch.save({0: torch.ones(2)}, file)
     assert "one dictionary of tensors" in refusal(folder)
     for content in (b"", b"junk", file.read_bytes()[:-50]):
         file.write_bytes(content)

@@ -136,7 +136,7 @@ def _examine(folder: Path, opened: Mapping[str, Tensor]) -> tuple[ModelConfig, d
         mlm_head=any(name.startswith(HEAD) for name in tensors),
         pooler=model_type(config) == BERT and any(name.startswith("pooler.") for name in tensors),
     )
-    _join_tied(folder, tensors)
+    copies = _take_copies(tensors)
 
     expected = {name: leaf.file_shape for leaf in leaves(config) for name in leaf.names}
     problems = [f"{name} is missing" for name in expected if name not in tensors]
@@ -152,6 +152,8 @@ def _examine(folder: Path, opened: Mapping[str, Tensor]) -> tuple[ModelConfig, d
             f"The weights in {folder} are not those of the encoder that its config.json describes, with or without MLM "
             f"head ({_listing(problems)}): give a folder whose config.json and weights belong together."
         )
+
+    _check_tied(folder, tensors, copies)
 
     if values.get(SINUSOIDAL_KEY) and config.hidden_size % 2 == 0:
         table = tensors["embeddings.position_embeddings.weight"]
@@ -176,16 +178,22 @@ def _plain_names(folder: Path, opened: Mapping[str, Tensor], kind: str) -> dict[
     return tensors
 
 
-def _join_tied(folder: Path, tensors: dict[str, Tensor]) -> None:
+def _take_copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Takes out the copies of tied tensors; a copy stands in for an original that was not written."""
-    for copy, original in TIED.items():
-        if copy not in tensors:
-            continue
-        tensor = tensors.pop(copy)
-        kept = tensors.setdefault(original, tensor)
-        if kept.shape != tensor.shape or not np.array_equal(kept.read(), tensor.read(), equal_nan=True):
+    copies = {copy: tensors.pop(copy) for copy in TIED if copy in tensors}
+    for copy, tensor in copies.items():
+        tensors.setdefault(TIED[copy], tensor)
+    return copies
+
+
+def _check_tied(folder: Path, tensors: dict[str, Tensor], copies: dict[str, Tensor]) -> None:
+    """Refuses copies unlike their originals, whose shapes and types must have been checked: this reads them."""
+    for copy, tensor in copies.items():
+        kept = tensors[TIED[copy]]
+        alike = kept.shape == tensor.shape and tensor.dtype in _ROUNDING
+        if not alike or not np.array_equal(kept.read(), tensor.read(), equal_nan=True):
             raise InputError(
-                f"In {folder} {copy} differs from {original}: an output layer that is not tied to the embedding is "
+                f"In {folder} {copy} differs from {TIED[copy]}: an output layer that is not tied to the embedding is "
                 "not supported, so give a model whose weights are tied."
             )
 

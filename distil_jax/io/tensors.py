@@ -164,7 +164,14 @@ def _open_pickle(path: Path) -> dict[str, Tensor]:
             f"{path} is damaged or holds more than weights, which is not read because it could run code ({reason}): "
             f"get the model as {SINGLE}."
         ) from error
-    if not isinstance(values, dict) or not all(isinstance(value, torch.Tensor) for value in values.values()):
+
+    def ordinary(value: Any) -> bool:
+        """Whether its numbers lie in memory; a few bytes can say that they repeat for ever."""
+        dense = isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+        return dense and value.untyped_storage().nbytes() >= value.nbytes
+
+    named = isinstance(values, dict) and all(isinstance(name, str) for name in values)
+    if not named or not all(ordinary(value) for value in values.values()):
         raise InputError(f"{path} must hold one dictionary of tensors (a state_dict): save the model's state_dict().")
 
     def tensor(value: torch.Tensor) -> Tensor:
