@@ -142,6 +142,7 @@ def test_data_sets(tmp_path):
     ("name", "data", "message"),
     [
         ("a.jsonl", '{"text": "x"}\n\n{"text": \n', "a.jsonl line 3 is not JSON"),
+        pytest.param("a.jsonl", "[" * 100_000, "a.jsonl line 1 is not JSON", id="deeper than Python reads"),
         ("a.jsonl", '{"body": "x", "title": "y"}\n', r"record 1 has no field 'text'.*\(body, title\)"),
         ("a.jsonl", '{"text": null}\n', "must be text, and is NoneType"),
         ("a.json", '["x"]\n', "record 1 is a list"),

@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import json
 import random
+import shutil
 from collections import Counter
 from dataclasses import fields
 from pathlib import Path
@@ -353,6 +354,26 @@ def test_tokenizers_that_cannot_be_used(tmp_path, monkeypatch, files, message):
         folder.mkdir(exist_ok=True)
         (folder / name).write_text(text)
     with pytest.raises(InputError, match=message):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("tokenizer.json", {"normalizer": 0}),  # an Exception of no class of its own
+        ("tokenizer.json", {"truncation": True}),
+        ("tokenizer_config.json", {"do_lower_case": "yes"}),  # TypeError
+        ("tokenizer_config.json", {"tokenizer_class": 1}),  # AttributeError
+        ("tokenizer_config.json", {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Mine", None]}}),
+    ],
+)
+def test_a_damaged_tokenizer_is_one_sentence(tmp_path, tokenizer, monkeypatch, name, change):
+    """The last one wants to run its own code, and nobody is asked whether it may."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    folder = shutil.copytree(tokenizer, tmp_path / "tokenizer")
+    (folder / "mine.py").write_text("raise SystemExit")
+    (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | change))
+    with pytest.raises(InputError, match="is a damaged tokenizer"):
         load_tokenizer(folder)
 
 

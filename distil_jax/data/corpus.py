@@ -185,7 +185,7 @@ def _json_records(path: str, counts: Counter[str]) -> Iterator[tuple[int, Any]]:
                 yield number, json.loads(line)
         except UnicodeDecodeError:
             counts["invalid_lines"] += 1
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path} line {number} is not JSON ({error}): each line must be one object.") from error
 
 

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 BATCH_CHARACTERS = 1 << 20  # tokenised at a time
+# What `transformers` raises for hub ids that cannot be reached (OSError, ValueError), for tokenizers that want another
+# package, and for damaged files (the rest).
+_UNREADABLE = (OSError, ValueError, ImportError, TypeError, AttributeError, LookupError, RecursionError)
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
@@ -32,8 +35,11 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     elif folder.is_dir() and not (folder / "vocab.txt").is_file():
         raise InputError(f"{path} holds no tokenizer: it needs tokenizer.json or vocab.txt.")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path))
-    except (OSError, ValueError) as error:  # also what a hub id that cannot be reached ends in
+        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)  # None would ask, and wait
+    except Exception as error:
+        # The parser in Rust raises an Exception of no class of its own.
+        if type(error) is not Exception and not isinstance(error, _UNREADABLE):
+            raise
         problem = "a damaged tokenizer" if folder.is_dir() else "neither a folder nor a hub id that can be reached"
         reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise InputError(f"{path} is {problem} ({reason}): name a folder with a tokenizer.") from error
@@ -97,7 +103,7 @@ def fingerprint(folder: str | Path) -> str:
         deciding["added_tokens"] = sorted((token["id"], token["content"]) for token in values["added_tokens"])
     except OSError as error:
         raise InputError(f"Cannot read {path}: {error.strerror}.") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} is not a tokenizer file ({error!r}): copy it again.") from error
     return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
 
