@@ -1,0 +1,562 @@
+"""Files that others wrote, damaged at random: every parser succeeds or refuses in one sentence, and nothing else.
+
+DISTIL_FUZZ=3000 pytest tests/test_fuzz.py: so many cases a test, other ones each time; without it 60, always the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import json
+import math
+import os
+import re
+import resource
+import shutil
+import signal
+import struct
+import tomllib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+import tomli_w
+from conftest import RUN
+from hypothesis import HealthCheck, Phase, given, note, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+
+from distil_jax.commands import report
+from distil_jax.config import Config, ModelConfig, load
+from distil_jax.data import corpus, loader, tokenizer
+from distil_jax.io import huggingface
+from distil_jax.io.checkpoint import Checkpoints
+from distil_jax.io.metrics import read_metrics
+from distil_jax.models.encoder import abstract_params
+from distil_jax.schema import InputError, build, to_dict
+
+FUZZ = settings(
+    max_examples=int(os.environ.get("DISTIL_FUZZ", "60")),
+    derandomize="DISTIL_FUZZ" not in os.environ,
+    database=None,
+    deadline=None,  # `parse` has its own
+    suppress_health_check=list(HealthCheck),
+    phases=(Phase.generate, Phase.shrink),  # explaining a failure takes minutes
+)
+LONGEST_CASE = 20  # seconds; most take a millisecond
+LARGEST_CASE = 2**31  # bytes that may come to the address space
+MAPPED = Path("/proc/self/statm")  # Linux
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
+SIZES = {"vocab_size": 7, "hidden_size": 4, "num_heads": 2, "intermediate_size": 3, "max_positions": 5}
+DISTILBERT = ModelConfig(**SIZES, num_layers=1, token_types=0)
+
+
+def parse(parser: Callable, *arguments: Any, saying: str = "") -> Any:
+    """What the parser returns, or None where it refuses, `saying` so; another error, a hang or a long story fails."""
+    try:
+        with limits():
+            return parser(*arguments)
+    except InputError as error:
+        said = str(error)
+        note(said)
+        assert said.isprintable() and said.endswith((".", "?")) and len(said) < 2_000 and re.search(saying, said)
+        return None
+
+
+@contextlib.contextmanager
+def limits() -> Iterator[None]:
+    """A hang is an AssertionError in here, and a giant allocation a MemoryError, whatever the machine has."""
+
+    def late(*_: object) -> None:
+        raise AssertionError("the parser hangs")
+
+    before, action = resource.getrlimit(resource.RLIMIT_AS), signal.signal(signal.SIGALRM, late)
+    if MAPPED.exists():
+        pages = int(MAPPED.read_text().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + LARGEST_CASE, before[1]))
+    signal.alarm(LONGEST_CASE)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, action)
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+# Damage
+
+
+NUMBERS = [0, 1, -1, 2, 3, 127, 255, 65_535, 65_536, 2**31 - 1, 2**31, 2**32, 2**53, 2**63 - 1, 2**63, 10**400]
+FLOATS = [0.0, -0.0, 0.5, 1.0, 1e-300, 1e308, math.inf, -math.inf, math.nan]
+TEXTS = ["", ".", "..", "../x", "/etc/passwd", "/dev/zero", "C:\\x", "x/", "a\0b", "\ud800", "é\n\x1b[31m\u2028"]
+TEXTS += ["x" * 3_000, "nan", "1e999", "null", "[1]", "bert", "I32", "F4", "F8_E4M3", "C64", "[MASK]", "BertTokenizer"]
+TEXTS += ["train", "train/input_ids.npy", "model.safetensors", "model-0.safetensors", "config.json"]
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.sampled_from(NUMBERS),
+    st.integers(),
+    st.sampled_from(FLOATS),
+    st.floats(),
+    st.sampled_from(TEXTS),
+    st.text(max_size=10),
+)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(TEXTS) | st.text(), inner, max_size=3),
+    max_leaves=4,
+)
+PLACES = st.integers(0, 2**16)
+# Changes a value a little or altogether, removes it, sets it to that of another place, or puts one beside it.
+EDIT = st.sampled_from(["nudge", "nudge", "replace", "replace", "remove", "copy", "add"])
+EDITS = st.lists(st.tuples(EDIT, PLACES, PLACES, VALUES), min_size=1, max_size=3)
+SPLINTERS = [b"[" * 100_000, b'{"a":' * 50_000, b"9" * 5_000, b"0x" + b"f" * 5_000, b"-", b"1e999", b"NaN", b"null"]
+SPLINTERS += [b'"', b"\\", b"\\ud800", b"\0" * 16, b"\xff\xfe", b"\xef\xbb\xbf", b"\n", b"\r", b"{}", b"[]", b",", b":"]
+SPLINTERS += [b"PK\x03\x04", b"\x80\x04.", b"\x93NUMPY\x01\x00", b"\x93NUMPY\x02\x00", b"'", b"L,"]
+CUTS = st.lists(
+    st.tuples(
+        st.sampled_from(["flip", "write", "insert", "remove", "repeat", "truncate"]),
+        st.integers(0, 160) | PLACES,  # where headers are, or anywhere
+        st.integers(1, 64),
+        st.integers(0, len(SPLINTERS) - 1) | st.binary(min_size=1, max_size=8),
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+def cut(sound: bytes, edits: list[tuple[str, int, int, int | bytes]]) -> bytes:
+    """Damages bytes as bytes."""
+    for what, place, length, splinter in edits:
+        place %= len(sound) + 1
+        splinter = SPLINTERS[splinter] if isinstance(splinter, int) else splinter
+        head, span, tail = sound[:place], sound[place : place + length], sound[place + length :]
+        sound = {
+            "flip": head + bytes([span[0] ^ (1 << length % 8)]) + span[1:] + tail if span else sound,
+            "write": head + splinter + sound[place + len(splinter) :],
+            "insert": head + splinter + span + tail,
+            "remove": head + tail,
+            "repeat": head + span + span + tail,
+            "truncate": head,
+        }[what]
+    return sound
+
+
+def edited(sound: Any, edits: list[tuple[str, int, int, Any]]) -> Any:
+    """Damages nested values as values."""
+    values = copy.deepcopy(sound)
+    for what, place, other, value in edits:
+        found = list(_places(values))
+        if not found:
+            break
+        container, key = found[place % len(found)]
+        if what == "copy":
+            source, name = found[other % len(found)]
+            value = copy.deepcopy(source[name])
+        elif what == "nudge":
+            value = _nudged(container[key])
+        if what == "remove":
+            del container[key]
+        elif what == "add" and isinstance(container, dict):
+            container[TEXTS[other % len(TEXTS)]] = value
+        elif what == "add":
+            container.append(value)
+        else:
+            container[key] = value
+    return values
+
+
+def _nudged(value: Any) -> Any:
+    if isinstance(value, (bool, type(None))):
+        return not value
+    if isinstance(value, (int, float)):
+        return value + 1
+    return value[:-1] if isinstance(value, (str, list)) else dict(list(value.items())[1:])
+
+
+def _places(values: Any) -> Iterator[tuple[Any, Any]]:
+    for key in values if isinstance(values, dict) else range(len(values)):
+        yield values, key
+        if isinstance(values[key], (dict, list)):
+            yield from _places(values[key])
+
+
+DAMAGE = st.tuples(st.just("bytes"), CUTS) | st.tuples(st.just("values"), EDITS)
+
+
+def damaged_json(sound: bytes, damage: tuple[str, Any]) -> bytes:
+    what, edits = damage
+    mutant = cut(sound, edits) if what == "bytes" else json.dumps(edited(json.loads(sound), edits)).encode()
+    note(f"{mutant[:5_000]!r}")
+    return mutant
+
+
+def damaged_toml(sound: bytes, damage: tuple[str, Any]) -> bytes:
+    what, edits = damage
+    if what == "values":
+        return tomli_w.dumps(_without_none(edited(tomllib.loads(sound.decode()), edits))).encode(errors="surrogatepass")
+    return cut(sound, edits)
+
+
+def _without_none(values: Any) -> Any:
+    """TOML has no null."""
+    if isinstance(values, dict):
+        return {name: _without_none(value) for name, value in values.items() if value is not None}
+    return [_without_none(value) for value in values if value is not None] if isinstance(values, list) else values
+
+
+# Configs
+
+
+SECTIONS = {name: table for name, table in to_dict(load("demo_student")).items() if isinstance(table, dict)}
+KEYS = [f"{section}.{name}" for section, table in SECTIONS.items() for name in table]
+KEYS += ["seed", "train", "student.hidden_size.x", "", ".", "..", "a" * 3_000, "a." * 3_000]
+WORDS = ["0", "1", "2", "0.5", "-1", "auto", "random", "[1]", "true", "nan", "inf", "'", "1\nx=2", "\udcff"]
+WORDS += ["0x" + "f" * 5_000, "9" * 5_000, "[" * 3_000]
+WORD = st.sampled_from(WORDS) | SCALARS.map(str) | VALUES.map(json.dumps)
+OVERRIDES = st.lists(st.tuples(st.sampled_from(KEYS), WORD).map("=".join) | st.text(max_size=20), max_size=2)
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("fuzz")
+
+
+def check_config(path: Path, overrides: list[str] = ()) -> None:
+    """What loads can be written and loads again as the same."""
+    config = parse(load, path, overrides)
+    if config is not None:
+        again = path.with_name("again.toml")
+        again.write_text(tomli_w.dumps(to_dict(config)), encoding="utf-8")
+        assert repr(load(again)) == repr(config)
+
+
+@FUZZ
+@given(st.sampled_from([RUN.format(rows="r", teacher="t", steps=3), *(path.read_text() for path in CONFIGS)]), DAMAGE)
+def test_configs(scratch, text, damage):
+    path = scratch / "config.toml"
+    path.write_bytes(damaged_toml(text.encode(), damage))
+    check_config(path)
+
+
+@FUZZ
+@given(OVERRIDES)
+def test_overrides(scratch, overrides):
+    path = scratch / "config.toml"
+    path.write_text(RUN.format(rows="r", teacher="t", steps=3))
+    check_config(path, overrides)
+
+
+@FUZZ
+@given(EDITS)
+def test_values_of_a_config(edits):
+    values = edited(to_dict(load("demo_teacher")), edits)
+    config = parse(build, Config, values)
+    if config is not None:
+        assert repr(build(Config, to_dict(config))) == repr(config)
+        assert hash(config) == hash(build(Config, to_dict(config)))
+
+
+# Model folders
+
+
+def save_random(folder: Path, config: ModelConfig) -> Path:
+    draw = np.random.default_rng(0)
+    shapes = nn.unbox(abstract_params(config))
+    huggingface.save(folder, config, jax.tree.map(lambda leaf: draw.normal(size=leaf.shape).astype("f4"), shapes))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(scratch) -> Path:
+    """A DistilBERT with the copy of a tied tensor, as PyTorch writes it."""
+    folder = save_random(scratch / "model", DISTILBERT)
+    weights = load_file(folder / "model.safetensors")
+    weights["vocab_projector.weight"] = weights["distilbert.embeddings.word_embeddings.weight"].copy()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bert(scratch) -> Path:
+    return save_random(scratch / "bert", replace(DISTILBERT, token_types=2, mlm_head=False, pooler=True))
+
+
+@pytest.fixture(scope="module")
+def sharded(model) -> Path:
+    """The same in two files behind an index."""
+    folder = shutil.copytree(model, model.with_name("sharded"))
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names, places = sorted(weights), {}
+    for number, part in enumerate((names[::2], names[1::2])):
+        shard = f"model-{number}.safetensors"
+        save_file({name: weights[name] for name in part}, folder / shard)
+        places |= dict.fromkeys(part, shard)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return folder
+
+
+@contextlib.contextmanager
+def replaced(path: Path, mutant: bytes) -> Iterator[None]:
+    """The file with other bytes, and then with its own again."""
+    sound = path.read_bytes()
+    path.write_bytes(mutant)
+    try:
+        yield
+    finally:
+        path.write_bytes(sound)
+
+
+@FUZZ
+@given(st.booleans(), DAMAGE)
+def test_config_json(model, bert, is_bert, damage):
+    folder = bert if is_bert else model
+    path = folder / "config.json"
+    with replaced(path, damaged_json(path.read_bytes(), damage)):
+        parse(huggingface.load, folder)
+
+
+BITS = {"F32": 32, "F16": 16, "BF16": 16, "F64": 64, "I32": 32, "I64": 64, "U8": 8, "BOOL": 8, "C64": 64}
+BITS |= {"F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F6_E2M3": 6, "F4": 4}
+TENSOR_SHAPES = [[], [0], [1], [7], [4, 7], [7, 4], [8, 4], [7, 4, 1], [2**62, 0], [3, 4], [4, 3]]
+# Another type, shape, name or contents, in a file that is true to its header.
+TENSOR_EDIT = st.sampled_from(["type", "shape", "name", "copy", "contents", "remove"])
+TENSOR_EDITS = st.lists(st.tuples(TENSOR_EDIT, PLACES, PLACES), min_size=1, max_size=3)
+
+
+def other_tensors(sound: bytes, edits: list[tuple[str, int, int]]) -> bytes:
+    (size,) = struct.unpack("<Q", sound[:8])
+    header, body = json.loads(sound[8 : 8 + size]), sound[8 + size :]
+    tensors = {
+        name: (of["dtype"], of["shape"], body[slice(*of["data_offsets"])])
+        for name, of in header.items()
+        if name != "__metadata__"
+    }
+    tied = [name for name in tensors if "vocab_projector.weight" in name or "word_embeddings" in name]
+    for what, place, other in edits:
+        names = list(tensors) + tied * 5
+        name = names[place % len(names)]
+        if name not in tensors:
+            continue
+        dtype, shape, data = tensors.pop(name)
+        if what == "type":
+            dtype = list(BITS)[other % len(BITS)]
+        elif what == "shape":
+            shape = TENSOR_SHAPES[other % len(TENSOR_SHAPES)]
+        elif what in ("name", "copy"):
+            tensors |= {name: (dtype, shape, data)} if what == "copy" else {}
+            name = (names + TEXTS)[other % len(names + TEXTS)]
+        elif what == "contents":
+            data = bytes([other % 256]) * len(data)
+        if what != "remove":
+            tensors[name] = (dtype, shape, data)
+    header, body = {}, b""
+    for name, (dtype, shape, data) in tensors.items():
+        length = -(-math.prod(shape) * BITS[dtype] // 8)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(body), len(body) + length]}
+        body += data[:length].ljust(length, b"\1")
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + body
+
+
+@FUZZ
+@given(DAMAGE | st.tuples(st.just("tensors"), TENSOR_EDITS))
+def test_safetensors(model, damage):
+    """All of the file as bytes, its header as values, or its tensors."""
+    path = model / "model.safetensors"
+    sound = path.read_bytes()
+    what, edits = damage
+    if what == "values":
+        (size,) = struct.unpack("<Q", sound[:8])
+        header = damaged_json(sound[8 : 8 + size], damage)
+        mutant = struct.pack("<Q", len(header)) + header + sound[8 + size :]
+    else:
+        mutant = cut(sound, edits) if what == "bytes" else other_tensors(sound, edits)
+    with replaced(path, mutant):
+        parse(huggingface.load, model)
+
+
+@FUZZ
+@given(DAMAGE)
+def test_an_index_of_shards(sharded, damage):
+    path = sharded / "model.safetensors.index.json"
+    with replaced(path, damaged_json(path.read_bytes(), damage)):
+        parse(huggingface.load, sharded)
+
+
+# Rows
+
+
+@pytest.fixture(scope="module")
+def rows(workshop, scratch) -> Path:
+    return shutil.copytree(workshop / "rows", scratch / "rows")
+
+
+def check_rows(folder: Path) -> None:
+    """Whatever opens gives rows that a model can take."""
+    manifest = parse(loader.verify, folder)
+    for split in loader.SPLITS:
+        table = parse(loader.open_rows, folder, split)
+        if table is None:
+            continue
+        numbers = np.arange(len(table))[::-1]
+        found = parse(table.gather, numbers)
+        if found is not None:
+            assert (found.input_ids >= 0).all() and (found.input_ids < table.vocab_size).all()
+            assert found.input_ids.shape == found.segment_ids.shape == found.position_ids.shape
+    if manifest is not None:
+        counts = parse(loader.token_counts, folder, manifest)
+        assert counts is None or counts.shape == (manifest.vocab_size,)
+
+
+@FUZZ
+@given(DAMAGE)
+def test_the_manifest_of_rows(rows, damage):
+    path = rows / "manifest.json"
+    with replaced(path, damaged_json(path.read_bytes(), damage)):
+        check_rows(rows)
+
+
+DTYPES = st.sampled_from(["<u2", ">u2", "<u4", "<i8", "|O", "|V0", "<U9", "|S0", "f16", "<M8[s]", "u2,u2", "", "x"])
+SHAPES = st.lists(st.sampled_from([-1, 0, 1, 24, 2**31, 2**62, 2**63, 10**30]), max_size=3).map(tuple)
+HEADERS = st.one_of(
+    st.builds(
+        lambda descr, order, shape: repr({"descr": descr, "fortran_order": order, "shape": shape}),
+        DTYPES | VALUES | st.just([("a", "<u2")]) | st.just([("a", "<u2", (2**31, 2**31))]),
+        st.booleans() | SCALARS,
+        SHAPES | VALUES,
+    ),
+    st.just("{'descr': '<u2', 'fortran_order': False, 'shape': (5L, 24L), }"),  # as Python 2 wrote it
+    st.sampled_from(["(" * 5_000, "-" * 9_000 + "1", "{}"]) | st.text(),
+)
+
+
+def npy(version: int, header: str, body: bytes) -> bytes:
+    text = (header + "\n").encode(errors="surrogatepass")
+    length = struct.pack("<H", len(text) % 2**16) if version == 1 else struct.pack("<I", len(text))
+    return b"\x93NUMPY" + bytes([version, 0]) + length + text + body
+
+
+@FUZZ
+@given(
+    st.sampled_from(["train/input_ids.npy", "train/segment_ids.npy", "held_out/input_ids.npy", "token_counts.npy"]),
+    CUTS | st.tuples(st.integers(1, 3), HEADERS),
+)
+def test_arrays_of_rows(rows, name, damage):
+    """With a manifest that agrees with the damage, so that the file is read at all."""
+    sound = (rows / name).read_bytes()
+    mutant = cut(sound, damage) if isinstance(damage, list) else npy(*damage, sound[128:])
+    manifest = json.loads((rows / "manifest.json").read_text())
+    for file in manifest["files"]:
+        if file["path"] == name:
+            digest = hashlib.sha256(mutant[file["header"] :]).hexdigest()
+            file |= {"bytes": len(mutant), "sha256": digest}
+    with replaced(rows / name, mutant), replaced(rows / "manifest.json", json.dumps(manifest).encode()):
+        check_rows(rows)
+
+
+# Checkpoints
+
+
+@pytest.fixture(scope="module")
+def checkpoints(scratch) -> Iterator[Checkpoints]:
+    with contextlib.closing(Checkpoints(scratch / "checkpoints", keep=9)) as opened:
+        for step in (1, 2):
+            opened.save(step, {"kernel": jax.numpy.ones(3)}, {"position": step, "config": {"a": [1.5, None]}})
+            opened.wait()
+        assert opened.newest_valid() == (2, [])
+        yield opened
+
+
+@FUZZ
+@given(DAMAGE, st.booleans())
+def test_the_manifest_of_a_checkpoint(scratch, checkpoints, damage, sealed):
+    """`sealed`: with a checksum that agrees with the damage."""
+    path = scratch / "checkpoints" / "2" / "manifest.json"
+    sound = path.read_bytes()
+    if sealed:
+        body = damaged_json(json.dumps(json.loads(sound)["body"]).encode(), damage)
+        with contextlib.suppress(ValueError, RecursionError):  # bytes that are not JSON have no seal
+            digest = hashlib.sha256(json.dumps(json.loads(body), sort_keys=True).encode()).hexdigest()
+            body = b'{"sha256": "%s", "body": %s}' % (digest.encode(), body)
+    else:
+        body = damaged_json(sound, damage)
+    with replaced(path, body):
+        facts = parse(checkpoints.facts, 2)
+        assert facts is None or isinstance(facts, dict)
+        parse(checkpoints.verify, 2)
+        found, problems = checkpoints.newest_valid()
+        assert found == 2 - len(problems)
+        shape = jax.ShapeDtypeStruct((3,), np.float32, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+        if facts is not None and path.read_bytes() != sound:
+            parse(checkpoints.restore, 2, {"kernel": shape})
+
+
+# The numbers of a run
+
+
+LINES = [
+    {"step": 0, "kind": "held_out", "mlm": 4.5, "kl": 2.25, "agreement": 0.0, "accuracy": 0.0, "perplexity": 90.0},
+    {"step": 1, "kind": "train", "kl": 2.5, "mlm": None, "cosine": 0.5, "loss": 9.0, "tokens_per_second": 1234.5},
+    {"step": 2, "kind": "skipped", "loss": None, "gradient_norm": 1e9, "rows": [1, 2, 3]},
+    {"step": 2, "kind": "train", "kl": 2.5, "mlm": 4.0, "cosine": 0.5, "loss": 9.0, "tokens_per_second": 1e4},
+    {"step": 2, "kind": "held_out", "mlm": 4.5, "kl": 2.25, "agreement": 0.1, "accuracy": 0.2, "perplexity": 90.0},
+]
+
+
+@pytest.fixture(scope="module")
+def run(scratch) -> Path:
+    (scratch / "run" / "tokenizer").mkdir(parents=True)
+    (scratch / "run" / "config.toml").write_text(RUN.format(rows="r", teacher="t", steps=3))
+    return scratch / "run"
+
+
+@FUZZ
+@given(DAMAGE)
+def test_metrics(run, damage):
+    what, edits = damage
+    sound = "".join(json.dumps(line) + "\n" for line in (edited(LINES, edits) if what == "values" else LINES)).encode()
+    (run / "metrics.jsonl").write_bytes(cut(sound, edits) if what == "bytes" else sound)
+    lines = parse(read_metrics, run, saying=r"^Line \d+ of .*metrics\.jsonl is damaged")
+    if lines:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(report, "draw_curves", lambda metrics, path: None)  # matplotlib takes a second
+            parse(report.write_report, {"run": run}, run)
+
+
+# Text and tokenizers
+
+
+@pytest.fixture(scope="module")
+def tokens(workshop, scratch) -> Path:
+    return shutil.copytree(workshop / "rows" / "tokenizer", scratch / "tokens")
+
+
+@FUZZ
+@given(st.sampled_from(["tokenizer.json", "tokenizer_config.json"]), DAMAGE)
+def test_a_tokenizer(tokens, name, damage):
+    path = tokens / name
+    with replaced(path, damaged_json(path.read_bytes(), damage)):
+        parse(tokenizer.fingerprint, tokens)
+        parse(tokenizer.load_tokenizer, tokens)
+
+
+@FUZZ
+@given(st.sampled_from(["jsonl", "txt"]), st.sampled_from(["block", "file", "line"]), DAMAGE)
+def test_text(scratch, suffix, document, damage):
+    records = [{"text": "a b\nc", "id": 1}, {"text": "é \ud800 x", "more": None}, {"text": "\n\n"}]
+    what, edits = damage
+    lines = edited(records, edits) if what == "values" else records
+    text = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    path = scratch / f"text.{suffix}"
+    path.write_bytes(cut(text, edits) if what == "bytes" else text)
+    counts: Counter[str] = Counter()
+    parse(lambda: list(corpus.read([str(path)], document=document, counts=counts)))
