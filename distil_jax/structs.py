@@ -102,11 +102,13 @@ class Encoded:
       hidden: [B, L, D], the last hidden states.
       features: [B, L, D], the MLM transform's output, or None without an MLM head.
       head: what turns features into logits, or None.
+      pooled: [B, D], tanh of BERT's pooler on each row's first position, or None without a pooler.
     """
 
     hidden: Array
     features: Array | None
     head: Head | None
+    pooled: Array | None = None
 
 
 @struct.dataclass

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distil_jax.structs import Array
+from distil_jax.structs import Array, Batch
 
 # Odd multipliers and shifts of a 32-bit mixing function with little bias (Wellons, 2018, "Prospecting for hash
 # functions"), after a Weyl sequence, without which neighbours are correlated.
@@ -30,6 +30,12 @@ def row_seeds(key: Array, row_index: Array, sites: int) -> Array:
       sites: how many places there are.
     """
     return jax.vmap(lambda row: jax.random.bits(jax.random.fold_in(key, row), (sites,)))(row_index)
+
+
+def batch_seeds(key: Array, batch: Batch, sites: int) -> Array:
+    """[B, sites] uint32: `row_seeds` of a batch, whose rows go by `row_index`, or else by their place in it."""
+    rows_B = jnp.arange(len(batch.input_ids)) if batch.row_index is None else batch.row_index
+    return row_seeds(key, rows_B, sites)
 
 
 def kept(seed: Array, index: Array, rate: float) -> Array:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from distil_jax.config import ModelConfig
 from distil_jax.models.attention import attend
-from distil_jax.models.dropout import dropout, row_seeds
+from distil_jax.models.dropout import batch_seeds, dropout
 from distil_jax.structs import Array, Batch, Encoded, Head, sinusoidal_table
 
 # exp(-1e9 - x) is exactly 0 in float32, and unlike -inf it leaves a KL finite (0 * -1e9 = 0).
@@ -53,7 +53,7 @@ def _norm(config: ModelConfig, name: str) -> nn.LayerNorm:
     )
 
 
-def _dense(config: ModelConfig, features: int | tuple[int, ...], name: str, *axes: str, inputs: int = 1) -> nn.Module:
+def dense(config: ModelConfig, features: int | tuple[int, ...], name: str, *axes: str | None, inputs: int = 1) -> nn.Module:
     """A dense layer whose kernel has the logical `axes`; the first `inputs` of them are contracted."""
     return nn.DenseGeneral(
         features,
@@ -109,7 +109,7 @@ class Block(nn.Module):
         attention_seeds_B, attended_seeds_B, output_seeds_B = (None,) * 3 if seeds_3xB is None else seeds_3xB
         heads = (config.num_heads, config.head_size)
         query, key, value = (
-            _dense(config, heads, name, "embed", "heads", "head_size")(hidden_BxLxD)
+            dense(config, heads, name, "embed", "heads", "head_size")(hidden_BxLxD)
             for name in ("query", "key", "value")
         )
         context_BxLxHxK = attend(
@@ -121,15 +121,15 @@ class Block(nn.Module):
             seeds=attention_seeds_B,
             implementation=config.attention,
         )
-        attended_BxLxD = _dense(
+        attended_BxLxD = dense(
             config, config.hidden_size, "attention_output", "heads", "head_size", "embed", inputs=2
         )(context_BxLxHxK)
         attended_BxLxD = dropout(attended_BxLxD, attended_seeds_B, config.hidden_dropout)
         hidden_BxLxD = _norm(config, "attention_norm")(hidden_BxLxD + attended_BxLxD)
 
-        inner_BxLxF = _dense(config, config.intermediate_size, "intermediate", "embed", "mlp")(hidden_BxLxD)
+        inner_BxLxF = dense(config, config.intermediate_size, "intermediate", "embed", "mlp")(hidden_BxLxD)
         inner_BxLxF = _ACTIVATIONS[config.activation](inner_BxLxF)
-        output_BxLxD = _dense(config, config.hidden_size, "output", "mlp", "embed")(inner_BxLxF)
+        output_BxLxD = dense(config, config.hidden_size, "output", "mlp", "embed")(inner_BxLxF)
         output_BxLxD = dropout(output_BxLxD, output_seeds_B, config.hidden_dropout)
         return _norm(config, "output_norm")(hidden_BxLxD + output_BxLxD), None
 
@@ -142,7 +142,7 @@ class MlmHead(nn.Module):
     @nn.compact
     def __call__(self, hidden_BxLxD: Array, words_VxD: Array) -> tuple[Array, Head]:
         config = self.config
-        features_BxLxD = _dense(config, config.hidden_size, "transform", "embed", "features")(hidden_BxLxD)
+        features_BxLxD = dense(config, config.hidden_size, "transform", "embed", "features")(hidden_BxLxD)
         features_BxLxD = _norm(config, "norm")(_ACTIVATIONS[config.activation](features_BxLxD))
         bias_V = self.param("bias", _zeros("vocab"), (config.padded_vocab_size,), jnp.float32)
         # The one place where padding ids are told from real ones: no loss has to know of them.
@@ -165,8 +165,7 @@ class MaskedLm(nn.Module):
         config = self.config
         first_seeds_B, seeds_Nx3xB = None, None
         if train and max(config.hidden_dropout, config.attention_dropout) > 0:
-            rows_B = jnp.arange(len(batch.input_ids)) if batch.row_index is None else batch.row_index
-            first_seeds_B, *rest = row_seeds(self.make_rng("dropout"), rows_B, 1 + 3 * config.num_layers).T
+            first_seeds_B, *rest = batch_seeds(self.make_rng("dropout"), batch, 1 + 3 * config.num_layers).T
             seeds_Nx3xB = jnp.stack(rest).reshape(config.num_layers, 3, -1)
         hidden_BxLxD, words_VxD = Embeddings(config, name="embeddings")(batch, first_seeds_B)
         block = Block
@@ -187,13 +186,13 @@ class MaskedLm(nn.Module):
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
             hidden_BxLxD, _ = blocks(config, name="layers")(hidden_BxLxD, batch.segment_ids, seeds_Nx3xB)
-        if config.pooler and self.is_initializing():
-            # BERT's layer on the first position: no masked-LM loss reads it, but fine-tuning starts from it.
-            _dense(config, config.hidden_size, "pooler", "embed", "features")(hidden_BxLxD[:, 0])
-        if not config.mlm_head:
-            return Encoded(hidden=hidden_BxLxD, features=None, head=None)
-        features_BxLxD, head = MlmHead(config, name="mlm")(hidden_BxLxD, words_VxD)
-        return Encoded(hidden=hidden_BxLxD, features=features_BxLxD, head=head)
+        features_BxLxD, head, pooled_BxD = None, None, None
+        if config.pooler:
+            # No masked-LM loss reads it, and XLA leaves out what nobody reads; fine-tuning starts from it.
+            pooled_BxD = jnp.tanh(dense(config, config.hidden_size, "pooler", "embed", "features")(hidden_BxLxD[:, 0]))
+        if config.mlm_head:
+            features_BxLxD, head = MlmHead(config, name="mlm")(hidden_BxLxD, words_VxD)
+        return Encoded(hidden=hidden_BxLxD, features=features_BxLxD, head=head, pooled=pooled_BxD)
 
 
 def _word_init(config: ModelConfig) -> Callable[..., Array]:
