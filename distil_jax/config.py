@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +19,7 @@ Attention = Literal["xla", "pallas_gpu", "pallas_tpu"]
 # The small BERT that comes with distil_jax: what can be tried without a model hub.
 EMBEDDED_TEACHER = Path(__file__).parent / "teacher"
 _MOST_PARAMETERS = 10**12  # larger sizes are damage or a slip, and must not reach an allocation
+_MOST_LABELS = 10_000_000  # as above
 _MOST_ROWS = 2**24  # of a batch, for the same reason
 
 
@@ -77,6 +78,37 @@ class ModelConfig:
     @property
     def head_size(self) -> int:
         return self.hidden_size // self.num_heads
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """What a task asks of an encoder: one answer a sequence, one a token, or where a span begins and ends."""
+
+    kind: Literal["sequence", "tokens", "spans"]
+    labels: int = 2  # of a sequence: 1 is a regression; of spans: 2, start and end
+    dropout: float = 0.1  # before the last layer; published: 0.2 for sequences on DistilBERT, 0 for spans on BERT
+    label_names: tuple[str, ...] = ()  # in the order of the logits; empty: LABEL_0, LABEL_1, ...
+
+    def __post_init__(self) -> None:
+        require(1 <= self.labels <= _MOST_LABELS, f"labels must be from 1 to {_MOST_LABELS}, not {self.labels}.")
+        require(self.kind != "tokens" or self.labels > 1, "Classifying tokens needs at least 2 labels, not 1.")
+        require(
+            self.kind != "spans" or self.labels == 2, f"Spans have 2 labels, their start and end, not {self.labels}."
+        )
+        require(0 <= self.dropout < 1, f"dropout must be in [0, 1), not {self.dropout}.")
+        require(
+            not self.label_names or len(set(self.label_names)) == len(self.label_names) == self.labels,
+            f"{self.labels} labels need as many different names, not {list(self.label_names)}.",
+        )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """One name a label, in the order of the logits."""
+        return self.label_names or tuple(f"LABEL_{number}" for number in range(self.labels))
+
+    def encoder(self, config: ModelConfig) -> ModelConfig:
+        """The encoder under this head: no MLM head, and a pooler exactly where one is read, by BERT on sequences."""
+        return replace(config, mlm_head=False, pooler=self.kind == "sequence" and config.token_types > 0)
 
 
 @dataclass(frozen=True)

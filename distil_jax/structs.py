@@ -5,6 +5,7 @@ Names such as `hidden_BxLxD` carry their shape in these letters:
   B  rows of a batch            D  width of the hidden states     H  attention heads
   L  positions in a row         F  width of the feed-forward      K  width of one head
   V  vocabulary, padded         M  MLM targets kept per row       N  stacked layers
+  C  labels of a task
 """
 
 from __future__ import annotations

@@ -53,7 +53,9 @@ def _norm(config: ModelConfig, name: str) -> nn.LayerNorm:
     )
 
 
-def dense(config: ModelConfig, features: int | tuple[int, ...], name: str, *axes: str | None, inputs: int = 1) -> nn.Module:
+def dense(
+    config: ModelConfig, features: int | tuple[int, ...], name: str, *axes: str | None, inputs: int = 1
+) -> nn.Module:
     """A dense layer whose kernel has the logical `axes`; the first `inputs` of them are contracted."""
     return nn.DenseGeneral(
         features,
@@ -121,9 +123,9 @@ class Block(nn.Module):
             seeds=attention_seeds_B,
             implementation=config.attention,
         )
-        attended_BxLxD = dense(
-            config, config.hidden_size, "attention_output", "heads", "head_size", "embed", inputs=2
-        )(context_BxLxHxK)
+        attended_BxLxD = dense(config, config.hidden_size, "attention_output", "heads", "head_size", "embed", inputs=2)(
+            context_BxLxHxK
+        )
         attended_BxLxD = dropout(attended_BxLxD, attended_seeds_B, config.hidden_dropout)
         hidden_BxLxD = _norm(config, "attention_norm")(hidden_BxLxD + attended_BxLxD)
 
@@ -207,10 +209,14 @@ def _word_init(config: ModelConfig) -> Callable[..., Array]:
 
 def init_params(key: Array, config: ModelConfig) -> dict:
     """Random parameters, each still boxed with its logical axes (`nn.unbox` takes them off)."""
-    ids = jnp.zeros((1, 1), jnp.int32)
-    batch = Batch(input_ids=ids, segment_ids=ids, position_ids=ids, labels=ids)
     # Not by a kernel: none takes one position, and parameters know nothing of it.
-    return MaskedLm(replace(config, attention="xla")).init(key, batch)["params"]
+    return MaskedLm(replace(config, attention="xla")).init(key, one_position())["params"]
+
+
+def one_position() -> Batch:
+    """The smallest batch, to make parameters with."""
+    ids = jnp.zeros((1, 1), jnp.int32)
+    return Batch(input_ids=ids, segment_ids=ids, position_ids=ids, labels=ids)
 
 
 def layers_apart(params: dict) -> dict:
