@@ -2,6 +2,7 @@
 
 # The ground: configurations and the values that travel.
 from distil_jax.config import Config as Config
+from distil_jax.config import HeadConfig as HeadConfig
 from distil_jax.config import LossConfig as LossConfig
 from distil_jax.config import MaskingConfig as MaskingConfig
 from distil_jax.config import MeshConfig as MeshConfig
@@ -15,6 +16,10 @@ from distil_jax.models.encoder import abstract_params as abstract_params
 from distil_jax.models.encoder import count_parameters as count_parameters
 from distil_jax.models.encoder import init_params as init_params
 from distil_jax.models.encoder import layers_apart as layers_apart
+from distil_jax.models.heads import TaskModel as TaskModel
+from distil_jax.models.heads import abstract_task_params as abstract_task_params
+from distil_jax.models.heads import init_task_params as init_task_params
+from distil_jax.models.heads import with_fresh_head as with_fresh_head
 from distil_jax.models.student import choose_layers as choose_layers
 from distil_jax.models.student import student_from_teacher as student_from_teacher
 

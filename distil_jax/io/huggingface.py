@@ -11,16 +11,18 @@ import json
 import os
 import shutil
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from flax import traverse_util
 
-from distil_jax.config import ModelConfig
+from distil_jax.config import HeadConfig, ModelConfig
 from distil_jax.io.config_json import to_json
-from distil_jax.io.model_tensors import Params, examine, file_tensors
+from distil_jax.io.model_tensors import Params, examine, examine_task, file_tensors
 from distil_jax.io.name_table import leaves
+from distil_jax.io.task_json import head_to_json
 from distil_jax.io.tensors import SINGLE, TOKENIZER_FILES, local_folder, open_tensors
 from distil_jax.schema import InputError
 
@@ -43,6 +45,26 @@ def load(folder: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
         config, tensors = examine(folder, opened)
         flat = {leaf.path: leaf.read(tensors) for leaf in leaves(config)}
     return config, traverse_util.unflatten_dict(flat, sep="/")
+
+
+def load_task(folder: str | Path) -> tuple[ModelConfig, HeadConfig, dict[str, Any]]:
+    """Reads a BERT or DistilBERT with a head for sequences, tokens or spans.
+
+    Args:
+      folder: a folder with config.json and weights, or a hub id, of a `...ForSequenceClassification`,
+        `...ForTokenClassification` or `...ForQuestionAnswering`.
+
+    Returns:
+      The encoder, the head on it, and the parameters of their `TaskModel`: float32 NumPy arrays as from `load`.
+
+    Raises:
+      InputError: as `load`; or not such a head, or a config.json that contradicts itself.
+    """
+    folder = local_folder(folder)
+    with open_tensors(folder) as opened:
+        config, head, tensors = examine_task(folder, opened)
+        flat = {leaf.path: leaf.read(tensors) for leaf in leaves(config, head)}
+    return config, head, traverse_util.unflatten_dict(flat, sep="/")
 
 
 def read_config(folder: str | Path) -> ModelConfig:
@@ -78,16 +100,78 @@ def save(
       InputError: the folder is in use, `transformers` has no such model, the parameters do not fit the config, numbers
         are not finite (in `dtype`), or there is no tokenizer where one is said to be.
     """
+    _check_target(folder, dtype)
+    if config.mlm_head and config.pooler:
+        config = dataclasses.replace(config, pooler=False)
+        params = {name: tree for name, tree in params.items() if name != "pooler"}
+    values = to_json(config, dtype)
+    _write(Path(folder), values, file_tensors(config, params, dtype), tokenizer, card)
+
+
+def save_task(
+    folder: str | Path,
+    config: ModelConfig,
+    head: HeadConfig,
+    params: Params,
+    *,
+    tokenizer: str | Path | None = None,
+    card: str | None = None,
+    dtype: Literal["float32", "float16"] = "float32",
+) -> None:
+    """Writes a folder that `transformers` and its pipelines open with nothing missing or unexpected.
+
+    The head's dropout is written where config.json has a key for it: a DistilBERT on tokens has only the encoder's,
+    and a BERT on spans none.
+
+    Args:
+      folder: must not exist, or be empty; it appears whole or not at all.
+      config: of the encoder; whether it once had an MLM head does not matter.
+      head: what is on it.
+      params: of their `TaskModel`, NumPy or jax arrays.
+      tokenizer, card, dtype: as in `save`.
+
+    Raises:
+      InputError: as `save`.
+    """
+    _check_target(folder, dtype)
+    config = head.encoder(config)
+    values = to_json(config, dtype) | head_to_json(config, head)
+    _write(Path(folder), values, file_tensors(config, params, dtype, head), tokenizer, card)
+
+
+def fingerprint(params: Params) -> str:
+    """The SHA-256 of all parameters: paths, types, shapes and bytes, in the order of the paths."""
+    digest = hashlib.sha256()
+    for path, value in sorted(traverse_util.flatten_dict(params, sep="/").items()):
+        array = np.ascontiguousarray(value)
+        digest.update(f"{path} {array.dtype} {array.shape}\n".encode())
+        digest.update(array.reshape(-1).view(np.uint8))
+    return digest.hexdigest()
+
+
+def _tokenizer_files(folder: Path) -> list[Path]:
+    files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    if not {"tokenizer.json", "vocab.txt"} & {file.name for file in files}:
+        raise InputError(f"{folder} holds no tokenizer: give a folder with tokenizer.json or vocab.txt.")
+    return files
+
+
+def _check_target(folder: str | Path, dtype: str) -> None:
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists and is not empty: choose another folder, or remove it first.")
     if dtype not in ("float32", "float16"):
         raise InputError(f'Models are saved in "float32" or "float16", not in {dtype!r}: choose one of these.')
-    if config.mlm_head and config.pooler:
-        config = dataclasses.replace(config, pooler=False)
-        params = {name: tree for name, tree in params.items() if name != "pooler"}
-    values = to_json(config, dtype)
-    tensors = file_tensors(config, params, dtype)
+
+
+def _write(
+    folder: Path,
+    values: Mapping[str, Any],
+    tensors: dict[str, np.ndarray],
+    tokenizer: str | Path | None,
+    card: str | None,
+) -> None:
+    """The folder appears whole or not at all."""
     copies = _tokenizer_files(Path(tokenizer)) if tokenizer is not None else []
 
     from safetensors.numpy import save_file
@@ -108,20 +192,3 @@ def save(
         os.replace(draft, folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-
-
-def fingerprint(params: Params) -> str:
-    """The SHA-256 of all parameters: paths, types, shapes and bytes, in the order of the paths."""
-    digest = hashlib.sha256()
-    for path, value in sorted(traverse_util.flatten_dict(params, sep="/").items()):
-        array = np.ascontiguousarray(value)
-        digest.update(f"{path} {array.dtype} {array.shape}\n".encode())
-        digest.update(array.reshape(-1).view(np.uint8))
-    return digest.hexdigest()
-
-
-def _tokenizer_files(folder: Path) -> list[Path]:
-    files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
-    if not {"tokenizer.json", "vocab.txt"} & {file.name for file in files}:
-        raise InputError(f"{folder} holds no tokenizer: give a folder with tokenizer.json or vocab.txt.")
-    return files

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
-from distil_jax.config import ModelConfig
+from distil_jax.config import HeadConfig, ModelConfig
 from distil_jax.io.config_json import BERT, SINUSOIDAL_KEY, from_json, model_type
-from distil_jax.io.name_table import HEAD, IGNORED, LEGACY, TIED, leaves
+from distil_jax.io.name_table import HEAD, IGNORED, IGNORED_UNDER_HEAD, LEGACY, TASK_HEAD, TIED, Leaf, leaves
+from distil_jax.io.task_json import architecture, head_from_json
 from distil_jax.io.tensors import Tensor, read_json
 from distil_jax.schema import InputError
 from distil_jax.structs import sinusoidal_table
@@ -27,15 +28,33 @@ def examine(folder: Path, opened: Mapping[str, Tensor]) -> tuple[ModelConfig, di
     """The architecture, and the tensors under the names of the table, after every check."""
     values = read_json(folder / "config.json")
     config = from_json(values, folder / "config.json")
-    tensors = _plain_names(folder, opened, model_type(config))
+    tensors = _plain_names(folder, opened, model_type(config), IGNORED)
     config = dataclasses.replace(
         config,
         mlm_head=any(name.startswith(HEAD) for name in tensors),
         pooler=model_type(config) == BERT and any(name.startswith("pooler.") for name in tensors),
     )
     copies = _take_copies(tensors)
+    _check(folder, tensors, leaves(config), "encoder that its config.json describes, with or without MLM head")
+    _check_tied(folder, tensors, copies)
+    return _with_positions(config, values, tensors), tensors
 
-    expected = {name: leaf.file_shape for leaf in leaves(config) for name in leaf.names}
+
+def examine_task(folder: Path, opened: Mapping[str, Tensor]) -> tuple[ModelConfig, HeadConfig, dict[str, Tensor]]:
+    """The encoder, the head on it, and the tensors of both, after every check."""
+    path = folder / "config.json"
+    values = read_json(path)
+    config = from_json(values, path)
+    head = head_from_json(values, path, config)
+    config = head.encoder(config)
+    ignored = IGNORED if head.kind == "sequence" else IGNORED + IGNORED_UNDER_HEAD
+    tensors = _plain_names(folder, opened, model_type(config), ignored)
+    _check(folder, tensors, leaves(config, head), f"{architecture(config, head)} that its config.json describes")
+    return _with_positions(config, values, tensors), head, tensors
+
+
+def _check(folder: Path, tensors: Mapping[str, Tensor], wanted: list[Leaf], what: str) -> None:
+    expected = {name: leaf.file_shape for leaf in wanted for name in leaf.names}
     problems = [f"{name} is missing" for name in expected if name not in tensors]
     problems += [f"{name} is unexpected" for name in tensors if name not in expected]
     for name in expected.keys() & tensors.keys():
@@ -46,21 +65,22 @@ def examine(folder: Path, opened: Mapping[str, Tensor]) -> tuple[ModelConfig, di
             problems.append(f"{name} is {tensor.dtype} where a float of 16 or 32 bits belongs")
     if problems:
         raise InputError(
-            f"The weights in {folder} are not those of the encoder that its config.json describes, with or without MLM "
-            f"head ({_listing(problems)}): give a folder whose config.json and weights belong together."
+            f"The weights in {folder} are not those of the {what} ({_listing(problems)}): "
+            "give a folder whose config.json and weights belong together."
         )
 
-    _check_tied(folder, tensors, copies)
 
+def _with_positions(config: ModelConfig, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ModelConfig:
+    """The config, its positions sinusoidal where it says so and the stored table is just that."""
     if values.get(SINUSOIDAL_KEY) and config.hidden_size % 2 == 0:
         table = tensors["embeddings.position_embeddings.weight"]
         formula = sinusoidal_table(config.max_positions, config.hidden_size)
         if np.max(np.abs(table.read() - formula)) <= _ROUNDING[table.dtype]:
             config = dataclasses.replace(config, positions="sinusoidal")
-    return config, tensors
+    return config
 
 
-def _plain_names(folder: Path, opened: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
+def _plain_names(folder: Path, opened: Mapping[str, Tensor], kind: str, ignored: tuple[str, ...]) -> dict[str, Tensor]:
     """Tensors without the body's prefix, legacy names and what is ignored."""
     tensors: dict[str, Tensor] = {}
     for name, tensor in opened.items():
@@ -70,7 +90,7 @@ def _plain_names(folder: Path, opened: Mapping[str, Tensor], kind: str) -> dict[
                 plain = plain.removesuffix(old) + new
         if plain in tensors:
             raise InputError(f"{folder} holds {plain} under two names, one of them {name}: export the model again.")
-        if plain not in IGNORED:
+        if plain not in ignored:
             tensors[plain] = tensor
     return tensors
 
@@ -95,10 +115,12 @@ def _check_tied(folder: Path, tensors: dict[str, Tensor], copies: dict[str, Tens
             )
 
 
-def file_tensors(config: ModelConfig, params: Params, dtype: str) -> dict[str, np.ndarray]:
+def file_tensors(
+    config: ModelConfig, params: Params, dtype: str, head: HeadConfig | None = None
+) -> dict[str, np.ndarray]:
     """The tensors of model.safetensors: checked, unstacked, unpadded, contiguous."""
     flat = traverse_util.flatten_dict(params, sep="/")
-    shapes = {leaf.path: leaf.full_shape for leaf in leaves(config)}
+    shapes = {leaf.path: leaf.full_shape for leaf in leaves(config, head)}
     problems = [f"{path} is missing" for path in shapes if path not in flat]
     problems += [f"{path} is unexpected" for path in flat if path not in shapes]
     for path in shapes.keys() & flat.keys():
@@ -112,7 +134,7 @@ def file_tensors(config: ModelConfig, params: Params, dtype: str) -> dict[str, n
     if config.positions == "sinusoidal":  # transformers stores the table all the same
         flat["embeddings/position"] = sinusoidal_table(config.max_positions, config.hidden_size)
     tensors = {}
-    for leaf in leaves(dataclasses.replace(config, positions="learned")):
+    for leaf in leaves(dataclasses.replace(config, positions="learned"), head):
         for name, array in leaf.write(flat[leaf.path]):
             with np.errstate(over="ignore"):  # an overflow gives an infinity, which is refused
                 array = np.ascontiguousarray(array, dtype)  # safetensors scrambles a transposed view, in silence
@@ -121,7 +143,7 @@ def file_tensors(config: ModelConfig, params: Params, dtype: str) -> dict[str, n
                     f"{leaf.path} holds numbers that are not finite in {dtype}, so the model is not saved: "
                     "take an earlier checkpoint, or another dtype."
                 )
-            prefixed = config.mlm_head and not name.startswith(HEAD)
+            prefixed = (config.mlm_head or head is not None) and not name.startswith(HEAD + TASK_HEAD)
             tensors[f"{model_type(config)}.{name}" if prefixed else name] = array
     return tensors
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from distil_jax.config import ModelConfig
+from distil_jax.config import HeadConfig, ModelConfig
 from distil_jax.io.config_json import BERT, DISTILBERT, model_type
 from distil_jax.io.tensors import Tensor
 
@@ -46,6 +46,14 @@ _MODULES = (
     ("mlm/norm", "norm D", "cls.predictions.transform.LayerNorm", "vocab_layer_norm"),
     ("mlm", "bias V", "cls.predictions", "vocab_projector"),
 )
+_HEADS = {  # beside the encoder, by the kind of task
+    "sequence": (
+        ("head/transform", "linear D D", None, "pre_classifier"),
+        ("head/classifier", "linear D C", "classifier", "classifier"),
+    ),
+    "tokens": (("head/classifier", "linear D C", "classifier", "classifier"),),
+    "spans": (("head/classifier", "linear D C", "qa_outputs", "qa_outputs"),),
+}
 # Our leaves of each kind, and theirs. A linear kernel is [in, out] here and [out, in] there.
 _LEAVES = {
     "table": {"": ".weight"},
@@ -53,7 +61,8 @@ _LEAVES = {
     "linear": {"/kernel": ".weight", "/bias": ".bias"},
     "bias": {"/bias": ".bias"},
 }
-HEAD = ("cls.predictions.", "vocab_")  # how the names of MLM heads begin; all others have the body's prefix
+HEAD = ("cls.predictions.", "vocab_")  # how the names of MLM heads begin, and those of tasks' heads;
+TASK_HEAD = ("pre_classifier.", "classifier.", "qa_outputs.")  # all others have the body's prefix
 
 # What a file may carry beyond the table: a buffer, BERT's second pre-training task, and copies of what is tied.
 IGNORED = ("embeddings.position_ids", "cls.seq_relationship.weight", "cls.seq_relationship.bias")
@@ -62,6 +71,8 @@ TIED = {
     "cls.predictions.decoder.bias": "cls.predictions.bias",
     "vocab_projector.weight": "embeddings.word_embeddings.weight",
 }
+# Older versions of `transformers` wrote BERT's pooler also under heads on tokens and spans, which do not read it.
+IGNORED_UNDER_HEAD = ("pooler.dense.weight", "pooler.dense.bias")
 LEGACY = {".gamma": ".weight", ".beta": ".bias"}  # LayerNorm in the first published files
 
 
@@ -105,8 +116,8 @@ class Leaf:
             yield name, part.reshape(self.file_shape[::-1]).T if self.transposed else part.reshape(self.file_shape)
 
 
-def leaves(config: ModelConfig) -> list[Leaf]:
-    """The name table for one architecture."""
+def leaves(config: ModelConfig, head: HeadConfig | None = None) -> list[Leaf]:
+    """The name table for one architecture, with a task's head or without."""
     real = {
         "V": config.vocab_size,
         "P": config.max_positions,
@@ -115,6 +126,7 @@ def leaves(config: ModelConfig) -> list[Leaf]:
         "H": config.num_heads,
         "K": config.head_size,
         "F": config.intermediate_size,
+        "C": head.labels if head else 0,
     }
     padded = real | {"V": config.padded_vocab_size}
     absent = {
@@ -126,11 +138,11 @@ def leaves(config: ModelConfig) -> list[Leaf]:
         "mlm": not config.mlm_head,
     }
     leaves = []
-    for module, what, bert_name, distilbert_name in _MODULES:
-        if absent.get(module):
+    for module, what, bert_name, distilbert_name in (*_MODULES, *(_HEADS[head.kind] if head else ())):
+        name = {BERT: bert_name, DISTILBERT: distilbert_name}[model_type(config)]
+        if absent.get(module) or name is None:
             continue
         kind, *module_axes = what.split()
-        name = {BERT: bert_name, DISTILBERT: distilbert_name}[model_type(config)]
         layers = range(config.num_layers) if "{}" in name else range(1)
         for our_leaf, their_leaf in _LEAVES[kind].items():
             axes = module_axes[-1:] if our_leaf == "/bias" else module_axes

@@ -1,0 +1,108 @@
+"""What `config.json` says of a task's head, and our `HeadConfig`: read and written in both directions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from distil_jax.config import HeadConfig, ModelConfig
+from distil_jax.io.config_json import BERT, DISTILBERT, model_type
+from distil_jax.schema import InputError, require
+
+_PREFIXES = {BERT: "Bert", DISTILBERT: "DistilBert"}
+_KINDS = {"ForSequenceClassification": "sequence", "ForTokenClassification": "tokens", "ForQuestionAnswering": "spans"}
+_SUFFIXES = {kind: suffix for suffix, kind in _KINDS.items()}
+
+# The key of the dropout before the last layer, and what a file without it means; None: the encoder's hidden dropout.
+# A DistilBERT on tokens has no key for it but the encoder's, and a BERT on spans drops nothing there.
+_DROPOUT = {
+    ("sequence", BERT): ("classifier_dropout", None),
+    ("sequence", DISTILBERT): ("seq_classif_dropout", 0.2),
+    ("tokens", BERT): ("classifier_dropout", None),
+    ("tokens", DISTILBERT): (None, None),
+    ("spans", BERT): (None, 0.0),
+    ("spans", DISTILBERT): ("qa_dropout", 0.1),
+}
+
+
+def architecture(config: ModelConfig, head: HeadConfig) -> str:
+    """The name of the model in `transformers`."""
+    return _PREFIXES[model_type(config)] + _SUFFIXES[head.kind]
+
+
+def head_from_json(values: Mapping[str, Any], path: Path, config: ModelConfig) -> HeadConfig:
+    """The head that a config.json describes; names that `transformers` makes up are none.
+
+    Args:
+      values: the contents of `path`.
+      path: for messages.
+      config: of the same file.
+
+    Raises:
+      InputError: the file is of no task, or of one that is not supported, or it contradicts itself.
+    """
+    kind = _kind(values.get("architectures"), path, _PREFIXES[model_type(config)])
+    names = _names(values, path)
+    labels = values.get("num_labels")
+    labels = (len(names) or 2) if labels is None else labels  # as `transformers` counts them
+    default_names = names == tuple(f"LABEL_{number}" for number in range(len(names)))
+    key, default = _DROPOUT[kind, model_type(config)]
+    dropout = values.get(key) if key else None
+    if dropout is None:
+        dropout = config.hidden_dropout if default is None else default
+    for name, number, types in (("num_labels", labels, (int,)), (key, dropout, (int, float))):
+        require(type(number) in types, f"{path} says {name} = {number!r}, where a number belongs: mend that file.")
+    try:
+        head = HeadConfig(kind, labels, float(dropout), () if default_names else names)
+    except InputError as error:
+        raise InputError(f"{path} describes no head: {error}") from error
+    problem = values.get("problem_type")
+    require(
+        kind != "sequence" or problem in (None, _problem_type(head)),
+        f"{path} says problem_type = {problem!r} with {labels} labels, but only regression with 1 label and "
+        "single_label_classification with more are supported: use such a model.",
+    )
+    return head
+
+
+def head_to_json(config: ModelConfig, head: HeadConfig) -> dict[str, Any]:
+    """What config.json says of a head, beyond what `to_json` says of its encoder."""
+    values = {
+        "architectures": [architecture(config, head)],
+        "id2label": {str(number): name for number, name in enumerate(head.names)},
+        "label2id": {name: number for number, name in enumerate(head.names)},
+    }
+    if head.kind == "sequence":
+        values["problem_type"] = _problem_type(head)
+    key, _ = _DROPOUT[head.kind, model_type(config)]
+    return values | ({key: head.dropout} if key else {})
+
+
+def _problem_type(head: HeadConfig) -> str:
+    return "regression" if head.labels == 1 else "single_label_classification"
+
+
+def _kind(architectures: Any, path: Path, prefix: str) -> str:
+    known = [prefix + suffix for suffix in _KINDS]
+    if not isinstance(architectures, list) or len(architectures) != 1 or architectures[0] not in known:
+        raise InputError(
+            f"{path} says architectures = {architectures!r}, which is no task's model: "
+            f"give a folder of a {', '.join(known[:-1])} or {known[-1]}."
+        )
+    return _KINDS[architectures[0].removeprefix(prefix)]
+
+
+def _names(values: Mapping[str, Any], path: Path) -> tuple[str, ...]:
+    """The labels' names by their numbers, or none where the file gives none."""
+    named = values.get("id2label")
+    if named is None:
+        return ()
+    numbers = [str(number) for number in range(len(named))] if isinstance(named, dict) else []
+    if not numbers or named.keys() != set(numbers) or not all(isinstance(name, str) for name in named.values()):
+        raise InputError(f"{path} says id2label, but not as names of the labels 0, 1 and so on: mend that file.")
+    names = tuple(named[number] for number in numbers)
+    back = values.get("label2id")
+    if back not in (None, {name: number for number, name in enumerate(names)}):
+        raise InputError(f"{path} says label2id, but not as the inverse of its id2label: mend one of them.")
+    return names
