@@ -438,7 +438,8 @@ def test_a_tensor_under_two_names_is_refused(tmp_path: Path) -> None:
         ({"num_hidden_layers": 4}, "encoder.layer.3.attention.self.key.bias is missing"),
         ({"num_hidden_layers": 2}, "encoder.layer.2.attention.self.key.bias is unexpected"),
         ({"vocab_size": 131}, "word_embeddings.weight is [130, 12] where config.json means [131, 12]"),
-        ({"hidden_size": 9_999_999}, "is [12] where config.json means [9999999]"),
+        ({"hidden_size": 9_999}, "is [12] where config.json means [9999]"),
+        ({"hidden_size": 9_999_999}, "which no machine holds"),
     ],
 )
 def test_a_config_that_cannot_be_is_refused(changes: dict, words: str, tmp_path: Path) -> None:
