@@ -186,6 +186,16 @@ def test_a_number_that_is_missing_is_no_number(run, figures):
     assert "nan" in (run / "report.md").read_text()
 
 
+def test_numbers_that_cannot_be_drawn(run, capsys):
+    path = run / "metrics.jsonl"
+    lines = [{"step": step, "kind": "train", "kl": number} for step, number in enumerate([1e308, -1e308, None, 2, 3])]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert cli.main(["report", str(run)]) == 0
+    path.write_text(json.dumps({"step": 1, "kind": "skipped", "rows": [1]}) + "\n")
+    assert cli.main(["report", str(run)]) == 2
+    assert "no number to draw yet" in capsys.readouterr().err
+
+
 def test_what_is_no_run_is_refused(run, workshop, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     begun = tmp_path / "begun"

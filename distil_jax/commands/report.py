@@ -13,7 +13,7 @@ from distil_jax.commands.markdown import table
 from distil_jax.commands.run_folder import is_run
 from distil_jax.config import load
 from distil_jax.io.metrics import read_metrics
-from distil_jax.schema import InputError, to_dict
+from distil_jax.schema import InputError, require, to_dict
 
 _TERMS = {
     "kl": "KL to the teacher (T² included)",
@@ -83,6 +83,7 @@ def draw_curves(metrics: dict[str, list[dict]], path: Path) -> None:
         [("train", name, title) for name, title in _TERMS.items() if has("train", name)],
     ]
     columns = max(map(len, panels))
+    require(columns > 0, "There is no number to draw yet: let the run go on to its first evaluation.")
     figure = Figure(figsize=(4.2 * columns, 6.4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, columns, squeeze=False)
@@ -91,8 +92,8 @@ def draw_curves(metrics: dict[str, list[dict]], path: Path) -> None:
             axis.set_axis_off()
         for axis, (kind, number, title) in zip(row, shown, strict=False):
             for colour, (name, lines) in zip(_COLOURS * len(metrics), metrics.items(), strict=False):
-                points = [(line["step"], line[number]) for line in lines if line["kind"] == kind and number in line]
-                if points:
+                found = [line for line in lines if line["kind"] == kind and number in line]
+                if points := [(line["step"], _drawable(line[number])) for line in found]:
                     marker = "o" if kind == "held_out" else ""
                     axis.plot(*zip(*points, strict=True), marker=marker, markersize=4, color=colour, label=name)
             axis.set_title(f"{'held-out' if kind == 'held_out' else 'training'}: {title}", fontsize=10)
@@ -104,6 +105,11 @@ def draw_curves(metrics: dict[str, list[dict]], path: Path) -> None:
     handles, names = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
     figure.savefig(path, dpi=130)
+
+
+def _drawable(number: float) -> float:
+    """What no float32 can be is damage, and matplotlib has no axis for it."""
+    return number if abs(number) < 3.5e38 else math.nan
 
 
 def _evaluations(lines: list[dict]) -> list[str]:
