@@ -200,7 +200,7 @@ def _stream_records(source: str) -> Iterator[tuple[int, Any]]:
             stream = datasets.load_dataset("parquet", data_files=source, split="train", streaming=True)
         yield from enumerate(stream, start=1)
     # What `datasets` and pyarrow raise for names, configs, splits, connections and damaged files.
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, LookupError, NotImplementedError) as error:
         reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise InputError(f"Cannot read {source} with the datasets library: {reason}.") from error
 
