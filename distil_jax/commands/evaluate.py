@@ -93,7 +93,9 @@ def evaluate(model: Model, data: str | Path, *, teacher: Model | None = None, li
     config, _ = settle_attention(config, "auto", mesh, manifest.sequence_length)
     shapes = abstract_state(config).replace(opt_state=None)
     params = put_params(model.params, shardings_of(shapes, mesh).params)
-    state = TrainState(jnp.zeros((), jnp.int32), params, None, jax.random.key_data(jax.random.key(0)), config)
+    none = jnp.zeros((), jnp.int32)
+    key = jax.random.key_data(jax.random.key(0))
+    state = TrainState(step=none, skipped=none, params=params, opt_state=None, key=key, config=config)
     teacher_shapes = abstract_params(config.teacher) if teacher else None
     return held_out_numbers(
         jit_eval(mask_and_eval_step, mesh, shapes, teacher_shapes),
