@@ -347,8 +347,8 @@ def test_no_secret_of_the_environment_is_written_anywhere(workshop, tmp_path, mo
 def test_the_doctor_finds_nothing_and_then_what_was_done(workshop, tmp_path, long_run):
     _, unbroken, _ = long_run
     run = shutil.copytree(unbroken, tmp_path / "run")
-    ((stdout, _),) = done(start(1, ["doctor", run]), 0)
-    assert "Nothing is wrong" in stdout and "WRONG" not in stdout and "on all 8" in stdout
+    ((stdout, _),) = done(start(1, ["doctor", run], devices=2), 0)
+    assert "Nothing is wrong" in stdout and "WRONG" not in stdout and "on all 2" in stdout
     _, newest = steps_of(run)
     (run / "checkpoints" / str(newest) / "manifest.json").write_text("{}")
     rows = shutil.copytree(workshop / "rows", tmp_path / "rows")
@@ -358,7 +358,7 @@ def test_the_doctor_finds_nothing_and_then_what_was_done(workshop, tmp_path, lon
     table.write_bytes(values)
     config = run / "config.toml"
     config.write_text(config.read_text().replace(str(workshop / "rows"), str(rows)))
-    ((stdout, stderr),) = done(start(1, ["doctor", run]), 2)
+    ((stdout, stderr),) = done(start(1, ["doctor", run], devices=2), 2)
     wrong = [line for line in stdout.splitlines() if line.startswith("WRONG")]
     assert len(wrong) == 2 and f"checkpoint {newest}" in wrong[0] and str(table) in wrong[1]
     assert "2 of" in stderr
@@ -387,7 +387,7 @@ def test_memory_and_open_files_stay_flat(workshop, tmp_path):
 
     Orbax keeps about 0.1 MiB of each save, which a run of some thousand saves can bear.
     """
-    steps = int(os.environ.get("DISTIL_SOAK", "400"))
+    steps = int(os.environ.get("DISTIL_SOAK", "240"))
     settings = (f"train.steps={steps}", "train.checkpoint_every=10", "train.eval_every=20", "train.log_every=10")
     settings += ("train.tensorboard=true",)
     begun = start(1, words(workshop, tmp_path / "run", *settings), program=WATCHED)
