@@ -34,12 +34,13 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from distil_jax.commands import report
-from distil_jax.config import Config, ModelConfig, load
+from distil_jax.config import Config, HeadConfig, ModelConfig, load
 from distil_jax.data import corpus, loader, tokenizer
 from distil_jax.io import huggingface
 from distil_jax.io.checkpoint import Checkpoints
 from distil_jax.io.metrics import read_metrics
 from distil_jax.models.encoder import abstract_params
+from distil_jax.models.heads import abstract_task_params
 from distil_jax.schema import InputError, build, to_dict
 
 FUZZ = settings(
@@ -115,7 +116,7 @@ VALUES = st.recursive(
 )
 PLACES = st.integers(0, 2**16)
 # Changes a value a little or altogether, removes it, sets it to that of another place, or puts one beside it.
-EDIT = st.sampled_from(["nudge", "nudge", "replace", "replace", "remove", "copy", "add"])
+EDIT = st.sampled_from(["nudge", "nudge", "nudge", "nudge", "replace", "replace", "remove", "copy", "add"])
 EDITS = st.lists(st.tuples(EDIT, PLACES, PLACES, VALUES), min_size=1, max_size=3)
 SPLINTERS = [b"[" * 100_000, b'{"a":' * 50_000, b"9" * 5_000, b"0x" + b"f" * 5_000, b"-", b"1e999", b"NaN", b"null"]
 SPLINTERS += [b'"', b"\\", b"\\ud800", b"\0" * 16, b"\xff\xfe", b"\xef\xbb\xbf", b"\n", b"\r", b"{}", b"[]", b",", b":"]
@@ -161,7 +162,7 @@ def edited(sound: Any, edits: list[tuple[str, int, int, Any]]) -> Any:
             source, name = found[other % len(found)]
             value = copy.deepcopy(source[name])
         elif what == "nudge":
-            value = _nudged(container[key])
+            value = _nudged(container[key], other)
         if what == "remove":
             del container[key]
         elif what == "add" and isinstance(container, dict):
@@ -173,12 +174,19 @@ def edited(sound: Any, edits: list[tuple[str, int, int, Any]]) -> Any:
     return values
 
 
-def _nudged(value: Any) -> Any:
+def _nudged(value: Any, choice: int) -> Any:
+    """Another value of the same type, or nearly."""
     if isinstance(value, (bool, type(None))):
         return not value
     if isinstance(value, (int, float)):
-        return value + 1
-    return value[:-1] if isinstance(value, (str, list)) else dict(list(value.items())[1:])
+        others = [value + 1, -value, 10**400, math.nan]
+    elif isinstance(value, str):
+        others = [value[:-1], value + "x", value + "\0", value + "\ud800"]
+    elif isinstance(value, list):
+        others = [value[:-1], value[::-1], value * 2, []]
+    else:
+        others = [dict(list(value.items())[1:]), {}]
+    return others[choice % len(others)]
 
 
 def _places(values: Any) -> Iterator[tuple[Any, Any]]:
@@ -188,7 +196,9 @@ def _places(values: Any) -> Iterator[tuple[Any, Any]]:
             yield from _places(values[key])
 
 
-DAMAGE = st.tuples(st.just("bytes"), CUTS) | st.tuples(st.just("values"), EDITS)
+DAMAGE = st.sampled_from([EDITS, EDITS, CUTS]).flatmap(
+    lambda edits: st.tuples(st.just("bytes" if edits is CUTS else "values"), edits)
+)
 
 
 def damaged_json(sound: bytes, damage: tuple[str, Any]) -> bytes:
@@ -267,10 +277,13 @@ def test_values_of_a_config(edits):
 # Model folders
 
 
-def save_random(folder: Path, config: ModelConfig) -> Path:
+def random_leaves(shapes: dict) -> dict:
     draw = np.random.default_rng(0)
-    shapes = nn.unbox(abstract_params(config))
-    huggingface.save(folder, config, jax.tree.map(lambda leaf: draw.normal(size=leaf.shape).astype("f4"), shapes))
+    return jax.tree.map(lambda leaf: draw.normal(size=leaf.shape).astype(np.float32), nn.unbox(shapes))
+
+
+def save_random(folder: Path, config: ModelConfig) -> Path:
+    huggingface.save(folder, config, random_leaves(abstract_params(config)))
     return folder
 
 
@@ -322,6 +335,25 @@ def test_config_json(model, bert, is_bert, damage):
     path = folder / "config.json"
     with replaced(path, damaged_json(path.read_bytes(), damage)):
         parse(huggingface.load, folder)
+
+
+@pytest.fixture(scope="module")
+def tasks(scratch) -> dict[str, Path]:
+    """A folder for each kind of head."""
+    folders = {}
+    for kind, token_types in (("sequence", 2), ("tokens", 0), ("spans", 0)):
+        config, head = replace(DISTILBERT, token_types=token_types), HeadConfig(kind, label_names=("no", "yes"))
+        folders[kind] = scratch / kind
+        huggingface.save_task(folders[kind], config, head, random_leaves(abstract_task_params(config, head)))
+    return folders
+
+
+@FUZZ
+@given(st.sampled_from(["sequence", "tokens", "spans"]), DAMAGE)
+def test_config_json_of_a_task(tasks, kind, damage):
+    path = tasks[kind] / "config.json"
+    with replaced(path, damaged_json(path.read_bytes(), damage)):
+        parse(huggingface.load_task, tasks[kind])
 
 
 BITS = {"F32": 32, "F16": 16, "BF16": 16, "F64": 64, "I32": 32, "I64": 64, "U8": 8, "BOOL": 8, "C64": 64}
@@ -537,7 +569,7 @@ def test_metrics(run, damage):
 
 @pytest.fixture(scope="module")
 def tokens(workshop, scratch) -> Path:
-    return shutil.copytree(workshop / "rows" / "tokenizer", scratch / "tokens")
+    return shutil.copytree(workshop / "rows" / "tokenizer", scratch / "tokenizer")
 
 
 @FUZZ

@@ -54,7 +54,8 @@ def head_from_json(values: Mapping[str, Any], path: Path, config: ModelConfig) -
     for name, number, types in (("num_labels", labels, (int,)), (key, dropout, (int, float))):
         require(type(number) in types, f"{path} says {name} = {number!r}, where a number belongs: mend that file.")
     try:
-        head = HeadConfig(kind, labels, float(dropout), () if default_names else names)
+        share = float(dropout) if abs(dropout) < 2 else dropout  # no float holds every integer; HeadConfig refuses it
+        head = HeadConfig(kind, labels, share, () if default_names else names)
     except InputError as error:
         raise InputError(f"{path} describes no head: {error}") from error
     problem = values.get("problem_type")
