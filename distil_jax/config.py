@@ -9,7 +9,7 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from distil_jax.schema import InputError, build, may_change, require, set_value, table_of
 
@@ -192,6 +192,26 @@ class LossConfig:
 
 
 @dataclass(frozen=True)
+class TaskLossConfig:
+    """Weights of a task's terms (Sanh et al., 2019, section 4.1, for SQuAD: 0.5 and 0.5 at temperature 2)."""
+
+    task: float = 1.0  # against the labels: cross entropy, or squared error for a regression
+    soft: float = 0.0  # against a fine-tuned teacher: T^2 KL(teacher || student), or squared error for a regression
+    temperature: float = 2.0
+
+    def __post_init__(self) -> None:
+        require(
+            min(self.task, self.soft) >= 0 and max(self.task, self.soft) > 0,
+            f"loss.task {self.task} and loss.soft {self.soft} must not be negative, and not both 0.",
+        )
+        require(self.temperature > 0, f"loss.temperature must be above 0, not {self.temperature}.")
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.soft > 0
+
+
+@dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW with linear warm-up and linear decay to zero (the published recipe)."""
 
@@ -221,9 +241,21 @@ class StepConfig:
     masking: MaskingConfig = MaskingConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     accumulation: int = 1  # micro-batches per update
+    head: HeadConfig | None = None  # a task's, on both models; None: masked language modelling
+    task: TaskLossConfig = TaskLossConfig()  # what counts where there is a head, instead of `loss` and `masking`
+
+    @property
+    def needs_teacher(self) -> bool:
+        return (self.loss if self.head is None else self.task).needs_teacher
 
     def __post_init__(self) -> None:
         require(self.accumulation >= 1, f"accumulation must be at least 1, not {self.accumulation}.")
+        if self.head is not None:
+            require(
+                not self.needs_teacher or self.teacher is not None,
+                "loss.soft compares with a teacher, and there is none: set teacher.path, or loss.soft = 0.",
+            )
+            return
         require(self.student.mlm_head, "The student has no MLM head, which masked-LM training needs.")
         if self.teacher is None:
             require(
@@ -355,16 +387,35 @@ class Config:
             )
 
 
-def preset(path: str | Path) -> Path:
-    """The file itself, or the one of that name among the project's own configs (`distilbert_base_uncased`)."""
-    if Path(path).exists():
+def preset(path: str | Path, kind: str = "") -> Path:
+    """The file itself, or the one of that name among the project's own configs (`distilbert_base_uncased`).
+
+    Args:
+      path: a file or a name.
+      kind: a folder below `configs/`.
+    """
+    if Path(path).exists() and not Path(path).is_dir():  # folders may be named as a preset is
         return Path(path)
     here = Path(__file__).parent
-    folder = next(each for each in (here / "configs", here.parent / "configs") if each.is_dir())
+    folder = next(each for each in (here / "configs", here.parent / "configs") if each.is_dir()) / kind
     named = folder / f"{path}.toml"
     known = sorted(file.stem for file in folder.glob("*.toml"))
     require(named.exists(), f"There is no config {path}: name a TOML file, or one of {', '.join(known)}.")
     return named
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file.
+
+    Raises:
+      InputError: it cannot be read, or is not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"Cannot read the config {path}: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, or numbers and brackets beyond Python's limits
+        raise InputError(f"{path} is not valid TOML: {error}.") from error
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -378,12 +429,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
       InputError: no such file, not TOML, an unknown key (the nearest is named), a wrong type, values that exclude
         each other.
     """
-    try:
-        values = tomllib.loads(preset(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"Cannot read the config {path}: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, or numbers and brackets beyond Python's limits
-        raise InputError(f"{path} is not valid TOML: {error}.") from error
+    values = read_toml(preset(path))
     for override in overrides:
         set_value(values, override)
     # Without a teacher the terms that need one are off unless asked for, and then refused: the same file
