@@ -27,6 +27,7 @@ _VERBS = {
     "bench": "measure the step, the loss, the data and the encoders, with peers beside them if wanted",
     "eval": "held-out loss, accuracy, and agreement with a teacher, of a run or a model folder",
     "export": "write a run's student as a folder that `transformers` opens",
+    "finetune": "fine-tune an encoder on a task, with a fine-tuned teacher or without",
     "report": "write report.md and its pictures for a run",
     "doctor": "check the machine, and all that a run needs, and say what to do about what is wrong",
 }

@@ -294,10 +294,11 @@ class TrainConfig:
     accumulation: int = may_change(0)  # micro-batches per step: less memory, same update; 0: what the next line asks
     tokens_per_device: int = may_change(8192)  # of a micro-batch, at most; sets accumulation where that is 0
     log_every: int = may_change(20)  # steps
-    eval_every: int = may_change(1000)  # steps; 0: only before the first and after the last
+    eval_every: int = may_change(1000)  # steps; 0: only before the first and after the last; of a task: every epoch
     eval_rows: int = may_change(512)  # held-out rows per evaluation; 0: all
-    checkpoint_every: int = may_change(1000)  # steps
-    keep_checkpoints: int = may_change(3)  # the newest, and besides them the one with the best held-out loss
+    checkpoint_every: int = may_change(1000)  # steps; 0: at every evaluation
+    keep_checkpoints: int = may_change(3)  # the newest, and besides them the one with the best held-out score
+    patience: int = 0  # evaluations without a better score that end the run; 0: any number
     skips_allowed: int = may_change(10)  # in a row, of steps without a finite loss and gradient; one more is the end
     spike_factor: float = may_change(3.0)  # a loss so many times its running median is unusual; 0: never
     spike_steps: int = may_change(100)  # unusual losses in a row that end the run
@@ -311,7 +312,6 @@ class TrainConfig:
             "batch_rows",
             "tokens_per_device",
             "log_every",
-            "checkpoint_every",
             "keep_checkpoints",
             "profile_steps",
             "spike_steps",
@@ -320,6 +320,8 @@ class TrainConfig:
         for name in (
             "accumulation",
             "eval_every",
+            "checkpoint_every",
+            "patience",
             "eval_rows",
             "profile_at",
             "skips_allowed",

@@ -26,13 +26,12 @@ from distil_jax.commands.assemble import assemble
 from distil_jax.commands.run_folder import open_model
 from distil_jax.config import Config as RunConfig
 from distil_jax.config import load
-from distil_jax.data.loader import batches, read_manifest
+from distil_jax.data.loader import read_manifest
 from distil_jax.data.prepare import PrepareConfig, prepare
 from distil_jax.io import huggingface
 from distil_jax.io.checkpoint import Checkpoints
 from distil_jax.io.metrics import MetricsWriter, read_metrics
 from distil_jax.schema import InputError, build, to_dict
-from distil_jax.training.sharding import put_rows
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -499,16 +498,14 @@ def test_every_checkpoint_holds_the_parameters_of_its_own_step(workshop, tmp_pat
     saves = ("train.checkpoint_every=1", "train.keep_checkpoints=100", "train.eval_every=0", "train.tensorboard=false")
     assert train(workshop, tmp_path / "run", *saves) == 0
     program = command.compile_run(assemble(load(workshop / "run.toml")))
-    state = command.first_state(program)
-    rows = batches(program.parts.rows("train"), batch_rows=16, seed=3)
+    state = program.first_state()
+    batches = program.batches(0)
     checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
     shapes = {name: getattr(shapes, name) for name in ("step", "skipped", "params", "opt_state", "key")}
     assert checkpoints.steps() == list(range(1, RUN_STEPS + 1))
     for step in checkpoints.steps():
-        state, _ = program.step(
-            state, program.teacher_params, put_rows(next(rows), program.mesh), program.parts.weights
-        )
+        state, _ = program.step(state, program.teacher_params, next(batches), *program.others)
         expected = {name: getattr(state, name) for name in shapes}
         assert same_leaves(checkpoints.restore(step, shapes), expected), step
         assert checkpoints.facts(step)["position"] == 16 * step

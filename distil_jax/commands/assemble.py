@@ -14,12 +14,22 @@ import numpy as np
 from jax.sharding import Mesh
 
 from distil_jax.commands.attention import settle_attention
-from distil_jax.config import ComputeConfig, Config, ModelConfig, StepConfig, StudentConfig, TeacherConfig, TrainConfig
+from distil_jax.config import (
+    ComputeConfig,
+    Config,
+    HeadConfig,
+    ModelConfig,
+    StepConfig,
+    StudentConfig,
+    TeacherConfig,
+    TrainConfig,
+)
 from distil_jax.data.loader import Manifest, RowTable, Split, open_rows, read_manifest, token_counts
 from distil_jax.data.tokenizer import fingerprint as tokenizer_fingerprint
 from distil_jax.io import huggingface
 from distil_jax.io.tensors import local_folder
-from distil_jax.models.encoder import abstract_params, init_params
+from distil_jax.models.encoder import init_params
+from distil_jax.models.heads import abstract_model
 from distil_jax.models.student import choose_layers, student_from_teacher
 from distil_jax.objective.masking import masking_weights, most_targets
 from distil_jax.schema import InputError
@@ -194,10 +204,10 @@ def teacher_compute(teacher: TeacherConfig, compute: ComputeConfig) -> ComputeCo
     return replace(compute, dtype=compute.dtype if teacher.dtype == "auto" else teacher.dtype, remat="none")
 
 
-def teacher_shapes(teacher: TeacherConfig, model: ModelConfig) -> Any:
+def teacher_shapes(teacher: TeacherConfig, model: ModelConfig, head: HeadConfig | None = None) -> Any:
     """The teacher's parameters as shapes, with logical axes unless every device is to have them whole."""
     dtype = jnp.dtype(model.dtype)
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), abstract_params(model))
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), abstract_model(model, head))
     return shapes if teacher.sharded else nn.unbox(shapes)
 
 

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
-from typing import Any
 
+from distil_jax.commands.card import card as made_card
 from distil_jax.commands.run_folder import Model, open_model
-from distil_jax.config import ModelConfig
 from distil_jax.io import huggingface
-from distil_jax.io.metrics import read_metrics
-from distil_jax.models.encoder import count_parameters
-from distil_jax.objective.distillation import Distillation
-from distil_jax.schema import build
+from distil_jax.io.task_json import architecture
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,9 +23,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Writes the folder and says how to open it."""
     model = open_model(arguments.model, arguments.step)
     export(model, arguments.output, dtype=arguments.dtype)
-    name = "DistilBert" if model.config.token_types == 0 else "Bert"
     print(f"Wrote {arguments.output}. Open it with")
-    print(f"  transformers.{name}ForMaskedLM.from_pretrained({str(arguments.output)!r})")
+    print(f"  transformers.{architecture(model.config, model.head)}.from_pretrained({arguments.output!r})")
 
 
 def export(model: Model, output: str | Path, *, dtype: str = "float32", card: str | None = None) -> None:
@@ -42,111 +36,8 @@ def export(model: Model, output: str | Path, *, dtype: str = "float32", card: st
       dtype: "float32" or "float16", on disk.
       card: the card's text; None: made from the run.
     """
-    if card is None:
-        card = _card(model) if model.run is not None else _plain_card(model)
-    huggingface.save(output, model.config, model.params, tokenizer=model.tokenizer, card=card, dtype=dtype)
-
-
-def _card(model: Model) -> str:
-    """What was done, with what, and how well it went: from the run's own files."""
-    facts, config = model.facts, model.run_config
-    data, train = facts["data"], config.train
-    lines = [*_front_matter(), f"# {model.run.resolve().name}", ""]
-    if facts["teacher"]:
-        teacher = build(ModelConfig, facts["teacher"])
-        lines += [
-            f"A {model.config.num_layers}-layer student ({count_parameters(model.config):,} parameters) of "
-            f"`{Path(config.teacher.path).name}` ({teacher.num_layers} layers, {count_parameters(teacher):,} "
-            f"parameters), {_how(config)} with distil_jax {facts['version']}.",
-        ]
+    options = {"tokenizer": model.tokenizer, "card": card or made_card(model), "dtype": dtype}
+    if model.head is None:
+        huggingface.save(output, model.config, model.params, **options)
     else:
-        lines += [
-            f"A {model.config.num_layers}-layer masked language model ({count_parameters(model.config):,} parameters), "
-            f"trained without a teacher with distil_jax {facts['version']}.",
-        ]
-    lines += ["", "## Training", "", *_training(model, data, train.batch_rows), ""]
-    lines += ["## Held-out text", "", *_held_out(model), ""]
-    lines += [
-        *_text(data),
-        "",
-        "## Limits",
-        "",
-        "A masked language model repeats what its training text and its teacher say, biases included. Licences of the "
-        "text and of the teacher apply to it as they apply to them.",
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def _how(config: Any) -> str:
-    if not config.loss.needs_teacher:
-        return "started from its layers but trained without it"
-    return "distilled"
-
-
-def _training(model: Model, data: dict[str, Any], batch_rows: int) -> list[str]:
-    config = model.run_config
-    loss, optimizer = config.loss, config.optimizer
-    weights = ", ".join(f"{name} {weight:g}" for name, weight in Distillation(loss).weights.items())
-    begin = (
-        f"the teacher's layers {', '.join(map(str, config.student.layers))}"
-        if config.student.layers
-        else "random parameters"
-        if config.student.init == "random"
-        else f"`{Path(config.student.init).name}`"
-    )
-    tokens = model.step * batch_rows * data["tokens"] / data["rows"]
-    return [
-        f"- begins with: {begin}",
-        f"- steps: {model.step:,} of {config.train.steps:,}, each of {batch_rows:,} rows of {data['sequence_length']} "
-        f"tokens; about {tokens:,.0f} tokens in all, of a corpus of {data['tokens']:,}",
-        f"- loss: {weights}{f', temperature {loss.temperature:g}' if loss.kl else ''}",
-        f"- masking: {config.masking.rate:.0%} of the tokens, smoothing {config.masking.smoothing:g}",
-        f"- AdamW: learning rate {optimizer.learning_rate:g}, betas {optimizer.beta1:g} and {optimizer.beta2:g}, eps "
-        f"{optimizer.eps:g}, weight decay {optimizer.weight_decay:g}, warm-up {optimizer.warmup:.0%}, clip "
-        f"{optimizer.clip:g}; {config.compute.dtype}; seed {config.seed}",
-    ]
-
-
-def _held_out(model: Model) -> list[str]:
-    """The evaluations of the run, first and last up to the exported step, as a table."""
-    found = [line for line in read_metrics(model.run) if line["kind"] == "held_out" and line["step"] <= model.step]
-    if not found:
-        return ["This run has no evaluation up to this step."]
-    names = [name for name in found[-1] if name not in ("step", "kind")]
-    rows = [found[0], found[-1]] if len(found) > 1 else found
-    numbers = [" | ".join(f"{row.get(name, math.nan):.4f}" for name in names) for row in rows]
-    return [
-        "| step | " + " | ".join(names) + " |",
-        "|---:" * (len(names) + 1) + "|",
-        *(f"| {row['step']:,} | {shown} |" for row, shown in zip(rows, numbers, strict=True)),
-        "",
-        "mlm is the cross entropy at the masked positions, kl (temperature 1) and agreement compare with the teacher "
-        "there.",
-    ]
-
-
-def _text(data: dict[str, Any]) -> list[str]:
-    sources = ", ".join(f"`{source}`" for source in data["sources"])
-    lines = [
-        f"The text: {sources}. Held out by a hash of each document: {data['held_out_tokens']:,} tokens, never trained "
-        "on in this run."
-    ]
-    if "docstrings" in data["sources"]:
-        lines += [
-            "",
-            "Docstrings are those of the installed packages: paragraphs of English, each once (two with the same 60 "
-            "first words are one). A document is what stands under one last name (of a function, class or module), "
-            "because numpy, jax.numpy and pandas repeat each other; a paragraph under several names is held out only "
-            "if all of them are, and only if it has at most 60 words: longer ones are cut, and their inner parts "
-            "repeat each other.",
-        ]
-    return lines
-
-
-def _plain_card(model: Model) -> str:
-    return "\n".join([*_front_matter(), f"{count_parameters(model.config):,} parameters. Written by distil_jax.", ""])
-
-
-def _front_matter() -> list[str]:
-    return ["---", "library_name: transformers", "pipeline_tag: fill-mask", "tags: [distil_jax]", "---", ""]
+        huggingface.save_task(output, model.config, model.head, model.params, **options)

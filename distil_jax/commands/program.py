@@ -1,67 +1,80 @@
-"""A run, compiled for the machine: the mesh, the step, the evaluation, and the state before the first step."""
+"""A run, compiled for the machine: all that the loop needs to know of it, whatever its objective is."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from jax.sharding import Mesh
 
-from distil_jax.commands.assemble import Parts, teacher_shapes
-from distil_jax.commands.evaluate import held_out_numbers
-from distil_jax.training.sharding import jit_eval, jit_step, make_mesh, put_params, shardings_of
-from distil_jax.training.state import TrainState, abstract_state, init_state
-from distil_jax.training.step import mask_and_eval_step, mask_and_train_step
+from distil_jax.config import Config, StepConfig
+from distil_jax.data.loader import numbers_at
+from distil_jax.models.encoder import count_parameters
+from distil_jax.task_config import FinetuneConfig
+from distil_jax.training.state import TrainState, init_state
 
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """A run, compiled for the machine: the mesh, the step, the evaluation, and where its state lives."""
+    """A run of any objective, compiled for the machine.
 
-    parts: Parts
-    mesh: jax.sharding.Mesh
+    Attributes:
+      config: resolved, as it is written into the run's folder.
+      step_config: what the step was compiled from.
+      identity: hashes of what a resumed run must find again.
+      tokenizer: the folder whose files stay with the run.
+      data: what a checkpoint says of the examples.
+      about: a line for people.
+      mesh: of the devices.
+      step: (state, teacher_params, batch, *others) -> (state, metrics).
+      teacher_params: on the mesh, or None.
+      others: what a step takes after the batch.
+      batches: from the steps done so far, every following batch on the mesh.
+      rows_of: the numbers of the rows that a step trains on.
+      held_out: what the held-out examples say of a state.
+      score: of these numbers; the lower the better.
+      state_sharding: where a state lives.
+      first_state: makes the one before the first step, there.
+    """
+
+    config: Config | FinetuneConfig
+    step_config: StepConfig
+    identity: dict[str, str]
+    tokenizer: Path
+    data: dict[str, Any]
+    about: str
+    mesh: Mesh
     step: Callable
-    eval_step: Callable
-    state_sharding: Any
     teacher_params: Any
-
-    def held_out(self, state: TrainState) -> dict[str, float]:
-        config = self.parts.config.train
-        return held_out_numbers(
-            self.eval_step,
-            state,
-            self.teacher_params,
-            self.parts.rows("held_out"),
-            self.parts.held_out_weights,
-            mesh=self.mesh,
-            batch_rows=config.batch_rows // self.parts.step.accumulation,
-            limit=config.eval_rows,
-        )
+    others: tuple[Any, ...]
+    batches: Callable[[int], Iterator[Any]]
+    rows_of: Callable[[int], list[int]]
+    held_out: Callable[[TrainState], dict[str, float]]
+    score: Callable[[dict[str, Any]], float]
+    state_sharding: Any
+    first_state: Callable[[], TrainState]
 
 
-def compile_run(parts: Parts) -> Program:
-    """Mesh, shardings and jitted steps; nothing is computed yet (XLA compiles at the first call)."""
-    mesh = make_mesh(parts.config.mesh)
-    state_shapes = abstract_state(parts.step)
-    shapes, teacher_params = None, None
-    if parts.teacher_params is not None:
-        shapes = teacher_shapes(parts.config.teacher, parts.step.teacher)
-        teacher_params = put_params(parts.teacher_params, shardings_of(shapes, mesh))
-    return Program(
-        parts=parts,
-        mesh=mesh,
-        step=jit_step(mask_and_train_step, mesh, state_shapes, shapes),
-        eval_step=jit_eval(mask_and_eval_step, mesh, state_shapes, shapes),
-        state_sharding=shardings_of(state_shapes, mesh),
-        teacher_params=teacher_params,
-    )
+def rows_of(rows: int, batch_rows: int, seed: int, step: int) -> list[int]:
+    """The numbers of the rows, of so many, that a step trains on."""
+    return numbers_at(rows, np.arange((step - 1) * batch_rows, step * batch_rows), seed=seed).tolist()
 
 
-def first_state(program: Program) -> TrainState:
-    """The student before its first step, made where it will live."""
-    make = partial(init_state, jax.random.key(program.parts.config.seed), program.parts.step)
-    return jax.jit(lambda params: make(params=params), out_shardings=program.state_sharding)(
-        program.parts.student_params
-    )
+def first_state(config: StepConfig, seed: int, params: Any, sharding: Any) -> TrainState:
+    """A state before its first step, made where it will live; `params` None: random ones."""
+    make = partial(init_state, jax.random.key(seed), config)
+    return jax.jit(lambda params: make(params=params), out_shardings=sharding)(params)
+
+
+def about_models(step: StepConfig, attention: str) -> str:
+    """The models and the machine, for people."""
+    student = f"student {step.student.num_layers} x {step.student.hidden_size}"
+    parameters = f"{count_parameters(step.student):,} parameters"
+    teacher = f", teacher {step.teacher.num_layers} x {step.teacher.hidden_size}" if step.teacher else ""
+    devices = f"{jax.device_count()} {jax.devices()[0].device_kind} device(s), {step.student.dtype}"
+    return f"{student} ({parameters}){teacher}; {devices}; {attention}"

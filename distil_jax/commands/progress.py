@@ -98,7 +98,7 @@ class Progress:
             numbers |= {"tokens_per_second": tokens * rate, "seconds_per_step": 1 / rate}
             shown = f"{tokens * rate:,.0f} tokens/s, {_duration((self._steps - step) / rate)} left"
         self._writer.write(step, "train", numbers)
-        losses = {name: means[name] for name in ("loss", "kl", "mlm", "cosine", "mse") if name in means}
+        losses = {name: means[name] for name in ("loss", "kl", "mlm", "cosine", "mse", "task", "soft") if name in means}
         if self._bar.disable:
             self.say(f"step {step:>6,}  {_words(losses)}  {shown}")
         else:

@@ -16,12 +16,13 @@ import tomli_w
 
 from distil_jax import __version__
 from distil_jax.commands import processes
-from distil_jax.commands.assemble import Parts
-from distil_jax.config import Config, LossConfig, ModelConfig, StepConfig, load
+from distil_jax.commands.program import Program
+from distil_jax.config import Config, HeadConfig, LossConfig, ModelConfig, StepConfig, read_toml
 from distil_jax.io import huggingface
 from distil_jax.io.checkpoint import Checkpoints
 from distil_jax.io.tensors import local_folder
 from distil_jax.schema import InputError, build, differences, require, to_dict
+from distil_jax.task_config import FinetuneConfig
 from distil_jax.training.state import TrainState, init_state
 
 
@@ -30,8 +31,9 @@ class Model:
     """A model that a command was pointed at.
 
     Attributes:
-      config, params: as `huggingface.load` returns them.
+      config, params: as `huggingface.load` (or, of a task, `load_task`) returns them.
       tokenizer: the folder with its tokenizer files.
+      head: the task's, or None for a language model.
       run: the run folder it was read from, or None for a model folder.
       step: the checkpoint's, or None.
       facts: what was saved beside the checkpoint, or None.
@@ -40,13 +42,14 @@ class Model:
     config: ModelConfig
     params: Any
     tokenizer: Path
+    head: HeadConfig | None = None
     run: Path | None = None
     step: int | None = None
     facts: dict[str, Any] | None = None
 
     @property
-    def run_config(self) -> Config:
-        return build(Config, self.facts["config"])
+    def run_config(self) -> Config | FinetuneConfig:
+        return config_from(self.facts["config"])
 
 
 def is_run(folder: Path) -> bool:
@@ -54,15 +57,15 @@ def is_run(folder: Path) -> bool:
     return (folder / "config.toml").exists() and (folder / "tokenizer").is_dir()
 
 
-def check(folder: Path, parts: Parts | None = None) -> None:
+def check(folder: Path, program: Program | None = None) -> None:
     """Refuses a folder that a run cannot use; writes nothing.
 
     Args:
       folder: of the run.
-      parts: of the run, if they are known already.
+      program: of the run, if it is known already.
 
     Raises:
-      InputError: a file, a folder with something else in it, or a run with other mathematics, rows or teacher.
+      InputError: a file, a folder with something else in it, or a run with other mathematics, examples or teacher.
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file: name a folder for the run.")
@@ -70,9 +73,12 @@ def check(folder: Path, parts: Parts | None = None) -> None:
     begun = {"tokenizer", ".config.toml", ".lock", "compiled"}
     if folder.is_dir() and not is_run(folder) and {path.name for path in folder.iterdir()} - begun:
         raise InputError(f"{folder} holds something other than a run: name a new folder; nothing was changed.")
-    if parts is None or not is_run(folder):
+    if program is None or not is_run(folder):
         return
-    changed = differences(load(folder / "config.toml"), parts.config)
+    before = read_config(folder)
+    if type(before) is not type(program.config):
+        raise InputError(f"{folder} holds a run of another command: name a new folder; nothing was changed.")
+    changed = differences(before, program.config)
     if changed:
         raise InputError(
             f"{folder} holds a run with another configuration ({'; '.join(changed)}): give it the same one to go on, "
@@ -80,20 +86,31 @@ def check(folder: Path, parts: Parts | None = None) -> None:
         )
     if not (folder / "checkpoints").is_dir():
         return
-    identity = parts.identity
+    identity = program.identity
     with contextlib.closing(Checkpoints(folder / "checkpoints")) as checkpoints:
         for step in checkpoints.steps():
             with contextlib.suppress(InputError):  # whether a damaged one matters is seen when one is restored
                 identity = checkpoints.facts(step)["identity"]
-    for name, digest in parts.identity.items():
+    for name, digest in program.identity.items():
         if identity.get(name) != digest:
+            what = {"rows": "prepared rows", "examples": "examples", "teacher": "teacher weights", "model": "weights"}
             raise InputError(
-                f"The run was started with other {'prepared rows' if name == 'rows' else 'teacher weights'}: "
-                "point the config at the ones it began with, or start a new run folder."
+                f"The run was started with other {what[name]}: point the config at the ones it began with, or start a "
+                "new run folder."
             )
 
 
-def begin(folder: Path, parts: Parts) -> None:
+def read_config(folder: Path) -> Config | FinetuneConfig:
+    """The resolved configuration of a run."""
+    return config_from(read_toml(folder / "config.toml"))
+
+
+def config_from(values: dict[str, Any]) -> Config | FinetuneConfig:
+    """A resolved configuration from its plain values."""
+    return build(FinetuneConfig if "task" in values else Config, values)
+
+
+def begin(folder: Path, program: Program) -> None:
     """Makes the folder, or takes up the run that it holds with what may change and has changed.
 
     Raises:
@@ -101,32 +118,26 @@ def begin(folder: Path, parts: Parts) -> None:
     """
     try:
         # Kept with the run, so that it can be exported when the data is gone.
-        shutil.copytree(parts.tokenizer, folder / "tokenizer", dirs_exist_ok=True)
+        shutil.copytree(program.tokenizer, folder / "tokenizer", dirs_exist_ok=True)
         draft = folder / ".config.toml"
-        draft.write_text(tomli_w.dumps(to_dict(parts.config)), encoding="utf-8")
+        draft.write_text(tomli_w.dumps(to_dict(program.config)), encoding="utf-8")
         os.replace(draft, folder / "config.toml")
     except OSError as error:
         raise InputError(f"Cannot write the run folder {folder}: {error.strerror or error}.") from error
 
 
-def facts(parts: Parts, step: int) -> dict[str, Any]:
+def facts(program: Program, step: int) -> dict[str, Any]:
     """What a checkpoint says beside its arrays. `position`, the rows consumed, is all the state the data has."""
-    models, manifest = parts.step, parts.manifest
+    models = program.step_config
     return {
         "version": __version__,
-        "position": step * parts.config.train.batch_rows,
-        "identity": parts.identity,
-        "config": to_dict(parts.config),
+        "position": step * program.config.train.batch_rows,
+        "identity": program.identity,
+        "config": to_dict(program.config),
         "student": to_dict(models.student),
         "teacher": to_dict(models.teacher) if models.teacher else None,
-        "data": {
-            "sequence_length": manifest.sequence_length,
-            "rows": manifest.train.rows,
-            "sequences": manifest.train.sequences,
-            "tokens": manifest.train.tokens,
-            "held_out_tokens": manifest.held_out.tokens,
-            "sources": list(manifest.settings["sources"]),
-        },
+        "head": to_dict(models.head) if models.head else None,
+        "data": program.data,
     }
 
 
@@ -165,7 +176,11 @@ def choose(checkpoints: Checkpoints, step: int | None) -> int | None:
 
 
 def open_model(path: str | Path, step: int | None = None) -> Model:
-    """The student of a run folder (its newest checkpoint, or that of `step`), or the model of a model folder.
+    """The model of a run folder or of a model folder, with a task's head or without.
+
+    Args:
+      path: of a run, its newest checkpoint counts, and of a fine-tuning the best one.
+      step: of a run, this checkpoint and no other.
 
     Raises:
       InputError: neither; or no such checkpoint.
@@ -175,17 +190,24 @@ def open_model(path: str | Path, step: int | None = None) -> Model:
         if step is not None:
             raise InputError(f"{path} is not a run, so it has no checkpoint of step {step}: leave --step out.")
         folder = local_folder(path)
+        if huggingface.has_task(folder):
+            config, head, params = huggingface.load_task(folder)
+            return Model(config, params, tokenizer=folder, head=head)
         config, params = huggingface.load(folder)
         return Model(config, params, tokenizer=folder)
     with contextlib.closing(Checkpoints(folder / "checkpoints")) as checkpoints:
+        if step is None and isinstance(read_config(folder), FinetuneConfig):
+            step = checkpoints.best()
         step = choose(checkpoints, step)
         if step is None:
             raise InputError(f"{folder} has no checkpoint yet: let it train for longer.")
         found = checkpoints.facts(step)
         # Of the machine that trained it was its attention; whoever computes with it now chooses again.
         student = replace(build(ModelConfig, found["student"]), attention="xla")
-        run_config = build(Config, found["config"])
+        head = build(HeadConfig, found["head"]) if found.get("head") else None
         # Enough to shape the state; a teacher or the data are not needed to read it.
-        alone = StepConfig(student, loss=LossConfig(kl=0, cosine=0), optimizer=run_config.optimizer)
+        optimizer = config_from(found["config"]).optimizer
+        alone = StepConfig(student, loss=LossConfig(kl=0, cosine=0), optimizer=optimizer, head=head)
         state = restore(checkpoints, step, alone)
-    return Model(student, jax.device_get(state.params), folder / "tokenizer", run=folder, step=step, facts=found)
+    params = jax.device_get(state.params)
+    return Model(student, params, folder / "tokenizer", head=head, run=folder, step=step, facts=found)

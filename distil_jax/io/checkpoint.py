@@ -7,6 +7,7 @@ last, so a checkpoint is there whole or not at all, and whatever damages one aft
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -148,6 +149,11 @@ class Checkpoints:
             )
         return (None if found < 0 else found), problems
 
+    def best(self) -> int | None:
+        """The step whose score is the best; None where no checkpoint has one."""
+        scores = {step: score for step, score in self._whole().items() if score is not None}
+        return min(scores, key=scores.get) if scores else None
+
     def set_aside_after(self, step: int) -> list[str]:
         """Renames every checkpoint later than `step`, so that the run can write these steps again; the new names."""
         later, moved = [number for number in self.steps() if number > step], []
@@ -262,17 +268,18 @@ class Checkpoints:
 
     def _retire(self) -> None:
         """Removes what is neither among the newest nor the best; a damaged checkpoint counts for nothing and stays."""
-        scores = {}
-        for step in self.steps():
-            try:
-                scores[step] = self._manifest(step).score
-            except InputError:
-                continue
-        scored = {step: score for step, score in scores.items() if score is not None}
-        best = [min(scored, key=scored.get)] if scored else []
-        for step in sorted(scores)[: -self._keep]:
-            if step not in best:
+        whole, best = self._whole(), self.best()
+        for step in sorted(whole)[: -self._keep]:
+            if step != best:
                 shutil.rmtree((self._folder / str(step)).rename(self._folder / f".retired-{step}"))
+
+    def _whole(self) -> dict[int, float | None]:
+        """The scores of the checkpoints whose manifests are whole."""
+        found = {}
+        for step in self.steps():
+            with contextlib.suppress(InputError):
+                found[step] = self._manifest(step).score
+        return found
 
     def _fail(self, step: int, error: Exception) -> None:
         said = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__

@@ -22,8 +22,8 @@ from distil_jax.config import HeadConfig, ModelConfig
 from distil_jax.io.config_json import to_json
 from distil_jax.io.model_tensors import Params, examine, examine_task, file_tensors
 from distil_jax.io.name_table import leaves
-from distil_jax.io.task_json import head_to_json
-from distil_jax.io.tensors import SINGLE, TOKENIZER_FILES, local_folder, open_tensors
+from distil_jax.io.task_json import head_to_json, says_task
+from distil_jax.io.tensors import SINGLE, TOKENIZER_FILES, local_folder, open_tensors, read_json
 from distil_jax.schema import InputError
 
 
@@ -65,6 +65,12 @@ def load_task(folder: str | Path) -> tuple[ModelConfig, HeadConfig, dict[str, An
         config, head, tensors = examine_task(folder, opened)
         flat = {leaf.path: leaf.read(tensors) for leaf in leaves(config, head)}
     return config, head, traverse_util.unflatten_dict(flat, sep="/")
+
+
+def has_task(folder: str | Path) -> bool:
+    """Whether a folder, or hub id, says that it holds a model with a task's head."""
+    folder = local_folder(folder)
+    return says_task(read_json(folder / "config.json"))
 
 
 def read_config(folder: str | Path) -> ModelConfig:

@@ -26,9 +26,15 @@ _DROPOUT = {
 }
 
 
-def architecture(config: ModelConfig, head: HeadConfig) -> str:
-    """The name of the model in `transformers`."""
-    return _PREFIXES[model_type(config)] + _SUFFIXES[head.kind]
+def architecture(config: ModelConfig, head: HeadConfig | None) -> str:
+    """The name of the model in `transformers`; without a head, of the one with an MLM head."""
+    return _PREFIXES[model_type(config)] + ("ForMaskedLM" if head is None else _SUFFIXES[head.kind])
+
+
+def says_task(values: Mapping[str, Any]) -> bool:
+    """Whether a config.json names an architecture with a task's head."""
+    names = values.get("architectures")
+    return isinstance(names, list) and any(isinstance(name, str) and name.endswith(tuple(_KINDS)) for name in names)
 
 
 def head_from_json(values: Mapping[str, Any], path: Path, config: ModelConfig) -> HeadConfig:

@@ -13,7 +13,7 @@ import jax
 
 from distil_jax.config import HeadConfig, ModelConfig
 from distil_jax.models.dropout import batch_seeds, dropout
-from distil_jax.models.encoder import MaskedLm, dense, one_position
+from distil_jax.models.encoder import MaskedLm, abstract_params, dense, init_params, one_position
 from distil_jax.schema import require
 from distil_jax.structs import Array, Batch, Encoded
 
@@ -75,6 +75,21 @@ def init_task_params(key: Array, config: ModelConfig, task: HeadConfig) -> dict:
 def abstract_task_params(config: ModelConfig, task: HeadConfig) -> dict:
     """Shapes and logical axes of a `TaskModel`'s parameters, no values: what shardings are made from."""
     return jax.eval_shape(lambda: init_task_params(jax.random.key(0), config, task))
+
+
+def model_of(config: ModelConfig, task: HeadConfig | None) -> MaskedLm | TaskModel:
+    """The module: an encoder for language modelling where there is no task."""
+    return MaskedLm(config) if task is None else TaskModel(config, task)
+
+
+def init_model(key: Array, config: ModelConfig, task: HeadConfig | None) -> dict:
+    """Random parameters of `model_of`, boxed."""
+    return init_params(key, config) if task is None else init_task_params(key, config, task)
+
+
+def abstract_model(config: ModelConfig, task: HeadConfig | None) -> dict:
+    """Shapes and logical axes of the parameters of `model_of`."""
+    return abstract_params(config) if task is None else abstract_task_params(config, task)
 
 
 def with_fresh_head(key: Array, config: ModelConfig, task: HeadConfig, params: dict) -> dict:

@@ -16,9 +16,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from distil_jax.config import MeshConfig, ModelConfig, StepConfig
+from distil_jax.config import MeshConfig, StepConfig
 from distil_jax.models.attention import HEADS_ALONG
-from distil_jax.models.encoder import abstract_params
 from distil_jax.schema import InputError
 from distil_jax.structs import Rows
 
@@ -159,8 +158,10 @@ def jit_step(step: Callable, mesh: Mesh, abstract_state: Any, abstract_teacher: 
 
 
 def jit_eval(step: Callable, mesh: Mesh, abstract_state: Any, abstract_teacher: Any) -> Callable:
-    """Compiles `eval_step` or its like for a mesh: nothing is donated, the metrics are replicated."""
-    return _on_mesh(mesh, _jitted(step, mesh, shardings_of(abstract_state, mesh), abstract_teacher))
+    """Compiles `eval_step` or its like for a mesh: nothing is donated, what comes back is whole on every device."""
+    everywhere = NamedSharding(mesh, P())
+    state = shardings_of(abstract_state, mesh)
+    return _on_mesh(mesh, _jitted(step, mesh, state, abstract_teacher, out_shardings=everywhere))
 
 
 def lower_step(
@@ -199,25 +200,29 @@ def _jitted(step: Callable, mesh: Mesh, state_sharding: Any, abstract_teacher: A
     return jax.jit(step, in_shardings=(state_sharding, teacher_sharding, batch_sharding(mesh), *others), **options)
 
 
-def gather_params(params: Any, model: ModelConfig) -> Any:
+def gather_params(params: Any, abstract: Any) -> Any:
     """A model's parameters whole along fsdp, as a step computes with them; cut along tensor as ever.
 
     fsdp is how parameters and moments are kept. An encoder is small beside its activations, so it is gathered once a
     step, not layer by layer in every micro-batch. Without a mesh nothing happens.
+
+    Args:
+      params: the tree.
+      abstract: its shapes and logical axes, from `abstract_model`.
     """
-    return _laid_out(params, model, _without_fsdp(RULES))
+    return _laid_out(params, abstract, _without_fsdp(RULES))
 
 
-def keep_params(params: Any, model: ModelConfig) -> Any:
+def keep_params(params: Any, abstract: Any) -> Any:
     """Gradients (or anything of the parameters' shapes) as parameters are kept: cut along fsdp and tensor."""
-    return _laid_out(params, model, RULES)
+    return _laid_out(params, abstract, RULES)
 
 
-def _laid_out(params: Any, model: ModelConfig, rules: Any) -> Any:
+def _laid_out(params: Any, abstract: Any, rules: Any) -> Any:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.shape["fsdp"] == 1:
         return params
-    specs = nn.unbox(nn.logical_to_mesh(nn.get_partition_spec(abstract_params(model)), rules))
+    specs = nn.unbox(nn.logical_to_mesh(nn.get_partition_spec(abstract), rules))
     return jax.lax.with_sharding_constraint(params, specs)
 
 
@@ -228,18 +233,17 @@ def _without_fsdp(rules: Any) -> Any:
     return tuple((name, rest(axes)) for name, axes in rules)
 
 
-def sum_over_shards(function: Callable) -> Callable:
-    """Calls `function(batch, *rest)` on each shard of the batch and adds up what comes back.
+def map_shards(function: Callable) -> Callable:
+    """Calls `function(batch, *rest)` on each shard of the batch; what comes back has a leading axis of shards.
 
-    One exchange per leaf, after everything inside is done: plain `jit` would exchange in every micro-batch, or make
-    every device compute all of them. The tensor axis stays with the compiler. Without a mesh there is one shard.
+    The tensor axis stays with the compiler. Without a mesh there is one shard.
     """
 
-    def summed(batch: Any, *rest: Any) -> Any:
+    def mapped(batch: Any, *rest: Any) -> Any:
         mesh = jax.sharding.get_abstract_mesh()
         shards = 1 if mesh.empty else shard_count(mesh)
         if shards == 1:
-            return function(batch, *rest)
+            return jax.tree.map(lambda leaf: leaf[None], function(batch, *rest))
 
         def cut(leaf: Any) -> Any:
             leaf = leaf.reshape(shards, leaf.shape[0] // shards, *leaf.shape[1:])
@@ -247,7 +251,19 @@ def sum_over_shards(function: Callable) -> Callable:
 
         # A batched axis that lies on the mesh, not a shard_map: XLA aborts on one over data beside a tensor axis.
         each = jax.vmap(function, in_axes=(0, *(None,) * len(rest)), spmd_axis_name=_BATCH)
-        sums = each(jax.tree.map(cut, batch), *rest)
-        return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), sums)
+        return each(jax.tree.map(cut, batch), *rest)
+
+    return mapped
+
+
+def sum_over_shards(function: Callable) -> Callable:
+    """`map_shards`, and what comes back is added up.
+
+    One exchange per leaf, after everything inside is done: plain `jit` would exchange in every micro-batch, or make
+    every device compute all of them.
+    """
+
+    def summed(batch: Any, *rest: Any) -> Any:
+        return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), map_shards(function)(batch, *rest))
 
     return summed

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from distil_jax.config import StepConfig
-from distil_jax.models.encoder import init_params
+from distil_jax.models.heads import init_model
 from distil_jax.structs import Array
 from distil_jax.training.optimizer import make_optimizer
 
@@ -47,7 +47,7 @@ def init_state(key: Array, config: StepConfig, *, params: Any = None) -> TrainSt
     """
     init_key, run_key = jax.random.split(key)
     if params is None:
-        params = nn.unbox(init_params(init_key, config.student))
+        params = nn.unbox(init_model(init_key, config.student, config.head))
     params = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), params)
     return _state(run_key, config, params)
 
@@ -57,7 +57,8 @@ def abstract_state(config: StepConfig) -> TrainState:
 
     The optimiser's moments take the axes of their parameters, because they are made from boxed ones.
     """
-    return jax.eval_shape(lambda: _state(jax.random.key(0), config, init_params(jax.random.key(0), config.student)))
+    key = jax.random.key(0)
+    return jax.eval_shape(lambda: _state(key, config, init_model(key, config.student, config.head)))
 
 
 def _state(run_key: Array, config: StepConfig, params: Any) -> TrainState:

@@ -8,12 +8,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from distil_jax.config import ModelConfig, StepConfig, TaskLossConfig
 from distil_jax.models.encoder import MaskedLm
+from distil_jax.models.heads import abstract_model, model_of
 from distil_jax.objective.distillation import Distillation, held_out_terms
 from distil_jax.objective.masking import mask_tokens
-from distil_jax.structs import Array, Batch, Mean, Metrics, Rows
+from distil_jax.objective.tasks import TaskObjective
+from distil_jax.structs import Array, Batch, Encoded, Mean, Metrics, Rows
 from distil_jax.training.optimizer import learning_rate, make_optimizer
-from distil_jax.training.sharding import gather_params, keep_params, sum_over_shards
+from distil_jax.training.sharding import gather_params, keep_params, map_shards, sum_over_shards
 from distil_jax.training.state import TrainState
 
 _MASKS, _DROPOUT = 0, 1  # what the keys of one step are for
@@ -36,7 +39,7 @@ def mask_and_train_step(
 
 
 def train_step(state: TrainState, teacher_params: Any, batch: Batch) -> tuple[TrainState, Metrics]:
-    """One optimiser step on a batch that is already masked (Sanh et al., 2019, section 2).
+    """One optimiser step: of distillation on a masked batch (Sanh et al., 2019, section 2), or of a task.
 
     Pure. The teacher's parameters are an argument: never donated, saved, averaged or differentiated.
     Where the loss or the norm of its gradient is not finite, the update is left out: parameters, moments and the
@@ -48,7 +51,7 @@ def train_step(state: TrainState, teacher_params: Any, batch: Batch) -> tuple[Tr
       batch: [B, L]; B divides into `state.config.accumulation` micro-batches on every shard.
 
     Returns:
-      The next state, and the metrics of this step: the terms of the loss, "loss", "gradient_norm",
+      The next state, and the metrics of this step: the terms of the objective, "loss", "gradient_norm",
       "learning_rate", "tokens" (the attended ones) and "skipped" (1 where the update was left out).
     """
     gradients, terms, loss = _gradients(state, teacher_params, batch)
@@ -86,10 +89,35 @@ def eval_step(state: TrainState, teacher_params: Any, batch: Batch) -> Metrics:
             teacher = MaskedLm(config.teacher).apply({"params": teacher_params}, batch)
         return held_out_terms(student, teacher, batch, config=config.loss)
 
-    params = gather_params(state.params, config.student)
+    params = gather_params(state.params, abstract_model(config.student, None))
     if teacher_params is not None:
-        teacher_params = gather_params(teacher_params, config.teacher)
+        teacher_params = gather_params(teacher_params, abstract_model(config.teacher, None))
     return sum_over_shards(shard_terms)(batch, params, teacher_params)
+
+
+def task_eval_step(state: TrainState, teacher_params: Any, batch: Batch) -> tuple[Metrics, Array]:
+    """What a task's model says of a batch: the loss against the labels, and its logits.
+
+    Args:
+      state: its config has a head.
+      teacher_params: not read; it stands where every step has it.
+      batch: [B, L].
+
+    Returns:
+      "loss", and the logits, [B, C] or [B, L, C] float32.
+    """
+    del teacher_params
+    config = state.config
+    objective = TaskObjective(config.head, TaskLossConfig())
+
+    def shard(batch: Batch, params: Any) -> tuple[Metrics, Array]:
+        logits = _outputs(config, config.student, params, batch)
+        return objective.loss(logits, None, batch, objective.counts(batch))[1], logits
+
+    params = gather_params(state.params, abstract_model(config.student, config.head))
+    terms, logits = map_shards(shard)(batch, params)
+    loss = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), terms["task"])
+    return {"loss": loss}, logits.reshape(-1, *logits.shape[2:])
 
 
 def mask_and_eval_step(state: TrainState, teacher_params: Any, rows: Rows, weights: Array) -> Metrics:
@@ -114,14 +142,12 @@ def _gradients(state: TrainState, teacher_params: Any, batch: Batch) -> tuple[An
     Each shard of the batch adds up its micro-batches, and the shards exchange their sums once.
     """
     config = state.config
-    objective = Distillation(config.loss)
+    objective = Distillation(config.loss) if config.head is None else TaskObjective(config.head, config.task)
     counts = objective.counts(batch)
 
     def loss_of(params: Any, teacher_params: Any, batch: Batch, counts: dict, key: Array) -> tuple[Array, Metrics]:
-        student = MaskedLm(config.student).apply({"params": params}, batch, train=True, rngs={"dropout": key})
-        teacher = None
-        if config.loss.needs_teacher:
-            teacher = MaskedLm(config.teacher).apply({"params": teacher_params}, batch)
+        student = _outputs(config, config.student, params, batch, train=True, rngs={"dropout": key})
+        teacher = _outputs(config, config.teacher, teacher_params, batch) if config.needs_teacher else None
         return objective.loss(student, teacher, batch, counts)
 
     def shard_sums(batch: Batch, params: Any, teacher_params: Any, counts: dict, key: Array) -> Any:
@@ -141,11 +167,19 @@ def _gradients(state: TrainState, teacher_params: Any, batch: Batch) -> tuple[An
 
     if batch.row_index is None:  # its rows are numbered before it is cut, so that no two draw the same dropout
         batch = batch.replace(row_index=jnp.arange(len(batch.input_ids)))
-    params = gather_params(state.params, config.student)
-    if config.loss.needs_teacher:
-        teacher_params = gather_params(teacher_params, config.teacher)
+    student = abstract_model(config.student, config.head)
+    params = gather_params(state.params, student)
+    if config.needs_teacher:
+        teacher_params = gather_params(teacher_params, abstract_model(config.teacher, config.head))
     gradients, terms = sum_over_shards(shard_sums)(batch, params, teacher_params, counts, _key(state, _DROPOUT))
-    return keep_params(gradients, config.student), terms, objective.combine(terms, counts)
+    return keep_params(gradients, student), terms, objective.combine(terms, counts)
+
+
+def _outputs(config: StepConfig, model: ModelConfig, params: Any, batch: Batch, **options: Any) -> Encoded | Array:
+    """What one of a step's models says of a batch: its encoding, or a task's logits."""
+    if model.token_types == 0:  # a student without token types may learn from a teacher that has them
+        batch = batch.replace(token_type_ids=None)
+    return model_of(model, config.head).apply({"params": params}, batch, **options)
 
 
 def _cut(leaf: Array, pieces: int) -> Array:

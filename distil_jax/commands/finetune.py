@@ -1,0 +1,216 @@
+"""`distil-jax finetune`: from a trained encoder to a model for a task, with a fine-tuned teacher or without."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tomli_w
+
+from distil_jax.commands import processes
+from distil_jax.commands.assemble import (
+    resolve_compute,
+    settle,
+    teacher_compute,
+    teacher_shapes,
+    total_steps,
+    with_compute,
+)
+from distil_jax.commands.export import export
+from distil_jax.commands.judge import Judge
+from distil_jax.commands.loop import run_program
+from distil_jax.commands.program import Program, about_models, first_state, rows_of
+from distil_jax.commands.run_folder import Model, open_model
+from distil_jax.config import HeadConfig, StepConfig
+from distil_jax.data.tasks import TaskData, read_task, task_batches
+from distil_jax.data.tokenizer import fingerprint as tokenizer_fingerprint
+from distil_jax.io import huggingface
+from distil_jax.models.heads import with_fresh_head
+from distil_jax.schema import InputError, require, to_dict
+from distil_jax.task_config import FinetuneConfig, head_of, load_task, task_encoder
+from distil_jax.training.sharding import jit_step, local_places, make_mesh, put_params, put_rows, shardings_of
+from distil_jax.training.state import abstract_state
+from distil_jax.training.step import train_step
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `distil-jax finetune`."""
+    parser.add_argument("model", help="the encoder: a model folder, a run folder or a hub id")
+    parser.add_argument("--task", required=True, help="a name in configs/tasks (sst2, mrpc, squad, ...) or a TOML file")
+    parser.add_argument(
+        "--teacher", default="", help="a model that was fine-tuned on the task: its logits are targets too"
+    )
+    parser.add_argument(
+        "--output", required=True, metavar="FOLDER", help="the run folder; the model will be FOLDER/model"
+    )
+    parser.add_argument(
+        "--set", metavar="KEY=VALUE", action="append", default=[], help="override a config key: --set task.train=my.csv"
+    )
+    parser.add_argument("--print-config", action="store_true", help="print the whole configuration and stop")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Fine-tunes, and prints what the best checkpoint reaches."""
+    named = [f"model.path={arguments.model}", *([f"teacher.path={arguments.teacher}"] if arguments.teacher else [])]
+    config = load_task(arguments.task, [*named, *arguments.set])
+    if arguments.print_config:
+        print(tomli_w.dumps(to_dict(config)), end="")
+        return
+    processes.connect()
+    output = Path(arguments.output)
+    with contextlib.ExitStack() as stack:
+        if not processes.is_first():
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        print(processes.environment(), flush=True)
+        for split, numbers in finetune(config, output).items():
+            print(f"{split}: " + ", ".join(f"{name} {number:.4f}" for name, number in numbers.items()))
+        print(f"Done. {output / 'model'} is the best checkpoint as a folder that transformers opens.")
+
+
+def finetune(config: FinetuneConfig, workdir: str | Path) -> dict[str, dict[str, float]]:
+    """Fine-tunes a model, or goes on with the run that `workdir` holds.
+
+    Args:
+      config: of the run.
+      workdir: gets what a training run has, and at the end `model/`, the checkpoint that is best on the dev examples,
+        and `scores.json`.
+
+    Returns:
+      The numbers of that checkpoint on "dev" and, where there are such examples, on "test".
+
+    Raises:
+      As `run_program`.
+    """
+    workdir = Path(workdir)
+    made: list[tuple[Program, Judge, TaskData]] = []
+
+    def make() -> Program:
+        made.append(compile_task(config))
+        return made[0][0]
+
+    run_program(make, workdir)
+    program, judge, data = made[0]
+    best = open_model(workdir)
+    params = put_params(best.params, program.state_sharding.params)
+    splits = {"dev": data.dev, "test": data.test}
+    found = {name: judge.numbers(params, table) for name, table in splits.items() if table is not None}
+    if processes.is_first():
+        scores = {"step": best.step, "task": to_dict(program.config.task), **found}
+        (workdir / "scores.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+        if not (workdir / "model").exists():
+            export(best, workdir / "model")
+    return found
+
+
+def compile_task(config: FinetuneConfig) -> tuple[Program, Judge, TaskData]:
+    """Reads the models and the examples, checks that they fit each other, and compiles the run.
+
+    Raises:
+      InputError: anything that is missing, or does not fit.
+    """
+    start = open_model(config.model.path)
+    teacher = open_model(config.teacher.path) if config.teacher.path and config.loss.needs_teacher else None
+    models = [model for model in (start, teacher) if model is not None]
+    length = min(config.task.max_length, *(model.config.max_positions for model in models))
+    data = read_task(config.task, start.tokenizer, max_length=length)
+    head = head_of(config.task, config.model, start.config, data.label_names)
+    compute = resolve_compute(config.compute)
+    student = with_compute(task_encoder(config.model, start.config, head), compute)
+    teacher_config, teacher_params = None, None
+    if teacher is not None:
+        _check_teacher(teacher, head, start)
+        teacher_config = with_compute(head.encoder(teacher.config), teacher_compute(config.teacher, compute))
+    config = _resolved(config, data, head, compute.dtype, length)
+    mesh = make_mesh(config.mesh)
+    step = StepConfig(student=student, teacher=teacher_config, optimizer=config.optimizer, head=head, task=config.loss)
+    step, attention = settle(step, config, mesh, length)
+    identity = {"examples": data.digest, "model": huggingface.fingerprint(start.params)}
+    shapes = None
+    if teacher is not None:
+        identity["teacher"] = huggingface.fingerprint(teacher.params)
+        shapes = teacher_shapes(config.teacher, step.teacher, head)
+        kept = jax.tree.map(lambda leaf: np.asarray(leaf, jnp.dtype(step.teacher.dtype)), teacher.params)
+        teacher_params = put_params(kept, shardings_of(shapes, mesh))
+    first = with_fresh_head(jax.random.key(config.seed), student, head, start.params)
+    state_shapes, batch_rows = abstract_state(step), config.train.batch_rows
+    state_sharding = shardings_of(state_shapes, mesh)
+    judge = Judge(config.task, step, mesh, data.label_names, batch_rows // step.accumulation)
+
+    def batches(done: int) -> Iterator[Any]:
+        places = local_places(mesh, batch_rows)
+        position = done * batch_rows
+        for batch in task_batches(
+            data.train, batch_rows=batch_rows, seed=config.seed, position=position, places=places
+        ):
+            yield put_rows(batch, mesh, batch_rows=batch_rows)
+
+    program = Program(
+        config=config,
+        step_config=step,
+        identity=identity,
+        tokenizer=start.tokenizer,
+        data={"examples": len(data.train), "dev": len(data.dev), "test": len(data.test) if data.test else 0},
+        about=_about(config, step, attention, data),
+        mesh=mesh,
+        step=jit_step(train_step, mesh, state_shapes, shapes),
+        teacher_params=teacher_params,
+        others=(),
+        batches=batches,
+        rows_of=partial(rows_of, len(data.train), batch_rows, config.seed),
+        held_out=lambda state: judge.numbers(state.params, data.dev, limit=config.train.eval_rows),
+        score=lambda numbers: -numbers[config.task.judges[0]],
+        state_sharding=state_sharding,
+        first_state=lambda: first_state(step, config.seed, first, state_sharding),
+    )
+    return program, judge, data
+
+
+def _check_teacher(teacher: Model, head: HeadConfig, start: Model) -> None:
+    path = teacher.tokenizer
+    require(
+        teacher.head is not None,
+        f"The teacher {path} has no head for this task: fine-tune it first, with `distil-jax finetune`.",
+    )
+    theirs, ours = (teacher.head.kind, teacher.head.labels), (head.kind, head.labels)
+    same_names = not (teacher.head.label_names and head.label_names) or teacher.head.label_names == head.label_names
+    if theirs != ours or not same_names:
+        raise InputError(
+            f"The teacher {path} answers another question ({' '.join(map(str, theirs))}: "
+            f"{', '.join(teacher.head.names[:5])}) than this task ({' '.join(map(str, ours))}: "
+            f"{', '.join(head.names[:5])}): fine-tune it on the same task."
+        )
+    if tokenizer_fingerprint(path) != tokenizer_fingerprint(start.tokenizer):
+        raise InputError(
+            f"The teacher {path} and the model {start.tokenizer} have different tokenizers: both need one."
+        )
+
+
+def _resolved(config: FinetuneConfig, data: TaskData, head: HeadConfig, dtype: str, length: int) -> FinetuneConfig:
+    """Every choice that depended on the examples, the models or the machine, written out."""
+    steps = total_steps(config.train, len(data.train))
+    every = config.train.eval_every or max(1, round(len(data.train) / config.train.batch_rows))
+    return replace(
+        config,
+        task=replace(config.task, label_names=data.label_names, metrics=config.task.judges, max_length=length),
+        model=replace(config.model, head_dropout=head.dropout),
+        teacher=replace(config.teacher, dtype=dtype if config.teacher.dtype == "auto" else config.teacher.dtype),
+        optimizer=replace(config.optimizer, steps=config.optimizer.steps or steps),
+        train=replace(config.train, steps=steps, epochs=0.0, eval_every=every),
+        compute=replace(config.compute, dtype=dtype),
+    )
+
+
+def _about(config: FinetuneConfig, step: StepConfig, attention: str, data: TaskData) -> str:
+    test = f", {len(data.test):,} to test" if data.test else ""
+    examples = f"{len(data.train):,} examples to train on, {len(data.dev):,} to choose by{test}"
+    return f"{about_models(step, attention)}\n{examples}; {config.train.steps:,} steps of {config.train.batch_rows:,}"

@@ -1,0 +1,241 @@
+"""The training loop: takes a compiled run from where its folder stands to its end, whatever its objective is."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from distil_jax.commands import processes, run_folder
+from distil_jax.commands.endings import Diverged, MachineFailed, Stopped
+from distil_jax.commands.guards import StopRequest, Watchdog, folder_lock
+from distil_jax.commands.program import Program
+from distil_jax.commands.progress import Progress
+from distil_jax.config import TrainConfig
+from distil_jax.data.loader import prefetch
+from distil_jax.io.checkpoint import Checkpoints
+from distil_jax.io.metrics import MetricsWriter, last_held_out, read_metrics
+from distil_jax.schema import InputError
+from distil_jax.training.state import TrainState
+
+
+def run_program(
+    make: Callable[[], Program], workdir: str | Path, *, resume_step: int | None = None
+) -> dict[str, float]:
+    """Trains, or goes on with the run that `workdir` holds.
+
+    Args:
+      make: refuses whatever input can be refused, and compiles the run; writes nothing.
+      workdir: gets config.toml, metrics.jsonl, checkpoints/ and tensorboard/.
+      resume_step: the checkpoint to go on from; None: the newest valid one, or the beginning.
+
+    Returns:
+      The held-out numbers of the last evaluation.
+
+    Raises:
+      InputError: bad input, or no valid checkpoint among those that are there; nothing was written.
+      Stopped: SIGTERM or Ctrl-C; a checkpoint was saved.
+      Diverged: too many steps without a finite loss, or a loss far above what it was; checkpoints are from before.
+      MachineFailed: the disk did not take the end of the run, or a device or another process is lost.
+    """
+    workdir = Path(workdir)
+    program = processes.together(lambda: _ready(make, workdir))  # nobody writes before everybody has looked
+    config = program.config.train
+    processes.agree(f"{program.step_config} {program.identity}")
+    with contextlib.ExitStack() as stack:
+        if processes.is_first():
+            processes.together(lambda: stack.enter_context(folder_lock(workdir)))
+        else:
+            processes.together(lambda: None)
+        kept = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
+        checkpoints = stack.enter_context(contextlib.closing(kept))
+        state = _begin(program, checkpoints, resume_step)
+        step = int(state.step)
+        processes.together(lambda: run_folder.begin(workdir, program) if processes.is_first() else None)
+        going_on = f", going on after step {step:,}" if step else ""
+        print(f"{program.about} in {workdir}{going_on}", flush=True)
+        writer = MetricsWriter(workdir, step=step, tensorboard=config.tensorboard, enabled=processes.is_first())
+        processes.meet("the metrics are as of this step")
+        stack.enter_context(contextlib.closing(writer))
+        try:
+            return _loop(program, state, checkpoints, writer)
+        except jax.errors.JaxRuntimeError as error:
+            reason = " ".join(str(error).split())[:400]
+            if "RESOURCE_EXHAUSTED" in reason:
+                raise InputError(
+                    f"The devices have too little memory ({reason}): lower train.tokens_per_device, which changes no "
+                    "number, or spread the run over more of them with mesh.fsdp."
+                ) from error
+            failure = MachineFailed(f"A device or another process of this run failed ({reason}): start the run again.")
+            processes.leave(failure)
+            raise failure from error
+
+
+def _ready(make: Callable[[], Program], workdir: Path) -> Program:
+    """Everything that can be refused, before anything is written."""
+    run_folder.check(workdir)
+    program = make()
+    run_folder.check(workdir, program)
+    return program
+
+
+def _begin(program: Program, checkpoints: Checkpoints, resume_step: int | None) -> TrainState:
+    step = run_folder.choose(checkpoints, resume_step)
+    if step is None:
+        return program.first_state()
+    state = run_folder.restore(checkpoints, step, program.step_config, program.state_sharding)
+    for name in checkpoints.set_aside_after(step):
+        print(f"Going on after step {step}; what is later is kept as {name}.")
+    return state
+
+
+def _loop(program: Program, state: TrainState, checkpoints: Checkpoints, writer: MetricsWriter) -> dict[str, float]:
+    config, start = program.config.train, int(state.step)
+    patience = Patience(config.patience, program, read_metrics(writer.folder))
+    if start == config.steps or patience.is_over:
+        print("This run is finished: nothing is left to train.")
+        return last_held_out(read_metrics(writer.folder))
+    numbers: dict[str, float] = {}
+    progress = Progress(config, start, writer=writer, rows_of=program.rows_of)
+    with (
+        contextlib.closing(progress),
+        contextlib.closing(prefetch(program.batches(start))) as batches,
+        Profiler(config, writer.folder) as profiler,
+        StopRequest() as stop,
+        Watchdog(config.hang_seconds) as watchdog,
+    ):
+        disk = DiskTrouble(checkpoints, writer, progress)
+        if start == 0:
+            _evaluate(program, state, progress, 0)
+        for step in range(start + 1, config.steps + 1):
+            watchdog.alive()
+            profiler.before(step)
+            state, metrics = program.step(state, program.teacher_params, next(batches), *program.others)
+            profiler.after(step)
+            progress.add(step, metrics)
+            last, stopping, score = step == config.steps, stop.requested(step), None
+            evaluated = last or (config.eval_every > 0 and step % config.eval_every == 0)
+            if evaluated:
+                watchdog.alive()
+                numbers = _evaluate(program, state, progress, step)
+                score = program.score(numbers)
+                patience.look(score)
+                last = last or patience.is_over
+            due = step % config.checkpoint_every == 0 if config.checkpoint_every else evaluated
+            if last or due or stopping:
+                watchdog.alive()
+                progress.flush()  # a run that diverges stops here, before it is saved
+                with progress.paused():
+                    if not _finite(state.params):
+                        raise Diverged(f"After step {step} the parameters are not finite")
+                    facts = run_folder.facts(program, step)
+                    checkpoints.save(step, run_folder.arrays(state), facts, score=score)
+            disk.tell()
+            if stopping and not last:
+                disk.settle(f"The run was asked to stop after step {step}")
+                raise Stopped(f"Stopped after step {step} with a checkpoint saved: run the same command to go on.")
+            if last:
+                break
+        if step < config.steps:
+            progress.say(f"No better score in {config.patience} evaluations: the run ends after step {step}.")
+        disk.settle(f"The run has reached its last step, {step}")
+    return numbers
+
+
+class Patience:
+    """Whether a run has stopped getting better: so many evaluations in a row without a better score than before.
+
+    Args:
+      allowed: so many; 0: any number.
+      program: says what an evaluation's score is.
+      lines: of the run's metrics so far, so that a run that goes on ends where it would have ended.
+    """
+
+    def __init__(self, allowed: int, program: Program, lines: list[dict[str, Any]]) -> None:
+        self._allowed, self._best, self._since = allowed, math.inf, 0
+        for line in lines:
+            if line["kind"] == "held_out":
+                self.look(program.score(line))
+
+    @property
+    def is_over(self) -> bool:
+        return 0 < self._allowed <= self._since
+
+    def look(self, score: float) -> None:
+        """Takes note of an evaluation; the lower its score the better."""
+        self._since = 0 if score < self._best else self._since + 1
+        self._best = min(score, self._best)
+
+
+class DiskTrouble:
+    """Tells, while the training goes on, that the disk does not take what it should, and in the end insists."""
+
+    def __init__(self, checkpoints: Checkpoints, writer: MetricsWriter, progress: Progress) -> None:
+        self._checkpoints, self._writer, self._progress = checkpoints, writer, progress
+        self._told: set[str] = set()
+
+    def tell(self) -> None:
+        """Prints what is new."""
+        self._checkpoints.check()
+        for failure in {self._checkpoints.failure, self._writer.failure} - self._told - {None}:
+            self._told.add(failure)
+            saved = self._checkpoints.steps()
+            newest = f"the newest checkpoint is that of step {saved[-1]}" if saved else "there is no checkpoint yet"
+            self._progress.say(f"Warning: {failure}; the training goes on, and {newest}.")
+
+    def settle(self, when: str) -> None:
+        """Waits for the last save.
+
+        Raises:
+          MachineFailed: it, or the last metrics, are not on disk.
+        """
+        self._checkpoints.wait()
+        self.tell()
+        if failure := self._checkpoints.failure or self._writer.failure:
+            raise MachineFailed(
+                f"{when}, but {failure}: make the disk writable and run the same command to go on from the newest "
+                "checkpoint."
+            )
+
+
+@jax.jit
+def _finite(params: Any) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params)]))
+
+
+def _evaluate(program: Program, state: TrainState, progress: Progress, step: int) -> dict[str, float]:
+    progress.flush()
+    with progress.paused():
+        numbers = program.held_out(state)
+    progress.held_out(step, numbers)
+    return numbers
+
+
+class Profiler:
+    """While entered, traces the steps of the configured window into the run folder; XProf and TensorBoard show them."""
+
+    def __init__(self, config: TrainConfig, folder: Path) -> None:
+        self._first, self._last = config.profile_at, config.profile_at + config.profile_steps - 1
+        self._folder, self._tracing = folder / "profile", False
+
+    def before(self, step: int) -> None:
+        if step == self._first:
+            jax.profiler.start_trace(str(self._folder))
+            self._tracing = True
+
+    def after(self, step: int) -> None:
+        if self._tracing and step == self._last:
+            self.__exit__()
+
+    def __enter__(self) -> Profiler:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._tracing:
+            jax.profiler.stop_trace()
+            self._tracing = False
