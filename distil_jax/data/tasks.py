@@ -120,8 +120,9 @@ def _encode(
     backend.enable_truncation(max_length, strategy="longest_first", direction=tokenizer.truncation_side)
     backend.no_padding()
     backend.encode_special_tokens = True
+    encode = backend.encode_batch if words else backend.encode_batch_fast  # which leaves out what only words need
     for start in range(0, len(texts), _TOGETHER):
-        yield from backend.encode_batch(texts[start : start + _TOGETHER], is_pretokenized=words)
+        yield from encode(texts[start : start + _TOGETHER], is_pretokenized=words)
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> np.ndarray:
