@@ -68,26 +68,36 @@ def read_splits(task: TaskConfig) -> Splits:
     def labelled(examples: list[Example]) -> list[Example]:
         return [example._replace(label=convert(example.label, example)) for example in examples]
 
+    def judging(source: str) -> list[Example]:
+        examples, others = _read(task, source)
+        known = not (class_names and others) or class_names == others
+        require(known, f"{source} names the labels {', '.join(others)}, and {task.train} {', '.join(class_names)}.")
+        return labelled(examples)
+
     train = labelled(train)
     if task.dev:
-        dev = labelled(_read(task, task.dev)[0])
+        dev = judging(task.dev)
     else:
-        judges = [
-            is_held_out(_key(example.texts[-1:] if task.kind == "spans" else example.texts), task.dev_share)
-            for example in train
-        ]
-        dev = [example for example, judge in zip(train, judges, strict=True) if judge]
-        train = [example for example, judge in zip(train, judges, strict=True) if not judge]
-        require(
-            bool(train and dev),
-            f"A share of {task.dev_share} of the examples of {task.train} leaves none to "
-            f"{'judge by' if train else 'train on'}: set task.dev_share otherwise, or name task.dev.",
-        )
+        train, dev = _split(task, train)
     if task.train_rows:
         keys = [_key(example.texts) for example in train]
         chosen = sorted(range(len(train)), key=keys.__getitem__)[: task.train_rows]
         train = [train[number] for number in sorted(chosen)]
-    return Splits(train, dev, labelled(_read(task, task.test)[0]) if task.test else None, names)
+    return Splits(train, dev, judging(task.test) if task.test else None, names)
+
+
+def _split(task: TaskConfig, examples: list[Example]) -> tuple[list[Example], list[Example]]:
+    """What trains and what judges, where the task names nothing to judge by."""
+    sides: tuple[list[Example], list[Example]] = ([], [])
+    for example in examples:
+        key = _key(example.texts[-1:] if task.kind == "spans" else example.texts)
+        sides[is_held_out(key, task.dev_share)].append(example)
+    require(
+        all(sides),
+        f"A share of {task.dev_share} of the examples of {task.train} leaves none to "
+        f"{'judge by' if sides[0] else 'train on'}: set task.dev_share otherwise, or name task.dev.",
+    )
+    return sides
 
 
 def _key(texts: Sequence[str]) -> bytes:
