@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import csv
 import hashlib
+import io
 import json
 import math
 import os
@@ -36,12 +38,14 @@ from safetensors.numpy import load_file, save_file
 from distil_jax.commands import report
 from distil_jax.config import Config, HeadConfig, ModelConfig, load
 from distil_jax.data import corpus, loader, tokenizer
+from distil_jax.data.examples import read_splits
 from distil_jax.io import huggingface
 from distil_jax.io.checkpoint import Checkpoints
 from distil_jax.io.metrics import read_metrics
 from distil_jax.models.encoder import abstract_params
 from distil_jax.models.heads import abstract_task_params
 from distil_jax.schema import InputError, build, to_dict
+from distil_jax.task_config import TaskConfig
 
 FUZZ = settings(
     max_examples=int(os.environ.get("DISTIL_FUZZ", "60")),
@@ -592,3 +596,60 @@ def test_text(scratch, suffix, document, damage):
     path.write_bytes(cut(text, edits) if what == "bytes" else text)
     counts: Counter[str] = Counter()
     parse(lambda: list(corpus.read([str(path)], document=document, counts=counts)))
+
+
+# Examples of tasks
+
+
+SPAN = {"text": ["b"], "answer_start": [2]}
+TASKS = {
+    "sequence": [{"label": n % 2, "text": f"é {n}"} for n in range(6)],
+    "regression": [{"label": n / 2, "text": f'"{n}, x'} for n in range(6)],
+    "tokens": [{"label": ["O", "B-X"], "text": ["a", f"b{n}"]} for n in range(6)],
+    "spans": [{"label": SPAN, "question": f"{n}?", "text": f"a b {n}"} for n in range(6)],
+}
+TABLES = [(kind, suffix) for kind in ("sequence", "regression") for suffix in ("csv", "tsv")]
+
+
+def table_bytes(records: list[Any], suffix: str) -> bytes:
+    """CSV or TSV of the records' values, whatever they have become."""
+    if suffix == "jsonl":
+        return "".join(json.dumps(record) + "\n" for record in records).encode()
+    lines = [["label", "text"], *(record.values() if isinstance(record, dict) else [record] for record in records)]
+    if suffix == "tsv":
+        return "\n".join("\t".join(map(str, line)) for line in lines).encode(errors="surrogatepass")
+    text = io.StringIO()
+    csv.writer(text).writerows(map(list, lines))
+    return text.getvalue().encode(errors="surrogatepass")
+
+
+@FUZZ
+@given(st.sampled_from([*TABLES, *((kind, "jsonl") for kind in TASKS)]), st.booleans(), DAMAGE)
+def test_examples_of_a_task(scratch, of, named, damage):
+    """What is read has texts, and labels that a head can learn."""
+    kind, suffix = of
+    what, edits = damage
+    sound = table_bytes(edited(TASKS[kind], edits) if what == "values" else TASKS[kind], suffix)
+    path = scratch / f"examples.{suffix}"
+    path.write_bytes(cut(sound, edits) if what == "bytes" else sound)
+    note(f"{path.read_bytes()[:5_000]!r}")
+    task = TaskConfig(
+        kind,
+        train=str(path),
+        dev="" if named else str(path),
+        text=("question", "text") if kind == "spans" else ("text",),
+        label_names=("O", "B-X") if named and kind in ("sequence", "tokens") else (),
+        stride=8,
+        dev_share=0.5,
+    )
+    splits = parse(read_splits, task)
+    for example in (*splits.train, *splits.dev) if splits else ():
+        "".join(example.texts).encode()
+        if kind == "regression":
+            assert abs(np.float32(example.label)) < math.inf
+        elif kind == "spans":
+            assert all(example.texts[1][start:].startswith(text) for start, text in example.label)
+        else:
+            numbers = example.label if kind == "tokens" else [example.label]
+            assert all(0 <= number < len(splits.label_names) for number in numbers)
+            HeadConfig("tokens" if kind == "tokens" else "sequence", len(splits.label_names), 0.1, splits.label_names)

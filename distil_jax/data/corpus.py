@@ -10,23 +10,20 @@ import codecs
 import glob
 import hashlib
 import itertools
-import json
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from distil_jax.data import docstrings
+from distil_jax.data.records import JSON_SUFFIXES, SURROGATE, json_records, open_stream, stream_records
 from distil_jax.schema import InputError
 
 Document = Literal["block", "file", "line"]
 
 KEY_BYTES = 1 << 16  # of a document's start; what decides its side of the held-out split
 LONGEST_LINE = 1 << 20  # bytes; a text file may be one line, and must not be read whole
-JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 FOLDER_SUFFIXES = (".txt", ".text", ".jsonl", ".ndjson", ".parquet")  # what is read of a folder
-SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which JSON can escape and UTF-8 cannot hold
 
 
 class Piece(NamedTuple):
@@ -91,9 +88,10 @@ def read(
         if source == "docstrings":
             pieces: Iterable[Piece] = _docstring_pieces()
         elif source.startswith("hub:") or source.endswith(".parquet"):
-            pieces = _pieces(_record_lines(source, _stream_records(source), text_field, counts))
+            pieces = _pieces(_record_lines(source, stream_records(source, open_stream(source)), text_field, counts))
         elif source.endswith(JSON_SUFFIXES):
-            pieces = _pieces(_record_lines(source, _json_records(source, counts), text_field, counts))
+            records = json_records(source, _file_lines(source, counts), counts)
+            pieces = _pieces(_record_lines(source, records, text_field, counts))
         else:
             pieces = _pieces(_text_lines(source, document, counts))
         for piece in pieces:
@@ -176,33 +174,6 @@ def _text_lines(path: str, document: Document, counts: Counter[str]) -> Iterator
         if document == "line":
             yield ""
     yield ""
-
-
-def _json_records(path: str, counts: Counter[str]) -> Iterator[tuple[int, Any]]:
-    for number, raw in enumerate(_file_lines(path, counts), start=1):
-        try:
-            if line := raw.decode("utf-8-sig").strip():
-                yield number, json.loads(line)
-        except UnicodeDecodeError:
-            counts["invalid_lines"] += 1
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path} line {number} is not JSON ({error}): each line must be one object.") from error
-
-
-def _stream_records(source: str) -> Iterator[tuple[int, Any]]:
-    import datasets
-
-    name, config, split = (*source.removeprefix("hub:").split(":"), "", "")[:3]
-    try:
-        if source.startswith("hub:"):
-            stream = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
-        else:
-            stream = datasets.load_dataset("parquet", data_files=source, split="train", streaming=True)
-        yield from enumerate(stream, start=1)
-    # What `datasets` and pyarrow raise for names, configs, splits, connections and damaged files.
-    except (OSError, ValueError, TypeError, LookupError, NotImplementedError) as error:
-        reason = str(error).strip().partition("\n")[0].rstrip(".")
-        raise InputError(f"Cannot read {source} with the datasets library: {reason}.") from error
 
 
 def _record_lines(

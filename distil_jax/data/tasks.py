@@ -1,0 +1,145 @@
+"""A task's examples as tables of token ids: read once, tokenised once, and kept in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from distil_jax.data.examples import Example, read_splits
+from distil_jax.data.spans import span_table
+from distil_jax.data.task_table import TaskTable, padded, task_batches, task_eval_batches
+from distil_jax.data.tokenizer import load_tokenizer
+from distil_jax.schema import require
+from distil_jax.structs import IGNORED
+from distil_jax.task_config import TaskConfig
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["TaskData", "TaskTable", "read_task", "task_batches", "task_eval_batches"]
+_TOGETHER = 1000  # examples tokenised at a time
+_SHORTEST_ROW = 8  # tokens, three of which are special
+
+
+@dataclass(frozen=True, eq=False)
+class TaskData:
+    """What a task is made of.
+
+    Attributes:
+      train, dev, test: tables of examples; of spans `SpanTable`s. `test` may be None.
+      label_names: in the order of their numbers; none of a regression or of spans.
+      digest: sha256 of what trains and judges: a resumed run must meet the same.
+    """
+
+    train: TaskTable
+    dev: TaskTable
+    test: TaskTable | None
+    label_names: tuple[str, ...]
+    digest: str
+
+
+def read_task(task: TaskConfig, tokenizer_folder: Path, *, max_length: int) -> TaskData:
+    """Reads and tokenises all examples of a task.
+
+    Args:
+      task: its sources, fields and labels.
+      tokenizer_folder: of the model.
+      max_length: tokens of a row: the least of `task.max_length` and the model's positions.
+
+    Raises:
+      InputError: as `read_splits`, no tokenizer in the folder, or rows too short for two texts.
+    """
+    require(max_length >= _SHORTEST_ROW, f"A row of {max_length} tokens is too short for a task: choose another model.")
+    tokenizer = load_tokenizer(tokenizer_folder)
+    splits = read_splits(task)
+
+    def table(examples: list[Example]) -> TaskTable:
+        if task.kind == "spans":
+            return span_table(tokenizer, examples, max_length=max_length, stride=task.stride)
+        if task.kind == "tokens":
+            return _words_table(tokenizer, examples, max_length)
+        dtype = np.float32 if task.kind == "regression" else np.int32
+        return _texts_table(tokenizer, examples, max_length, dtype)
+
+    train, dev = table(splits.train), table(splits.dev)
+    test = None if splits.test is None else table(splits.test)
+    return TaskData(train, dev, test, splits.label_names, _digest(train, dev))
+
+
+def _digest(*tables: TaskTable) -> str:
+    digest = hashlib.sha256()
+    for table in tables:
+        for array in (table.input_ids, table.lengths, table.second, table.labels):
+            digest.update(f"{array.dtype.str}{array.shape}".encode())
+            digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()
+
+
+def _texts_table(
+    tokenizer: PreTrainedTokenizerBase, examples: list[Example], max_length: int, label_dtype: type
+) -> TaskTable:
+    """Rows of one or two texts; of two the longer one is cut first, as `transformers` cuts."""
+    texts = [example.texts if len(example.texts) == 2 else example.texts[0] for example in examples]
+    rows, second = [], []
+    for encoding in _encode(tokenizer, texts, max_length, words=False):
+        types = np.array(encoding.type_ids)
+        rows.append(_ids(tokenizer, encoding))
+        second.append(np.argmax(types) if types.any() else len(types))
+    labels = np.array([example.label for example in examples], label_dtype)
+    return _table(tokenizer, rows, max_length, second, labels)
+
+
+def _words_table(tokenizer: PreTrainedTokenizerBase, examples: list[Example], max_length: int) -> TaskTable:
+    """Rows of words; the first token of a word has its label (Devlin et al., 2019, section 5.3).
+
+    Words beyond `max_length`, and those of which the tokenizer leaves nothing, are not asked for.
+    """
+    rows, labels = [], []
+    encodings = _encode(tokenizer, [example.texts for example in examples], max_length, words=True)
+    for example, encoding in zip(examples, encodings, strict=True):
+        words = encoding.word_ids  # None at [CLS] and [SEP]
+        begins = [word is not None and word != before for before, word in itertools.pairwise([None, *words])]
+        rows.append(_ids(tokenizer, encoding))
+        asked = [example.label[word] if begin else IGNORED for word, begin in zip(words, begins, strict=True)]
+        labels.append(np.array(asked, np.int32))
+    return _table(tokenizer, rows, max_length, [len(row) for row in rows], padded(labels, max_length, IGNORED))
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str | tuple[str, ...]], max_length: int, *, words: bool
+) -> Iterator[Encoding]:
+    """Encodes texts, pairs of texts, or lists of words; text that says "[SEP]" means those characters."""
+    backend = tokenizer.backend_tokenizer
+    backend.enable_truncation(max_length, strategy="longest_first", direction=tokenizer.truncation_side)
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    encode = backend.encode_batch if words else backend.encode_batch_fast  # which leaves out what only words need
+    for start in range(0, len(texts), _TOGETHER):
+        yield from encode(texts[start : start + _TOGETHER], is_pretokenized=words)
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> np.ndarray:
+    return np.array(encoding.ids, np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
+
+
+def _table(
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[np.ndarray],
+    max_length: int,
+    second: list[int],
+    labels: np.ndarray,
+) -> TaskTable:
+    return TaskTable(
+        input_ids=padded(rows, max_length, tokenizer.pad_token_id),
+        lengths=np.array([len(row) for row in rows], np.int32),
+        second=np.array(second, np.int32),
+        labels=labels,
+        pad_id=tokenizer.pad_token_id,
+    )

@@ -1,0 +1,463 @@
+"""Examples of a task become rows as `transformers` would cut them; the split holds; bad input is named by its line."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from distil_jax.config import EMBEDDED_TEACHER
+from distil_jax.data import loader
+from distil_jax.data.examples import read_splits
+from distil_jax.data.loader import RowTable
+from distil_jax.data.tasks import TaskTable, read_task, task_batches, task_eval_batches
+from distil_jax.data.tokenizer import load_tokenizer
+from distil_jax.schema import InputError
+from distil_jax.structs import IGNORED
+from distil_jax.task_config import TaskConfig, load_task
+
+PRESETS = sorted(path.stem for path in (Path(__file__).parents[1] / "configs" / "tasks").glob("*.toml"))
+WORDS = ["the", "a", "film", "was", "unwatchably", "good,", "bad", "—", "naïve!", "1990s", "$5", "don't", "e-mail"]
+WORDS += ["字漢", "Ünïcödé", "extraordinarily", "\u200b", "\u0301"]  # of the last two nothing is left
+PAIR = ("premise", "hypothesis")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(EMBEDDED_TEACHER)
+
+
+def write(path: Path, records: list[dict]) -> str:
+    """The records in the format of the suffix."""
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    elif path.suffix == ".csv":
+        text = io.StringIO()
+        writer = csv.DictWriter(text, records[0])
+        writer.writeheader()
+        writer.writerows(records)
+        path.write_text(text.getvalue(), newline="")
+    elif path.suffix == ".tsv":
+        lines = ["\t".join(map(str, record.values())) for record in records]
+        path.write_text("\n".join(["\t".join(records[0]), *lines]) + "\n")
+    else:
+        import pyarrow as pa
+        import pyarrow.parquet
+
+        pa.parquet.write_table(pa.Table.from_pylist(records), path)
+    return str(path)
+
+
+def sentences(count: int, seed: int, longest: int = 30) -> list[str]:
+    draw = random.Random(seed)
+    return [" ".join(draw.choices(WORDS, k=draw.randint(0, longest))) for _ in range(count)]
+
+
+def text_task(tmp_path, records, **settings) -> TaskConfig:
+    return TaskConfig(train=write(tmp_path / "train.jsonl", records), **{"dev_share": 0.3} | settings)
+
+
+def tables(task, length=24):
+    data = read_task(task, EMBEDDED_TEACHER, max_length=length)
+    return data.train, data.dev
+
+
+def same(first, second) -> bool:
+    return all(itertools.starmap(np.array_equal, zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)))
+
+
+# Rows
+
+
+@pytest.mark.parametrize("length", [8, 24, 64])
+@pytest.mark.parametrize("fields", [("premise",), PAIR])
+def test_rows_are_those_of_transformers(tmp_path, tokenizer, fields, length):
+    first, second = sentences(80, seed=1), sentences(80, seed=2)
+    records = [
+        {"premise": a, "hypothesis": b, "label": n % 2} for n, (a, b) in enumerate(zip(first, second, strict=True))
+    ]
+    path = write(tmp_path / "dev.jsonl", records)
+    data = read_task(TaskConfig(train=path, dev=path, text=fields), EMBEDDED_TEACHER, max_length=length)
+    batch = data.train.gather(np.arange(80))
+    expected = load_tokenizer(EMBEDDED_TEACHER)(
+        first, *([second] if len(fields) == 2 else []), truncation=True, max_length=length, padding="max_length"
+    )
+    assert batch.input_ids.tolist() == expected["input_ids"]
+    assert batch.segment_ids.tolist() == expected["attention_mask"]
+    assert batch.token_type_ids.tolist() == expected["token_type_ids"]
+    assert batch.position_ids.tolist() == [list(range(length))] * 80
+    assert batch.labels.tolist() == [n % 2 for n in range(80)]
+    assert {leaf.dtype for leaf in jax.tree.leaves(batch)} == {np.dtype(np.int32)}
+    assert data.train.input_ids.dtype == np.uint16
+
+
+def test_text_that_names_a_special_token_means_characters(tmp_path, tokenizer):
+    records = [{"text": f"a [SEP] b [MASK] {n}", "label": n % 2} for n in range(20)]
+    train, dev = tables(text_task(tmp_path, records))
+    ids = np.concatenate([train.input_ids, dev.input_ids])
+    assert (ids == tokenizer.sep_token_id).sum() == 20
+    assert not (ids == tokenizer.mask_token_id).any()
+
+
+@pytest.mark.parametrize("length", [8, 40])
+def test_the_first_token_of_a_word_has_its_label(tmp_path, tokenizer, length):
+    draw = random.Random(3)
+    words = [draw.choices(WORDS, k=draw.randint(0, 12)) for _ in range(50)]
+    names = ["O", "B-X", "I-X"]
+    labels = [[draw.choice(names) for _ in each] for each in words]
+    records = [{"words": each, "tags": tags} for each, tags in zip(words, labels, strict=True)]
+    path = write(tmp_path / "a.jsonl", records)
+    task = TaskConfig("tokens", train=path, dev=path, text=("words",), label="tags", label_names=tuple(names))
+    table = read_task(task, EMBEDDED_TEACHER, max_length=length).train
+    expected = load_tokenizer(EMBEDDED_TEACHER)(
+        words, is_split_into_words=True, truncation=True, max_length=length, padding="max_length"
+    )
+    assert table.gather(np.arange(50)).input_ids.tolist() == expected["input_ids"]
+    for row, (each, tags) in enumerate(zip(words, labels, strict=True)):
+        wanted = [IGNORED]
+        for word, tag in zip(each, tags, strict=True):
+            parts = len(tokenizer.tokenize(word))
+            wanted += ([names.index(tag)] + [IGNORED] * (parts - 1)) if parts else []
+        wanted = (wanted[: length - 1] + [IGNORED] * length)[:length]
+        assert table.labels[row].tolist() == wanted
+    assert table.gather(np.arange(50), 16).labels.shape == (50, min(16, length))
+
+
+# Batches
+
+
+@pytest.fixture
+def table() -> TaskTable:
+    """Rows of all lengths from 3 to 70, shuffled; their ids tell row and place."""
+    lengths = np.random.default_rng(0).permutation(np.arange(3, 71))
+    ids = np.where(np.arange(70) < lengths[:, None], np.arange(68 * 70).reshape(68, 70) % 60_000 + 5, 0)
+    labels = np.arange(68, dtype=np.int32)
+    return TaskTable(ids.astype(np.uint16), lengths.astype(np.int32), (lengths // 2).astype(np.int32), labels, 0)
+
+
+def test_a_bucket_is_the_smallest_that_loses_nothing(table):
+    draw = np.random.default_rng(1)
+    for _ in range(200):
+        numbers = draw.integers(len(table), size=draw.integers(1, 5))
+        length, longest = table.bucket(numbers), table.lengths[numbers].max()
+        assert longest <= length
+        assert length in (16, 32, 64, 70)
+        assert length == 16 or longest > (64 if length == 70 else length // 2)
+        short, whole = table.gather(numbers, length), table.gather(numbers)
+        assert not whole.input_ids[:, length:].any() and not whole.segment_ids[:, length:].any()
+        assert np.array_equal(short.input_ids, whole.input_ids[:, :length])
+        assert np.array_equal(short.segment_ids.sum(axis=1), table.lengths[numbers])
+        assert np.array_equal(short.token_type_ids.sum(axis=1), (table.lengths - table.second)[numbers])
+        assert np.array_equal(short.row_index, numbers)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_batches_come_in_the_order_of_the_loader(table, processes):
+    plain = RowTable(table.input_ids, (table.input_ids > 0).astype(np.uint16))
+    expected = loader.batches(plain, batch_rows=4, seed=3, position=8)
+    shares = [
+        task_batches(table, batch_rows=4, seed=3, position=8, places=places)
+        for places in np.split(np.arange(4), processes)
+    ]
+    for _ in range(40):  # beyond one epoch
+        parts, rows = [next(share) for share in shares], next(expected)
+        assert len({part.input_ids.shape[1] for part in parts}) == 1  # one program on every process
+        joined = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+        assert np.array_equal(joined.row_index, rows.row_index)
+        assert np.array_equal(joined.labels, rows.row_index)
+        length = joined.input_ids.shape[1]
+        assert np.array_equal(joined.input_ids, rows.input_ids[:, :length])
+        assert length == table.bucket(rows.row_index)
+
+
+@pytest.mark.parametrize(("batch_rows", "limit"), [(4, 0), (8, 0), (8, 5), (100, 0), (8, 1000)])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_judged_rows_come_once_and_are_filled_up(table, batch_rows, limit, processes):
+    shares = [
+        list(task_eval_batches(table, batch_rows=batch_rows, limit=limit, places=places))
+        for places in np.split(np.arange(batch_rows), processes)
+    ]
+    rows = min(limit or 68, 68)
+    seen = 0
+    for parts in zip(*shares, strict=True):
+        batch = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+        real = min(batch_rows, rows - seen)
+        assert batch.row_index.tolist() == list(range(seen, seen + batch_rows))
+        whole = table.gather(np.arange(seen, seen + real), batch.input_ids.shape[1])
+        assert same(jax.tree.map(lambda leaf: leaf[:real], batch), whole)  # noqa: B023
+        assert not batch.segment_ids[real:].any() and not batch.token_type_ids[real:].any()
+        assert (batch.labels[real:] == IGNORED).all()
+        assert (batch.segment_ids[:real].sum(axis=1) == table.lengths[seen : seen + real]).all()
+        seen += real
+    assert seen == rows
+
+
+def test_an_empty_row_of_a_regression_has_no_number(table):
+    numbers = replace(table, labels=table.labels.astype(np.float32), pad_id=9)
+    (*_, last) = task_eval_batches(numbers, batch_rows=64)
+    assert last.labels.tolist() == [64.0, 65.0, 66.0, 67.0] + [0.0] * 60
+    assert (last.input_ids[4:] == 9).all()
+
+
+def test_no_examples_are_refused(table):
+    empty = jax.tree.map(lambda leaf: leaf[:0], (table.input_ids, table.lengths, table.second, table.labels))
+    with pytest.raises(InputError, match="no examples to train on"):
+        task_batches(TaskTable(*empty, pad_id=0), batch_rows=2, seed=0)
+
+
+# What trains and what judges
+
+
+def texts_of(examples) -> list[tuple[str, ...]]:
+    return [example.texts for example in examples]
+
+
+def test_equal_texts_fall_on_one_side_whatever_else_there_is(tmp_path):
+    texts = [f"text {n}" for n in range(400)]
+    records = [{"text": text, "label": n % 2} for n, text in enumerate(texts * 2)]
+    task = text_task(tmp_path, records)
+    splits = read_splits(task)
+    train, dev = texts_of(splits.train), texts_of(splits.dev)
+    assert not {*train} & {*dev} and len(train) + len(dev) == 800
+    assert 0.2 < len(dev) / 800 < 0.4
+    assert texts_of(read_splits(task).dev) == dev  # and always
+    half = read_splits(text_task(tmp_path, records[:200]))
+    assert {*texts_of(half.dev)} == {*dev} & {(text,) for text in texts[:200]}
+    more = read_splits(
+        text_task(tmp_path, [{"text": text, "label": n % 2} for n, text in enumerate(texts)], dev_share=0.5)
+    )
+    assert {*dev} < {*texts_of(more.dev)}
+
+
+def test_fewer_training_examples_are_some_of_the_more(tmp_path):
+    records = [{"text": f"text {n}", "label": n % 2} for n in range(200)]
+    task = text_task(tmp_path, records)
+    whole = read_splits(task)
+    before: set = set()
+    for rows in (1, 10, 50):
+        splits = read_splits(replace(task, train_rows=rows))
+        kept = texts_of(splits.train)
+        assert len(kept) == rows and before < {*kept} and splits.dev == whole.dev
+        assert kept == [text for text in texts_of(whole.train) if text in kept]  # in the order of the source
+        before = {*kept}
+    assert read_splits(replace(task, train_rows=10**6)).train == whole.train
+
+
+def test_a_split_that_leaves_nothing_is_refused(tmp_path):
+    records = [{"text": "same", "label": n} for n in range(2)]
+    for share, lacking in ((0.001, "judge by"), (0.999, "train on")):
+        with pytest.raises(InputError, match=rf"leaves none to {lacking}: set task\.dev_share"):
+            read_splits(text_task(tmp_path, records, dev_share=share))
+
+
+def test_the_digest_is_that_of_what_trains_and_judges(tmp_path):
+    records = [{"text": f"text {n}", "label": n % 2} for n in range(50)]
+
+    def digest(records, **settings):
+        return read_task(text_task(tmp_path, records, **settings), EMBEDDED_TEACHER, max_length=24).digest
+
+    first = digest(records)
+    assert digest(records) == first and len(first) == 64
+    test = write(tmp_path / "test.jsonl", records[:3])
+    assert digest(records, test=test) == first
+    others = [
+        digest([*records[:-1], records[-1] | {"label": 0}]),
+        digest([*records[:-1], records[-1] | {"text": "other"}]),
+        digest(records, dev_share=0.5),
+        digest(records, train_rows=3),
+    ]
+    assert len({first, *others}) == 5
+
+
+# Sources and labels
+
+
+def test_every_format_gives_the_same_rows(tmp_path):
+    draw = random.Random(4)
+    texts = [f'{n} a "quote and, a comma ' + " ".join(draw.choices(WORDS, k=5)) for n in range(40)]
+    records = [{"id": n, "text": text, "label": n % 3} for n, text in enumerate(texts)]
+    found = {}
+    for suffix in ("csv", "tsv", "jsonl", "parquet"):
+        path = write(tmp_path / f"{suffix}.{suffix}", records)
+        found[suffix] = read_splits(TaskConfig(train=path, dev_share=0.3))
+    (tmp_path / "hub").mkdir()
+    write(tmp_path / "hub" / "train.jsonl", records)
+    found["hub"] = read_splits(TaskConfig(train=f"hub:{tmp_path / 'hub'}", dev_share=0.3))
+    first, *others = [
+        [[(example.texts, example.label) for example in side] for side in (splits.train, splits.dev)]
+        for splits in found.values()
+    ]
+    assert all(other == first for other in others) and len(first[0]) + len(first[1]) == 40
+    assert {splits.label_names for splits in found.values()} == {("0", "1", "2")}
+
+
+def test_csv_may_hold_new_lines_and_counts_its_lines(tmp_path):
+    text = '\ufefftext,label\r\n"one\ntwo, ""three""",0\n\nfour,1\n"five\n\n",\n'
+    (tmp_path / "a.csv").write_text(text, newline="")
+    with pytest.raises(InputError, match=r"a\.csv line 6 has no label \(''\)"):
+        read_splits(TaskConfig(train=str(tmp_path / "a.csv")))
+    (tmp_path / "a.csv").write_text(text.replace('",\n', '",1\n'), newline="")
+    splits = read_splits(TaskConfig(train=str(tmp_path / "a.csv"), dev=str(tmp_path / "a.csv")))
+    assert texts_of(splits.dev) == [('one\ntwo, "three"',), ("four",), ("five\n\n",)]
+
+
+def labels_of(tmp_path, labels, **settings):
+    path = write(tmp_path / "labels.jsonl", [{"text": "x", "label": label} for label in labels])
+    splits = read_splits(TaskConfig(train=path, dev=path, **settings))
+    return splits.label_names, [example.label for example in splits.train]
+
+
+def test_labels_are_numbers_digits_or_names(tmp_path):
+    names = ("bad", "fair", "good")
+    assert labels_of(tmp_path, [0, "2", "fair", 1.0, True], label_names=names) == (names, [0, 2, 1, 1, 1])
+    assert labels_of(tmp_path, ["good", "bad", "good"]) == (("bad", "good"), [1, 0, 1])
+    assert labels_of(tmp_path, [10, "9", 100.0, 9]) == (("9", "10", "100"), [1, 0, 2, 0])  # by number, not by letter
+    assert labels_of(tmp_path, ["10", "9", "x"]) == (("10", "9", "x"), [0, 1, 2])
+    assert labels_of(tmp_path, [False, True]) == (("0", "1"), [0, 1])
+    assert labels_of(tmp_path, ["-1", "1"], label_names=("-1", "1")) == (("-1", "1"), [0, 1])
+    assert labels_of(tmp_path, [1, "2.5", -3e3], kind="regression") == ((), [1.0, 2.5, -3000.0])
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_the_names_of_a_source_are_taken(tmp_path, many):
+    import datasets
+
+    def save(name: str, names: list[str]) -> str:
+        kinds = {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)}
+        features = datasets.Features({key: datasets.List(kind) for key, kind in kinds.items()} if many else kinds)
+        datasets.Dataset.from_dict(columns, features=features).to_parquet(str(tmp_path / name))
+        return str(tmp_path / name)
+
+    columns = {"text": ["a", "b", "c"], "label": [1, 0, 1]}
+    columns = {key: [[value] for value in values] for key, values in columns.items()} if many else columns
+    path = save("a.parquet", ["O", "B-X"])
+    task = TaskConfig("tokens" if many else "sequence", train=path, dev=path)
+    splits = read_splits(task)
+    assert splits.label_names == ("O", "B-X")
+    assert [example.label for example in splits.train] == columns["label"]
+    assert read_splits(replace(task, label_names=("no", "yes"))).label_names == ("no", "yes")
+    with pytest.raises(InputError, match=r"other\.parquet names the labels B-X, O, and .*a\.parquet O, B-X"):
+        read_splits(replace(task, dev=save("other.parquet", ["B-X", "O"])))
+
+
+# Presets
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_loads(name):
+    config = load_task(name, ["model.path=x"])
+    assert config.task.train.startswith("hub:")
+    assert config.task.judges
+    header = (Path(__file__).parents[1] / "configs" / "tasks" / f"{name}.toml").read_text()
+    assert f"#   distil-jax finetune {name} --set model.path=MODEL --output run" in header
+
+
+# Bad input
+
+
+SOUND = '{"text": "a", "label": 0}\n{"text": "b", "label": 1}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.csv", b"", r"a\.csv is empty: its first line must name the fields"),
+        ("a.csv", b"\n\n", r"a\.csv is empty"),
+        ("a.csv", b"text,label\n", r"a\.csv holds no examples"),
+        ("a.csv", b"text,label\na,0\nb\n", r"a\.csv line 3 has 1 fields, but the first line names 2 \(text, label\)"),
+        ("a.tsv", b"text\tlabel\na\t0\n\nb\t1\t2\n", r"a\.tsv line 4 has 3 fields"),
+        ("a.csv", b"text,label,text\na,0,b\n", r"first line of .*a\.csv names the field 'text' twice"),
+        ("a.csv", b"text,label\na,0\n\xff,1\n", r"a\.csv line 3 is not UTF-8"),
+        ("a.jsonl", SOUND.encode() + b'{"text": "\xff"}\n', r"a\.jsonl line 3 is not UTF-8"),
+        ("a.tsv", "text\tlabel\n".encode("utf-16"), r"a\.tsv is UTF-16: convert"),
+        ("a.csv", b"text,label\na\0b,0\n", r"a\.csv line 2 holds a NUL"),
+        ("a.csv", b"text,label\na,0\n" + b"x" * 200_000 + b",1\n", r"a\.csv line 3 is not CSV \(field larger than"),
+        ("a.tsv", b"text\tlabel\n" + b"x" * 200_000 + b"\t1\n", r"a\.tsv line 2 is not TSV \(field larger than"),
+        ("a.csv", b'text,label\n"a,0\nb,1\n', r"a\.csv line 2 is not CSV \(unexpected end of data\)"),
+        ("a.csv", b'text,label\n"a"b,0\n', r"a\.csv line 2 is not CSV"),
+        ("a.csv", b"a\rtext,label\n", r"a\.csv line 1 is not CSV \(new-line character"),
+        (
+            "a.csv",
+            b"texts,label\na,0\n",
+            r"line 2 has no field 'text': did you mean 'texts' of its own \(texts, ",
+        ),
+        ("a.csv", b"body,label\na,0\n", r"line 2 has no field 'text': choose one of its own \(body, label\)"),
+        ("a.jsonl", SOUND + '{"text": "a"}\n', r"a\.jsonl line 3 has no field 'label'"),
+        ("a.jsonl", SOUND + "\n{", r"a\.jsonl line 4 is not JSON"),
+        ("a.jsonl", SOUND + "[1]\n", r"a\.jsonl line 3 is a list"),
+        ("a.jsonl", SOUND + '{"text": 1, "label": 0}\n', r"line 3: the field 'text' must hold text, and not int"),
+        ("a.jsonl", SOUND + '{"text": "\\ud800", "label": 0}\n', r"line 3 holds half a character"),
+        ("a.jsonl", SOUND + '{"text": "a", "label": null}\n', r"line 3 has no label \(None\): leave such"),
+        ("a.jsonl", SOUND + '{"text": "a", "label": -1}\n', r"line 3 has no label \(-1\)"),
+        ("a.jsonl", SOUND + '{"text": "a", "label": "-1"}\n', r"line 3 has no label \('-1'\)"),
+        ("a.jsonl", SOUND + '{"text": "a", "label": 0.5}\n', r"line 3 has the label 0\.5: it must be a whole number"),
+        ("a.jsonl", SOUND + '{"text": "a", "label": [0]}\n', r"line 3 has the label \[0\]"),
+        ("a.jsonl", '{"text": "a", "label": 1}\n', r"labels of .* are 1: a task needs at least two"),
+        ("a.parquet", b"no parquet", r"Cannot read .*a\.parquet with the datasets library"),
+        ("a.txt", b"a", r"a\.txt is no source of examples: name a \.csv"),
+    ],
+)
+def test_bad_input_is_one_sentence(tmp_path, name, data, message):
+    path = tmp_path / name
+    path.write_bytes(data if isinstance(data, bytes) else data.encode())
+    with pytest.raises(InputError, match=message):
+        read_splits(TaskConfig(train=str(path), dev=str(path)))
+
+
+def test_sources_that_are_not_there(tmp_path):
+    for name in ("gone.csv", "gone.jsonl", "gone.parquet"):
+        with pytest.raises(InputError, match=rf"There is no file '.*{name}'"):
+            read_splits(TaskConfig(train=str(tmp_path / name)))
+    with pytest.raises(InputError, match=r"Cannot read hub:.*nothing with the datasets library"):
+        read_splits(TaskConfig(train=f"hub:{tmp_path / 'nothing'}"))
+
+
+def test_labels_that_training_lacks_are_named(tmp_path):
+    train = write(tmp_path / "a.jsonl", [{"text": "x", "label": label} for label in ("no", "yes")])
+    for label, shown in (("maybe", "'maybe'"), (1, "1"), ("0", "'0'")):
+        dev = write(tmp_path / "b.jsonl", [{"text": "x", "label": "no"}, {"text": "x", "label": label}])
+        with pytest.raises(InputError, match=rf"b\.jsonl line 2 has the label {shown}, and the labels are no, yes"):
+            read_splits(TaskConfig(train=train, dev=dev))
+    for label in (2, "2", 1e300):
+        dev = write(tmp_path / "b.jsonl", [{"text": "x", "label": label}])
+        with pytest.raises(InputError, match=r"b\.jsonl line 1 has the label .*, and the labels are no, yes"):
+            read_splits(TaskConfig(train=train, dev=dev, label_names=("no", "yes")))
+    with pytest.raises(InputError, match=r"label 1: it may be a name or count the names from 0"):
+        labels_of(tmp_path, [1, 2], label_names=("1", "2"))
+    with pytest.raises(InputError, match=r"are a, a: a task needs at least two, all different"):
+        labels_of(tmp_path, [0, 1], label_names=("a", "a"))
+
+
+@pytest.mark.parametrize("label", ["x", "nan", "inf", 1e39, 10**400, [1]])
+def test_a_regression_needs_finite_numbers(tmp_path, label):
+    with pytest.raises(InputError, match=r"line 2 has the label .*: a regression needs a finite number"):
+        labels_of(tmp_path, [1.5, label], kind="regression")
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"text": "a b", "label": [0]}, "line 2: the field 'text' must be a list of words"),
+        ({"text": ["a", 1], "label": [0, 0]}, "must hold text, and not int"),
+        ({"text": ["a"], "label": 0}, "line 2 must have a list of labels"),
+        ({"text": ["a"], "label": [0, 1]}, "line 2 has 2 labels for 1 words"),
+        ({"text": ["a"], "label": [None]}, r"line 2 has no label \(None\)"),
+    ],
+)
+def test_words_need_one_label_each(tmp_path, record, message):
+    path = write(tmp_path / "a.jsonl", [{"text": ["a", "b"], "label": [0, 1]}, record])
+    with pytest.raises(InputError, match=message):
+        read_splits(TaskConfig("tokens", train=path, dev=path))
+
+
+def test_rows_too_short_for_a_task_are_refused():
+    with pytest.raises(InputError, match="A row of 7 tokens is too short"):
+        read_task(TaskConfig(train="x.csv"), EMBEDDED_TEACHER, max_length=7)
