@@ -20,7 +20,7 @@ import pytest
 from conftest import LENGTH, RUN_STEPS, file_hashes, random_params, run_numbers, same_leaves, write_sentences
 
 from distil_jax import cli
-from distil_jax.commands import run_folder
+from distil_jax.commands import loop, run_folder
 from distil_jax.commands import train as command
 from distil_jax.commands.assemble import assemble
 from distil_jax.commands.run_folder import open_model
@@ -341,14 +341,14 @@ def test_stopping_tells_the_status_and_what_to_do(workshop, tmp_path, at_step, c
 def test_a_stop_is_never_without_its_checkpoint(workshop, tmp_path, monkeypatch, capsys):
     """Whenever the signal arrives: here right after the loop has looked once."""
 
-    class Late(command.StopRequest):
+    class Late(loop.StopRequest):
         looks = 0
 
         def requested(self, step: int) -> bool:
             self.looks += 1
             return self.looks > 1
 
-    monkeypatch.setattr(command, "StopRequest", Late)
+    monkeypatch.setattr(loop, "StopRequest", Late)
     assert train(workshop, tmp_path / "run", "train.checkpoint_every=1000") == 75
     assert saved_steps(tmp_path / "run"), capsys.readouterr().err
 
