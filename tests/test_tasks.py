@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -364,8 +365,10 @@ def test_every_preset_loads(name):
     config = load_task(name, ["model.path=x"])
     assert config.task.train.startswith("hub:")
     assert config.task.judges
-    header = (Path(__file__).parents[1] / "configs" / "tasks" / f"{name}.toml").read_text()
-    assert f"#   distil-jax finetune {name} --set model.path=MODEL --output run" in header
+    header = (Path(__file__).parents[1] / "configs" / "tasks" / f"{name}.toml").read_text().split("\n\n")[0]
+    assert all(line.startswith("#") for line in header.splitlines())
+    (command,) = re.findall("distil-jax finetune .*", header)
+    assert name in command.split() and "MODEL" in command
 
 
 # Bad input
