@@ -30,7 +30,8 @@ def test_the_wheel_holds_code_presets_teacher_and_nothing_else(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     ours = {str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "distil_jax").rglob("*.py")}
     assert ours <= names
-    assert {f"distil_jax/configs/{path.name}" for path in (REPOSITORY / "configs").glob("*.toml")} <= names
+    presets = {str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "configs").rglob("*.toml")}
+    assert {f"distil_jax/{path}" for path in presets} <= names
     assert {f"distil_jax/teacher/{name}" for name in ("config.json", "model.safetensors", "tokenizer.json")} <= names
     assert "distil_jax/py.typed" in names
     assert {name.split("/")[0] for name in names} == {"distil_jax", f"distil_jax-{__version__}.dist-info"}

@@ -104,6 +104,14 @@ def test_rows_are_those_of_transformers(tokenizer, length, stride):
         assert ours.tolist() == [list(each) for each in expected["offset_mapping"][row][second:end]]
 
 
+def test_text_that_names_a_special_token_means_characters(tokenizer):
+    asked = [Example("line 1", ("[MASK]?", "a [SEP] b"), (Answer(2, "[SEP]"),))]
+    table = span_table(tokenizer, asked, max_length=64, stride=10)
+    assert (table.input_ids == tokenizer.sep_token_id).sum() == 2
+    assert not (table.input_ids == tokenizer.mask_token_id).any()
+    assert answers(table, *one_hot(table), max_answer=30) == ["[SEP]"]
+
+
 @pytest.mark.parametrize("length", [8, 12, 31])
 @pytest.mark.parametrize("stride", [0, 5, 100])
 def test_every_token_of_a_context_is_asked_however_long_the_question(tokenizer, length, stride):
@@ -165,6 +173,10 @@ def test_an_answer_inside_a_word_takes_the_token_whole(tokenizer):
     table = span_table(tokenizer, asked, max_length=64, stride=10)
     (found,) = answers(table, *one_hot(table), max_answer=30)
     assert "99" in found and context.index(found) == token[0]
+    # One that begins where a token ends does not take that too.
+    asked = [Example("line 1", ("what?", "AC/DC"), (Answer(3, "DC"),))]
+    table = span_table(tokenizer, asked, max_length=64, stride=10)
+    assert answers(table, *one_hot(table), max_answer=30) == ["DC"]
     # Nothing is left of a lone zero-width space: no token holds it.
     asked = [Example("line 1", ("when?", "a \u200b b"), (Answer(2, "\u200b"),))]
     assert span_table(tokenizer, asked, max_length=64, stride=10).labels.tolist() == [[0, 0]]

@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -249,6 +250,8 @@ def test_fewer_training_examples_are_some_of_the_more(tmp_path):
         assert kept == [text for text in texts_of(whole.train) if text in kept]  # in the order of the source
         before = {*kept}
     assert read_splits(replace(task, train_rows=10**6)).train == whole.train
+    reverse = read_splits(replace(text_task(tmp_path, records[::-1]), train_rows=50))
+    assert {*texts_of(reverse.train)} == before  # by their texts, wherever they stand
 
 
 def test_a_split_that_leaves_nothing_is_refused(tmp_path):
@@ -297,6 +300,12 @@ def test_every_format_gives_the_same_rows(tmp_path):
     ]
     assert all(other == first for other in others) and len(first[0]) + len(first[1]) == 40
     assert {splits.label_names for splits in found.values()} == {("0", "1", "2")}
+
+
+def test_tsv_knows_no_quotes(tmp_path):
+    (tmp_path / "a.tsv").write_text('text\tlabel\n"an open quote\t0\nand "" two\t1\n"all"\t1\n')
+    splits = read_splits(TaskConfig(train=str(tmp_path / "a.tsv"), dev=str(tmp_path / "a.tsv")))
+    assert texts_of(splits.dev) == [('"an open quote',), ('and "" two',), ('"all"',)]
 
 
 def test_csv_may_hold_new_lines_and_counts_its_lines(tmp_path):
@@ -356,8 +365,10 @@ def test_every_preset_loads(name):
     config = load_task(name, ["model.path=x"])
     assert config.task.train.startswith("hub:")
     assert config.task.judges
-    header = (Path(__file__).parents[1] / "configs" / "tasks" / f"{name}.toml").read_text()
-    assert f"#   distil-jax finetune {name} --set model.path=MODEL --output run" in header
+    header = (Path(__file__).parents[1] / "configs" / "tasks" / f"{name}.toml").read_text().split("\n\n")[0]
+    assert all(line.startswith("#") for line in header.splitlines())
+    (command,) = re.findall("distil-jax finetune .*", header)
+    assert name in command.split() and "MODEL" in command
 
 
 # Bad input
