@@ -52,7 +52,7 @@ class TaskConfig:
     label_names: tuple[str, ...] = ()  # in the order of their numbers; empty: as the source names them, or as found
     metrics: tuple[Metric, ...] = ()  # the first decides; empty: accuracy, pearson, entity_f1 or span_f1
     max_length: int = 128  # tokens; longer texts are cut, and of spans the context goes on in another row
-    stride: int = 128  # of spans: tokens that two rows of one context share
+    stride: int = 64  # of spans: tokens that two rows of one context share
     max_answer: int = 30  # of spans: tokens of an answer, at most
 
     def __post_init__(self) -> None:
@@ -121,7 +121,14 @@ class FinetuneConfig:
 # What differs from the defaults that pre-training has, where neither file nor command line says it.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "optimizer": {"learning_rate": 5e-5, "beta2": 0.999, "eps": 1e-8, "warmup": 0.1, "clip": 1.0},
-    "train": {"batch_rows": 32, "log_every": 50, "eval_every": 0, "eval_rows": 0, "keep_checkpoints": 1},
+    "train": {
+        "batch_rows": 32,
+        "log_every": 50,
+        "eval_every": 0,
+        "eval_rows": 0,
+        "checkpoint_every": 0,
+        "keep_checkpoints": 1,
+    },
 }
 
 

@@ -42,6 +42,10 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.rows < 0:
         raise InputError(f"--rows must not be negative, but is {arguments.rows}.")
     model = open_model(arguments.model, arguments.step)
+    if model.head is not None:
+        raise InputError(
+            f"{arguments.model} is a task's model, which predicts no words: judge it with `distil-jax compare`."
+        )
     data, teacher = arguments.data, arguments.teacher
     if model.run is not None:
         data = data or model.run_config.data.path

@@ -111,7 +111,7 @@ def _loop(program: Program, state: TrainState, checkpoints: Checkpoints, writer:
     ):
         disk = DiskTrouble(checkpoints, writer, progress)
         if start == 0:
-            _evaluate(program, state, progress, 0)
+            patience.look(program.score(_evaluate(program, state, progress, 0)))
         for step in range(start + 1, config.steps + 1):
             watchdog.alive()
             profiler.before(step)
@@ -168,8 +168,10 @@ class Patience:
 
     def look(self, score: float) -> None:
         """Takes note of an evaluation; the lower its score the better."""
-        self._since = 0 if score < self._best else self._since + 1
-        self._best = min(score, self._best)
+        if score < self._best:
+            self._best, self._since = score, 0
+        else:
+            self._since += 1
 
 
 class DiskTrouble:

@@ -1,6 +1,6 @@
 """How good predictions are, in the metrics that the literature reports: shares from 0 to 1, or correlations.
 
-Plain NumPy, after the whole of a split was predicted. What cannot be told (no examples, one class only, constant
+Taken after the whole of a split was predicted. What cannot be told (no examples, one class only, constant
 predictions, which have no correlation) is 0.0.
 """
 
@@ -64,55 +64,48 @@ def _accuracy(predictions: Any, labels: Any) -> float:
     return np.mean(predictions == labels) if len(labels) else 0.0
 
 
-def _f1(predictions: Any, labels: Any, of: Any = 1) -> float:
+def _f1(predictions: Any, labels: Any) -> float:
+    from sklearn.metrics import f1_score
+
     predictions, labels = _aligned(predictions, labels)
-    said, true = predictions == of, labels == of
-    return _share(2 * np.sum(said & true), np.sum(said) + np.sum(true))
+    return f1_score(labels == 1, predictions == 1, zero_division=0.0) if len(labels) else 0.0
 
 
 def _macro_f1(predictions: Any, labels: Any) -> float:
     """The mean over all classes that were predicted or are true."""
-    classes = np.union1d(*_aligned(predictions, labels))
-    return _share(sum(_f1(predictions, labels, of) for of in classes), len(classes))
+    from sklearn.metrics import f1_score
+
+    predictions, labels = _aligned(predictions, labels)
+    return f1_score(labels, predictions, average="macro", zero_division=0.0) if len(labels) else 0.0
 
 
 def _matthews(predictions: Any, labels: Any) -> float:
     """Gorodkin's, for any number of classes; of two it is Matthews's."""
+    from sklearn.metrics import matthews_corrcoef
+
     predictions, labels = _aligned(predictions, labels)
-    classes = np.union1d(predictions, labels)
-    said, true = (np.array([np.mean(values == of) for of in classes]) for values in (predictions, labels))
-    if np.any(said == 1) or np.any(true == 1):
-        return 0.0
-    scale = np.sqrt((1 - said @ said) * (1 - true @ true))
-    return _share(_accuracy(predictions, labels) - said @ true, scale)
+    varied = len(np.unique(predictions)) > 1 and len(np.unique(labels)) > 1
+    return matthews_corrcoef(labels, predictions) if varied else 0.0
 
 
 def _pearson(predictions: Any, labels: Any) -> float:
+    from scipy.stats import pearsonr
+
+    return _correlation(pearsonr, predictions, labels)
+
+
+def _spearman(predictions: Any, labels: Any) -> float:
+    from scipy.stats import spearmanr
+
+    return _correlation(spearmanr, predictions, labels)
+
+
+def _correlation(of: Callable, predictions: Any, labels: Any) -> float:
     first, second = (values.astype(np.float64) for values in _aligned(predictions, labels))
     for values in (first, second):
         if len(values) < 2 or not np.isfinite(values).all() or np.ptp(values) == 0:
             return 0.0
-    first, second = _unit(first), _unit(second)
-    return np.clip(first @ second, -1.0, 1.0)
-
-
-def _unit(values: np.ndarray) -> np.ndarray:
-    values = values - values.mean()
-    values /= np.abs(values).max()  # or the squares of tiny ones would be 0
-    return values / np.linalg.norm(values)
-
-
-def _spearman(predictions: Any, labels: Any) -> float:
-    predictions, labels = _aligned(predictions, labels)
-    if not (np.isfinite(predictions).all() and np.isfinite(labels).all()):
-        return 0.0
-    return _pearson(_ranks(predictions), _ranks(labels))
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """Equal values share the mean of their ranks."""
-    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(count) - (count - 1) / 2)[place]
+    return of(first, second).statistic
 
 
 def _entity_f1(predictions: Sequence[Sequence[str]], labels: Sequence[Sequence[str]]) -> float:

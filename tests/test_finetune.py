@@ -1,0 +1,203 @@
+"""Fine-tuning from the command line: what a run reaches, how it goes on, what it leaves, and what it refuses."""
+
+import json
+import os
+import random
+import signal
+
+import jax
+import numpy as np
+import pytest
+from conftest import run_numbers, same_leaves
+
+from distil_jax import cli
+from distil_jax.commands.run_folder import open_model
+from distil_jax.io import huggingface
+from distil_jax.io.metrics import MetricsWriter, read_metrics
+
+ANIMALS = ("cat", "dog", "bird", "fish", "horse", "mouse")
+SEQUENCE = """
+[task]
+train = "{folder}/train.csv"
+dev = "{folder}/dev.csv"
+test = "{folder}/test.csv"
+text = ["text"]
+label_names = ["other", "cat"]
+metrics = ["accuracy", "f1"]
+"""
+TOKENS = """
+[task]
+kind = "tokens"
+train = "{folder}/tokens.jsonl"
+text = ["words"]
+label = "tags"
+dev_share = 0.3
+"""
+SPANS = """
+[task]
+kind = "spans"
+train = "{folder}/spans.jsonl"
+text = ["question", "context"]
+label = "answers"
+dev_share = 0.3
+max_length = 24
+stride = 4
+"""
+QUICK = ("train.steps=4", "train.batch_rows=16", "train.tensorboard=false", "optimizer.learning_rate=1e-3")
+
+
+@pytest.fixture(scope="session")
+def tasks(workshop, tmp_path_factory):
+    """A folder with three small tasks in the words of the workshop's tokenizer."""
+    folder, draw = tmp_path_factory.mktemp("tasks"), random.Random(0)
+    for name, count in (("train", 160), ("dev", 40), ("test", 40)):
+        lines = ["text,label"]
+        for _ in range(count):
+            first, second = draw.sample(ANIMALS, 2)
+            lines.append(f"the {first} sees the {second},{'cat' if 'cat' in (first, second) else 'other'}")
+        (folder / f"{name}.csv").write_text("\n".join(lines) + "\n")
+    tokens, spans = [], []
+    for number in range(60):
+        first, second = draw.sample(ANIMALS, 2)
+        words = ["the", first, "sees", "the", second]
+        tokens.append({"words": words, "tags": ["B-ANIMAL" if word in ANIMALS else "O" for word in words]})
+        context = f"{number} the {first} sees the {second}."
+        answer = {"text": [second], "answer_start": [context.index(second, context.index("sees"))]}
+        spans.append({"question": "who?", "context": context, "answers": answer})
+    for name, records in (("tokens", tokens), ("spans", spans)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    for name, text in (("sequence", SEQUENCE), ("tokens", TOKENS), ("spans", SPANS)):
+        (folder / f"{name}.toml").write_text(text.format(folder=folder))
+    return folder
+
+
+def finetune(model, task, output, *settings, teacher=None):
+    words = ["finetune", str(model), "--task", str(task), "--output", str(output)]
+    words += ["--teacher", str(teacher)] if teacher else []
+    return cli.main([*words, *(word for setting in settings for word in ("--set", setting))])
+
+
+LONG = ("train.epochs=6", "train.batch_rows=16", "train.tensorboard=false", "optimizer.learning_rate=3e-3")
+
+
+@pytest.fixture(scope="session")
+def finished(workshop, tasks):
+    run = tasks / "finished"
+    assert finetune(workshop / "teacher", tasks / "sequence.toml", run, *LONG) == 0
+    return run
+
+
+def test_a_task_is_learnt_and_the_best_checkpoint_is_what_remains(finished, tasks):
+    held_out = [line for line in read_metrics(finished) if line["kind"] == "held_out"]
+    assert [line["step"] for line in held_out] == [0, *range(10, 61, 10)]  # once an epoch
+    best = max(line["accuracy"] for line in held_out[1:])
+    assert best > 0.9 > held_out[0]["accuracy"]
+    model = open_model(finished)
+    assert model.step == next(line["step"] for line in held_out[1:] if line["accuracy"] == best)
+    scores = json.loads((finished / "scores.json").read_text())
+    assert scores["step"] == model.step and scores["dev"]["accuracy"] == pytest.approx(best)
+    assert scores["test"]["accuracy"] > 0.9 and set(scores["test"]) == {"accuracy", "f1", "loss"}
+    _, head, params = huggingface.load_task(finished / "model")
+    assert head.names == ("other", "cat") and same_leaves(params, model.params)
+    card = (finished / "model" / "README.md").read_text()
+    assert f"{scores['test']['f1']:.4f}" in card and "text-classification" in card and "160 examples" in card
+
+
+def test_the_model_answers_in_a_pipeline_as_it_was_judged(finished, tasks):
+    pytest.importorskip("torch")
+    from transformers import pipeline
+
+    lines = [line.split(",") for line in (tasks / "test.csv").read_text().splitlines()[1:]]
+    classify = pipeline("text-classification", model=str(finished / "model"))
+    right = [classify(text)[0]["label"] == label for text, label in lines]
+    assert np.mean(right) == pytest.approx(json.loads((finished / "scores.json").read_text())["test"]["accuracy"])
+
+
+def test_a_run_that_was_stopped_ends_as_the_unbroken_one(finished, workshop, tasks, tmp_path, monkeypatch, capsys):
+    write, run = MetricsWriter.write, tmp_path / "run"
+
+    def write_and_stop(self, at, kind, numbers):
+        write(self, at, kind, numbers)
+        if (at, kind) == (30, "held_out"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, lambda number, frame: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsWriter, "write", write_and_stop)
+        assert finetune(workshop / "teacher", tasks / "sequence.toml", run, *LONG) == 75
+    signal.signal(signal.SIGTERM, before)
+    assert not (run / "model").exists()
+    assert finetune(workshop / "teacher", tasks / "sequence.toml", run, *LONG) == 0
+    assert "going on after step 3" in capsys.readouterr().out
+    assert same_leaves(open_model(run).params, open_model(finished).params)
+    kept = [[line for line in run_numbers(folder) if line["kind"] == "held_out"] for folder in (run, finished)]
+    assert kept[0] == kept[1]
+    # Once more, and nothing is trained again.
+    assert finetune(workshop / "teacher", tasks / "sequence.toml", run, *LONG) == 0
+    assert "nothing is left to train" in capsys.readouterr().out
+    # Other examples are another run.
+    (tmp_path / "other.csv").write_text("text,label\n" + "the cat,cat\nthe dog,other\n" * 80)
+    assert finetune(workshop / "teacher", tasks / "sequence.toml", run, *LONG, f"task.train={tmp_path}/other.csv") == 2
+    assert "other examples" in capsys.readouterr().err
+
+
+def test_patience_ends_a_run_that_gets_no_better(workshop, tasks, tmp_path, capsys):
+    settings = (
+        *QUICK[1:3],
+        "optimizer.learning_rate=1e-12",
+        "train.epochs=9",
+        "train.eval_every=2",
+        "train.patience=2",
+    )
+    for said in ("the run ends after step 4", "nothing is left to train"):  # the untrained one stays the best
+        assert finetune(workshop / "teacher", tasks / "sequence.toml", tmp_path / "run", *settings) == 0
+        assert said in capsys.readouterr().out
+    assert open_model(tmp_path / "run").step == 2
+
+
+@pytest.mark.parametrize("kind", ["tokens", "spans"])
+def test_tokens_and_spans(workshop, finished_run, tasks, tmp_path, kind, capsys):
+    """A student without token types, from the run that trained it, and then with a teacher that has them."""
+    names = {"tokens": {"entity_f1", "loss"}, "spans": {"span_f1", "loss"}}
+    task = tasks / f"{kind}.toml"
+    assert finetune(workshop / "teacher", task, tmp_path / "teacher", *QUICK) == 0
+    assert finetune(finished_run, task, tmp_path / "student", *QUICK, teacher=tmp_path / "teacher" / "model") == 0
+    assert "soft" in capsys.readouterr().out
+    scores = json.loads((tmp_path / "student" / "scores.json").read_text())
+    assert set(scores["dev"]) == names[kind] and all(np.isfinite(number) for number in scores["dev"].values())
+    _, head, params = huggingface.load_task(tmp_path / "student" / "model")
+    assert head.kind == kind and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+    assert "DistilBert" in json.loads((tmp_path / "student" / "model" / "config.json").read_text())["architectures"][0]
+
+
+def refusals(workshop, tasks):
+    teacher, sequence = workshop / "teacher", tasks / "sequence.toml"
+    yield (teacher, sequence), {"teacher": teacher}, "has no head"
+    yield (teacher, tasks / "tokens.toml"), {"teacher": tasks / "finished" / "model"}, "another question"
+    yield (teacher, "no_such_task"), {}, "sst2"
+    yield (tasks, sequence), {}, "config.json"
+    yield (teacher, sequence, "task.train=absent.csv"), {}, "absent.csv"
+    yield (teacher, sequence, "task.label=kind"), {}, "label"
+    yield (teacher, sequence, "loss.soft=1"), {}, "teacher.path"
+    yield (teacher, sequence, "task.metrics=['span_f1']"), {}, "span_f1"
+    yield (teacher, sequence, "train.batch_rows=12"), {}, "train.batch_rows"
+
+
+def test_what_cannot_be_is_one_sentence_and_writes_nothing(finished, workshop, tasks, tmp_path, capsys):
+    for number, (words, options, said) in enumerate(refusals(workshop, tasks)):
+        output = tmp_path / str(number)
+        assert finetune(*words[:2], output, *words[2:], **options) == 2, said
+        message = capsys.readouterr().err
+        assert said in message and message.count("\n") == 1
+        assert not output.exists()
+
+
+def test_the_runs_of_both_commands_are_told_apart(finished, finished_run, workshop, tasks, tmp_path, capsys):
+    assert finetune(workshop / "teacher", tasks / "sequence.toml", finished_run, *QUICK) == 2
+    assert "another command" in capsys.readouterr().err
+    assert cli.main(["train", str(workshop / "run.toml"), "--output", str(finished)]) == 2
+    assert "another command" in capsys.readouterr().err
+    assert cli.main(["eval", str(finished), "--data", str(workshop / "rows")]) == 2
+    assert "compare" in capsys.readouterr().err
+    assert cli.main(["export", str(finished), str(tmp_path / "again")]) == 0
+    assert same_leaves(huggingface.load_task(tmp_path / "again")[2], huggingface.load_task(finished / "model")[2])
