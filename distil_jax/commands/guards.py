@@ -7,7 +7,6 @@ import faulthandler
 import fcntl
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from distil_jax.commands.endings import MACHINE_FAILED
+from distil_jax.commands.endings import MACHINE_FAILED, tell
 from distil_jax.schema import InputError
 
 
@@ -119,11 +118,9 @@ class Watchdog:
             silent = time.monotonic() - self._alive
             if silent > self._seconds:
                 faulthandler.dump_traceback(all_threads=True)
-                print(
-                    f"distil-jax: nothing has happened for {silent:.0f} s (train.hang_seconds is {self._seconds:g}), "
+                tell(
+                    f"nothing has happened for {silent:.0f} s (train.hang_seconds is {self._seconds:g}), "
                     "and above is where every thread stands: look after the machine, and start the run again; it goes "
-                    "on from its last checkpoint.",
-                    file=sys.stderr,
-                    flush=True,
+                    "on from its last checkpoint."
                 )
                 os._exit(MACHINE_FAILED)
