@@ -60,12 +60,25 @@ def _pass_on(*_: object) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+class InUse(InputError):
+    """Another process holds the folder.
+
+    Attributes:
+      by: that process, in words.
+    """
+
+    def __init__(self, folder: Path, by: str) -> None:
+        super().__init__(f"Another process trains in {folder} ({by}): wait for it, stop it, or name a new folder.")
+        self.by = by
+
+
 @contextlib.contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
     """Holds the folder for this process; the system lets it go when the process ends, however it ends.
 
     Raises:
-      InputError: another process holds it, or it cannot be written.
+      InUse: another process holds it.
+      InputError: it cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -77,10 +90,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
-            raise InputError(
-                f"Another process trains in {folder} ({file.read().strip()}): wait for it, stop it, or name a new "
-                "folder."
-            ) from error
+            raise InUse(folder, file.read().strip()) from error
         file.truncate(0)
         file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
         file.flush()
