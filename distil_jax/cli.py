@@ -93,5 +93,5 @@ def _split(arguments: list[str]) -> tuple[str, list[str]]:
 
 
 def _end(error: Exception | str, status: int) -> int:
-    print(f"distil-jax: {error}", file=sys.stderr)
+    endings.tell(error)
     return status

@@ -8,7 +8,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from conftest import file_hashes, same_leaves
+from conftest import file_hashes, finish, same_leaves, start
 
 from distil_jax.io.checkpoint import Checkpoints
 from distil_jax.schema import InputError
@@ -216,3 +216,29 @@ def test_a_save_that_fails_is_told_and_the_next_one_succeeds(tmp_path, monkeypat
         checkpoints.save(3, arrays(3), FACTS)
         checkpoints.wait()
         assert checkpoints.failure is None and checkpoints.newest_valid() == (3, [])
+
+
+# Files may not grow beyond 100 KiB, and of each save's forty writes many are under way when the first one fails.
+FAILING = """
+import resource, sys
+import jax, numpy as np
+from distil_jax.io.checkpoint import Checkpoints
+resource.setrlimit(resource.RLIMIT_FSIZE, (100 * 2**10, resource.RLIM_INFINITY))
+values = {str(number): jax.numpy.asarray(np.random.rand(200, 40)) for number in range(40)}
+checkpoints = Checkpoints(sys.argv[1], keep=1)
+for step in range(6):
+    checkpoints.save(step, values, {})
+    checkpoints.wait()
+    print(checkpoints.failure)
+checkpoints.close()
+class Mistake:
+    def __del__(self):
+        raise RuntimeError("somebody else's")
+Mistake()
+"""
+
+
+def test_a_save_that_fails_prints_nothing_itself_and_hides_nothing_else(tmp_path):
+    ((status, stdout, stderr),) = finish(start(1, [tmp_path / "checkpoints"], program=FAILING))
+    assert status == 0 and stdout.count("could not be saved (File too large)") == 6, (stdout, stderr)
+    assert stderr.count("Traceback") == 1 and "somebody else's" in stderr, stderr

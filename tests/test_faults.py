@@ -1,5 +1,7 @@
 """Real kills, signals, full disks and lost machines, in processes of their own; README, "What it survives"."""
 
+import functools
+import itertools
 import json
 import os
 import random
@@ -7,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections import Counter
 from pathlib import Path
 
 import jax
@@ -14,6 +17,7 @@ import numpy as np
 import pytest
 from conftest import LIMIT, file_hashes, finish, run_numbers, same_leaves, start, write_sentences
 
+from distil_jax.commands.doctor import _run_checks
 from distil_jax.commands.run_folder import open_model
 from distil_jax.io.metrics import read_metrics
 
@@ -40,11 +44,11 @@ def done(begun, status, limit=LIMIT):
     return [texts for _, *texts in ended]
 
 
-def wait_for(condition, process):
+def wait_for(condition, process, every=0.02):
     deadline = time.monotonic() + LIMIT
     while not condition():
         assert time.monotonic() < deadline and process.poll() is None, finish([process])
-        time.sleep(0.01)
+        time.sleep(every)
 
 
 def reached(run, step):
@@ -68,39 +72,65 @@ def same_run(run, unbroken):
 
 @pytest.fixture(scope="module")
 def long_run(workshop, tmp_path_factory):
-    """Settings under which a kill meets a save as often as a step, and the run that nothing broke."""
-    settings = (f"train.steps={max(40, 4 * KILLS)}", "train.checkpoint_every=1", "train.eval_every=7")
+    """Settings under which a run is about as often in a save as between two, and the run that nothing broke."""
+    settings = (f"train.steps={max(60, 20 * KILLS)}", "train.checkpoint_every=20", "train.eval_every=7")
     run = tmp_path_factory.mktemp("unbroken") / "run"
-    began = time.monotonic()
     done(train(workshop, run, *settings), 0)
-    return settings, run, time.monotonic() - began
+    return settings, run
+
+
+def doing(run):
+    """What a run that stands still was in the middle of, as its files tell it."""
+    if any((run / "checkpoints").glob(".saving-*")):
+        return "a save"
+    # An evaluation begins with the line of the step before it, and ends with its own.
+    last = read_metrics(run)[-1]
+    return "an evaluation" if last["kind"] == "train" and last["step"] % 7 == 0 else "the steps"
+
+
+def kill_during(what, process, run, draw):
+    """SIGKILL at a random moment in it; the process is halted first, and goes on if it was past that."""
+    time.sleep(draw.uniform(0, 0.3))
+    while True:
+        wait_for(lambda: doing(run) == what, process, every=0.001)  # an evaluation takes some 20 ms
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(0.01)  # until every thread stands
+        if doing(run) == what:
+            process.kill()
+            return
+        process.send_signal(signal.SIGCONT)
+
+
+def begun_anew(run, metrics_before):
+    """Whether the first line is there; a run that goes on begins a new file, and without that it is an old line."""
+    return reached(run, 1) and (run / "metrics.jsonl").stat().st_ino != metrics_before
 
 
 def test_killed_at_random_moments_a_run_ends_as_the_unbroken_one(workshop, tmp_path, long_run):
-    """SIGKILL at seeded random moments, most of them during saves, and started again each time."""
-    settings, unbroken, _ = long_run
-    run, draw, kills, saves = tmp_path / "run", random.Random(5), 0, 0
-    last = int(settings[0].partition("=")[2])
-    while kills < KILLS:
+    """SIGKILL at seeded random moments in steps, saves and evaluations in turn, and started again each time."""
+    settings, unbroken = long_run
+    run, draw, kills = tmp_path / "run", random.Random(5), Counter()
+    last, began = int(settings[0].partition("=")[2]), time.monotonic()
+    for what in itertools.islice(itertools.cycle(("the steps", "a save", "an evaluation")), KILLS):
+        metrics = run / "metrics.jsonl"
+        before = metrics.stat().st_ino if metrics.exists() else None
         (process,) = train(workshop, run, *settings)
-        before = steps_of(run)[-1] if (run / "checkpoints").exists() and steps_of(run) else 0
-        wait_for(lambda at=before: reached(run, at + 1), process)
-        time.sleep(draw.uniform(0, 0.25))
-        process.kill()
+        wait_for(functools.partial(begun_anew, run, before), process)
+        kill_during(what, process, run, draw)
         _, stdout, stderr = finish([process])[0]
         assert process.returncode == -signal.SIGKILL and "Traceback" not in stderr, (stdout, stderr)
-        kills += 1
-        saves += any((run / "checkpoints").glob(".saving-*"))
+        kills[doing(run)] += 1
         assert not steps_of(run) or steps_of(run)[-1] < last, "the run must be long enough for all kills"
-    print(f"{kills} kills, {saves} of them during a save")
+    print(f"{dict(kills)} of {last} steps in {time.monotonic() - began:.0f} s")
+    assert len(kills) == 3 and kills.total() == KILLS
     done(train(workshop, run, *settings), 0)
     same_run(run, unbroken)
 
 
 def test_a_damaged_checkpoint_is_named_kept_and_the_older_one_used(workshop, tmp_path, long_run):
-    settings, unbroken, _ = long_run
+    settings, unbroken = long_run
     run = shutil.copytree(unbroken, tmp_path / "run")
-    older, newest = steps_of(run)
+    older, newest = steps_of(run)[-2:]
     weights = max((run / "checkpoints" / str(newest)).rglob("*"), key=lambda path: path.stat().st_size)
     values = bytearray(weights.read_bytes())
     values[len(values) // 2] ^= 1
@@ -113,9 +143,9 @@ def test_a_damaged_checkpoint_is_named_kept_and_the_older_one_used(workshop, tmp
 
 
 def test_a_step_that_is_asked_for_is_taken_or_refused(workshop, tmp_path, long_run):
-    settings, unbroken, _ = long_run
+    settings, unbroken = long_run
     run = shutil.copytree(unbroken, tmp_path / "run")
-    older, newest = steps_of(run)
+    older, newest = steps_of(run)[-2:]
     before = file_hashes(run / "checkpoints")
     ((_, stderr),) = done(train(workshop, run, *settings, command=("--resume-step", older - 1)), 2)
     assert f"no checkpoint of step {older - 1}" in stderr and str([older, newest]) in stderr
@@ -126,7 +156,7 @@ def test_a_step_that_is_asked_for_is_taken_or_refused(workshop, tmp_path, long_r
 
 
 def test_where_no_checkpoint_is_valid_the_run_does_not_begin_from_nothing(workshop, tmp_path, long_run):
-    settings, unbroken, _ = long_run
+    settings, unbroken = long_run
     run = shutil.copytree(unbroken, tmp_path / "run")
     for manifest in (run / "checkpoints").glob("*/manifest.json"):
         manifest.unlink()
@@ -208,12 +238,16 @@ def train_with(workshop, tmp_path, monkeypatch, *, bad_steps, settings=()):
 # The machine
 
 
-def test_two_runs_in_one_folder(workshop, tmp_path):
+def test_two_runs_in_one_folder_and_a_doctor_beside_them(workshop, tmp_path):
     run, settings = tmp_path / "run", ("train.steps=100000",)
     (first,) = train(workshop, run, *settings)
     wait_for(lambda: reached(run, 1), first)
+    first.send_signal(signal.SIGSTOP)  # holds the folder, and leaves the processors to the others
     ((_, stderr),) = done(train(workshop, run, *settings), 2)
     assert f"process {first.pid} " in stderr and stderr.count("\n") == 1
+    found = {name: check() for name, check in _run_checks(run)}
+    assert f"{run} is in use: process {first.pid} on" in found["folder"]
+    first.send_signal(signal.SIGCONT)
     first.send_signal(signal.SIGTERM)
     done([first], 75)
 
@@ -228,7 +262,7 @@ def can_mount():
 @pytest.mark.skipif(not can_mount(), reason="mounting a small disk needs user namespaces")
 def test_a_full_disk_stops_no_training_and_loses_no_checkpoint(workshop, tmp_path, long_run):
     """The run folder is a file system with room for a checkpoint or two; what it held is copied out afterwards."""
-    _, unbroken, _ = long_run
+    _, unbroken = long_run
     one = sum(path.stat().st_size for path in (unbroken / "checkpoints" / str(steps_of(unbroken)[0])).rglob("*"))
     disk, out = tmp_path / "disk", tmp_path / "out"
     disk.mkdir()
@@ -251,10 +285,12 @@ def test_a_full_disk_stops_no_training_and_loses_no_checkpoint(workshop, tmp_pat
 def test_a_write_that_fails_in_the_middle_of_a_save(workshop, tmp_path, long_run):
     """Files may not grow beyond 100 KiB: there is room, the save begins, and its largest file breaks off."""
     run, settings = tmp_path / "run", ("train.steps=6", "train.checkpoint_every=3")
-    begun = train(workshop, run, *settings, before=("bash", "-c", 'ulimit -f 100; exec "$@"', "bash"))
-    ((status, stdout, stderr),) = finish(begun)
-    assert status == 4 and "Warning: the checkpoint of step 3" in stdout, (stdout, stderr)
-    assert stderr.splitlines()[-1].startswith("distil-jax: ") and "step 6 could not be saved" in stderr
+    limited = ("bash", "-c", 'ulimit -f 100; exec "$@"', "bash")
+    ((stdout, stderr),) = done(train(workshop, run, *settings, before=limited), 4)
+    assert "Warning: the checkpoint of step 3 could not be saved (File too large)" in stdout, stdout
+    # The other writes of the save end when nobody waits for them any more, some of them after this sentence.
+    last = stderr.splitlines()[-1]
+    assert last.startswith("distil-jax: ") and "step 6 could not be saved (File too large)" in last, stderr
     assert not any((run / "checkpoints").iterdir())
     done(train(workshop, run, *settings), 0)
 
@@ -313,9 +349,9 @@ def test_another_clock_and_another_name_change_nothing(workshop, tmp_path, long_
     """The clock stands in 1970, the files are from the future, the machine has another name."""
     from distil_jax import cli
 
-    settings, unbroken, _ = long_run
+    settings, unbroken = long_run
     run = shutil.copytree(unbroken, tmp_path / "run")
-    older, newest = steps_of(run)
+    older, newest = steps_of(run)[-2:]
     shutil.rmtree(run / "checkpoints" / str(newest))
     for path in run.rglob("*"):
         os.utime(path, (2e9, 2e9))
@@ -345,11 +381,11 @@ def test_no_secret_of_the_environment_is_written_anywhere(workshop, tmp_path, mo
 
 
 def test_the_doctor_finds_nothing_and_then_what_was_done(workshop, tmp_path, long_run):
-    _, unbroken, _ = long_run
+    _, unbroken = long_run
     run = shutil.copytree(unbroken, tmp_path / "run")
     ((stdout, _),) = done(start(1, ["doctor", run], devices=2), 0)
     assert "Nothing is wrong" in stdout and "WRONG" not in stdout and "on all 2" in stdout
-    _, newest = steps_of(run)
+    newest = steps_of(run)[-1]
     (run / "checkpoints" / str(newest) / "manifest.json").write_text("{}")
     rows = shutil.copytree(workshop / "rows", tmp_path / "rows")
     table = Path(rows) / "train" / "input_ids.npy"

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from distil_jax.commands import processes, run_folder
-from distil_jax.commands.guards import folder_lock
+from distil_jax.commands.guards import InUse, folder_lock
 from distil_jax.config import Config, LossConfig, MaskingConfig, MeshConfig, ModelConfig, OptimizerConfig, StepConfig
 from distil_jax.config import load as load_config
 from distil_jax.data.loader import verify as verify_rows
@@ -118,27 +118,40 @@ def _run_checks(folder: Path) -> Iterator[tuple[str, Callable[[], str]]]:
 
 
 def _folder(folder: Path) -> str:
-    """Whether it can be written, renamed in, and is not in use."""
-    with folder_lock(folder):
-        draft, final = folder / ".doctor-draft", folder / ".doctor"
-        try:
-            draft.write_bytes(b"x" * 2**20)
-            draft.replace(final)
-        except OSError as error:
-            raise InputError(f"{folder} cannot be written ({error.strerror}): mend its disk or its rights.") from error
-        finally:
-            draft.unlink(missing_ok=True)
-            final.unlink(missing_ok=True)
+    """Whether it can be written and renamed in, and has room; a run that is under way is left alone."""
+    try:
+        with folder_lock(folder):
+            _try_to_write(folder)
+        found = f"written and renamed in {folder}"
+    except InUse as running:
+        found = f"{folder} is in use: {running.by} trains in it now, so nothing was written"
     free = shutil.disk_usage(folder).free
-    sizes = [
-        sum(file.stat().st_size for file in saved.rglob("*") if file.is_file())
-        for saved in (folder / "checkpoints").glob("[0-9]*")
-    ]
+    sizes = [_size(saved) for saved in (folder / "checkpoints").glob("[0-9]*")]
     if sizes and free < 2 * max(sizes):
         raise InputError(
             f"{free / _GIB:.2f} GiB are free and a checkpoint takes {max(sizes) / _GIB:.2f}: free some space."
         )
-    return f"written and renamed in {folder}; {free / _GIB:.1f} GiB free"
+    return f"{found}; {free / _GIB:.1f} GiB free"
+
+
+def _size(checkpoint: Path) -> int:
+    """In bytes; 0 where the run that is under way has just removed it."""
+    try:
+        return sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
+    except FileNotFoundError:
+        return 0
+
+
+def _try_to_write(folder: Path) -> None:
+    draft, final = folder / ".doctor-draft", folder / ".doctor"
+    try:
+        draft.write_bytes(b"x" * 2**20)
+        draft.replace(final)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written ({error.strerror}): mend its disk or its rights.") from error
+    finally:
+        draft.unlink(missing_ok=True)
+        final.unlink(missing_ok=True)
 
 
 def _checkpoint(folder: Path, step: int) -> str:
@@ -146,6 +159,8 @@ def _checkpoint(folder: Path, step: int) -> str:
         try:
             checkpoints.verify(step)
         except InputError as error:
+            if step not in checkpoints.steps():
+                return "gone since it was listed: the run that is under way keeps newer ones"
             raise InputError(f"{error} `distil-jax train` goes on from the newest valid one and keeps this.") from error
     return "every file as it was written"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 BAD_INPUT, DIVERGED, MACHINE_FAILED, STOPPED = 2, 3, 4, 75
 
 
@@ -21,3 +23,13 @@ class MachineFailed(Exception):
 
 class Stopped(Exception):
     """The run was asked to stop, and saved a checkpoint first: start it again."""
+
+
+def tell(sentence: object) -> None:
+    """The last line of a command that did not succeed.
+
+    In one piece, which `print` is not: what a thread of some library writes meanwhile must not get between the sentence
+    and its end.
+    """
+    sys.stderr.write(f"distil-jax: {sentence}\n")
+    sys.stderr.flush()

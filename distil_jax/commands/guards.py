@@ -7,7 +7,6 @@ import faulthandler
 import fcntl
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from distil_jax.commands.endings import MACHINE_FAILED
+from distil_jax.commands.endings import MACHINE_FAILED, tell
 from distil_jax.schema import InputError
 
 
@@ -61,12 +60,25 @@ def _pass_on(*_: object) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+class InUse(InputError):
+    """Another process holds the folder.
+
+    Attributes:
+      by: that process, in words.
+    """
+
+    def __init__(self, folder: Path, by: str) -> None:
+        super().__init__(f"Another process trains in {folder} ({by}): wait for it, stop it, or name a new folder.")
+        self.by = by
+
+
 @contextlib.contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
     """Holds the folder for this process; the system lets it go when the process ends, however it ends.
 
     Raises:
-      InputError: another process holds it, or it cannot be written.
+      InUse: another process holds it.
+      InputError: it cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -78,10 +90,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
-            raise InputError(
-                f"Another process trains in {folder} ({file.read().strip()}): wait for it, stop it, or name a new "
-                "folder."
-            ) from error
+            raise InUse(folder, file.read().strip()) from error
         file.truncate(0)
         file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
         file.flush()
@@ -119,11 +128,9 @@ class Watchdog:
             silent = time.monotonic() - self._alive
             if silent > self._seconds:
                 faulthandler.dump_traceback(all_threads=True)
-                print(
-                    f"distil-jax: nothing has happened for {silent:.0f} s (train.hang_seconds is {self._seconds:g}), "
+                tell(
+                    f"nothing has happened for {silent:.0f} s (train.hang_seconds is {self._seconds:g}), "
                     "and above is where every thread stands: look after the machine, and start the run again; it goes "
-                    "on from its last checkpoint.",
-                    file=sys.stderr,
-                    flush=True,
+                    "on from its last checkpoint."
                 )
                 os._exit(MACHINE_FAILED)

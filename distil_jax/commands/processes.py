@@ -10,7 +10,6 @@ import hashlib
 import os
 import re
 import signal
-import sys
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -19,7 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from distil_jax import __version__
-from distil_jax.commands.endings import MACHINE_FAILED, MachineFailed
+from distil_jax.commands.endings import MACHINE_FAILED, MachineFailed, tell
 from distil_jax.schema import InputError
 
 T = TypeVar("T")
@@ -70,7 +69,7 @@ def _end_aborts() -> None:
     global _on_abort  # noqa: PLW0603 (must live as long as the process)
 
     def end(_: int) -> None:
-        print("distil-jax: another process of this run is lost: start all of them again.", file=sys.stderr, flush=True)
+        tell("another process of this run is lost: start all of them again.")
         os._exit(MACHINE_FAILED)
 
     _on_abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(end)
@@ -127,7 +126,7 @@ def meet(where: str) -> None:
 def leave(failure: MachineFailed) -> None:
     """Ends this process, where there are others: an orderly end would wait for the one that is lost."""
     if jax.process_count() > 1:
-        print(f"distil-jax: {failure}", file=sys.stderr, flush=True)
+        tell(failure)
         os._exit(MACHINE_FAILED)
 
 

@@ -11,7 +11,6 @@ import contextlib
 import errno
 import hashlib
 import json
-import logging
 import os
 import re
 import shutil
@@ -26,10 +25,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from distil_jax.io import orbax_noise
 from distil_jax.schema import InputError, build, require
 
-# Orbax reports every directory it makes at INFO and WARNING, and with a traceback what `failure` says in a sentence.
-logging.getLogger("absl").setLevel(logging.CRITICAL)
+orbax_noise.silence()
 
 FORMAT = 2  # of the manifest; a reader refuses any other
 _MANIFEST, _ARRAYS = "manifest.json", "state"
@@ -283,8 +282,8 @@ class Checkpoints:
 
     def _fail(self, step: int, error: Exception) -> None:
         said = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
-        of_system = re.search(r"OS error \d+: \w+ ([^\]]+)", said)  # what TensorStore says at the end of a long story
-        reason = of_system[1] if of_system else said[:300]
+        of_system = re.search(r"os_error_code='(\d+)'", said)  # at the end of a long story of TensorStore's
+        reason = os.strerror(int(of_system[1])) if of_system else said[:300]
         self.failure = f"the checkpoint of step {step} could not be saved ({reason})"
         if self._first:  # half of one only fills the disk further
             shutil.rmtree(self._folder / f".saving-{step}", ignore_errors=True)
