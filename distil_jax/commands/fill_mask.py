@@ -17,8 +17,10 @@ def fill_mask(model: Model, texts: list[str], *, best: int = 3) -> list[list[tup
     """The `best` words, and their probabilities, for the [MASK] of each text.
 
     Raises:
-      InputError: a text without exactly one [MASK], or too long for the model.
+      InputError: a text without exactly one [MASK], or too long for the model, or a model without an MLM head.
     """
+    if not model.config.mlm_head:
+        raise InputError(f"{model.tokenizer} has no MLM head, so it fills no gap: train one first.")
     tokenizer = load_tokenizer(model.tokenizer)
     encoded = tokenizer(texts, padding=True, return_tensors="np")
     is_gap = encoded["input_ids"] == tokenizer.mask_token_id
