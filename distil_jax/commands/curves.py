@@ -42,6 +42,7 @@ PANELS = (
 )
 _SHARES = ("agreement", "accuracy")
 _COLUMNS, _WIDTH, _HEIGHT = 3, 4.2, 2.9  # panels beside each other in the PNG, and the inches of one
+_TICKS = (1, 2, 2.5, 5, 10)
 _SETTINGS = {
     "font.size": 10,
     "text.parse_math": False,  # a run may be called $x$
@@ -112,8 +113,9 @@ def _svg(metrics: dict[str, list[dict]], panel: Panel) -> str:
     """One panel, in the colours of the page, and without anything that HTML does not need or a policy forbids."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
-    _draw(figure.subplots(), metrics, panel)
+    figure = Figure(figsize=(_WIDTH, _HEIGHT))
+    # Fixed, so that the axes of all panels stand in line.
+    _draw(figure.add_axes((0.13, 0.17, 0.84, 0.70)), metrics, panel)
     text = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     figure.savefig(text, format="svg", transparent=True, metadata=nothing)
@@ -153,12 +155,13 @@ def _draw(axis: Axes, metrics: dict[str, list[dict]], panel: Panel) -> None:
     axis.set_title(panel.title, loc="left", fontsize=10, pad=9)
     axis.set_xlabel("step", color=MUTED, fontsize=9, labelpad=1)
     axis.tick_params(labelsize=9, length=0)
-    axis.margins(x=0.03)
-    axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    last = max(line["step"] for lines in metrics.values() for line in lines)  # the same for all panels
+    axis.set_xlim(-0.03 * last, 1.03 * last or 1)
+    axis.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=_TICKS))
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axis.yaxis.set_major_locator(MaxNLocator(5))
+    axis.yaxis.set_major_locator(MaxNLocator(5, steps=_TICKS))
     if panel.number in _SHARES:
-        axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axis.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
     if panel.number == "tokens_per_second":
         axis.yaxis.set_major_formatter(EngFormatter(sep=""))
     _limit(axis, drawn, from_zero=panel.number == "tokens_per_second")
@@ -183,9 +186,7 @@ def _limit(axis: Axes, numbers: list[float], *, from_zero: bool) -> None:
         min(numbers) < bottom
     )
     if cut:
-        axis.text(
-            0.98, 0.97, ", ".join(cut), transform=axis.transAxes, ha="right", va="top", fontsize=8.5, color=MUTED
-        )
+        axis.text(0.98, 0.97, ", ".join(cut), transform=axis.transAxes, ha="right", va="top", fontsize=8.5, color=MUTED)
 
 
 def _points(lines: list[dict], panel: Panel) -> list[tuple[int, float]]:

@@ -143,7 +143,9 @@ def _html(block: Block) -> str:
         case Curves(_, panels, legend):
             names = "\n".join(f"<li>{line}<span>{_escaped(name)}</span></li>" for line, name in legend)
             figures = "\n".join(f"<figure>{panel}</figure>" for panel in panels)
-            return (f'<ul class="legend">\n{names}\n</ul>\n' if names else "") + f'<div class="curves">\n{figures}\n</div>'
+            return (
+                f'<ul class="legend">\n{names}\n</ul>\n' if names else ""
+            ) + f'<div class="curves">\n{figures}\n</div>'
         case Code(_, text):
             # Of the characters that are not visible, a listing needs its line ends.
             lines = "\n".join(map(_escaped, text.split("\n")))
@@ -164,9 +166,17 @@ def _html_table(block: Table) -> str:
         "".join(f'<td{kind(i)} data-name="{names[i]}">{_escaped(cell)}</td>' for i, cell in enumerate(row))
         for row in block.rows
     ]
-    body = "\n".join(f"<tr>{row}</tr>" for row in rows)
     style = ' class="texts"' if block.texts > 1 else ""
-    return f'<div class="wide"><table{style}>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'
+    return "\n".join(
+        [
+            f'<div class="wide"><table{style}>',
+            f"<thead><tr>{head}</tr></thead>",
+            "<tbody>",
+            *(f"<tr>{row}</tr>" for row in rows),
+            "</tbody>",
+            "</table></div>",
+        ]
+    )
 
 
 def _escaped(text: str) -> str:
