@@ -113,7 +113,7 @@ def _svg(metrics: dict[str, list[dict]], panel: Panel) -> str:
     """One panel, in the colours of the page, and without anything that HTML does not need or a policy forbids."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(_WIDTH, _HEIGHT))
+    figure = Figure(figsize=(3.8, 2.75))
     # Fixed, so that the axes of all panels stand in line.
     _draw(figure.add_axes((0.13, 0.17, 0.84, 0.70)), metrics, panel)
     text = io.StringIO()
@@ -122,6 +122,7 @@ def _svg(metrics: dict[str, list[dict]], panel: Panel) -> str:
     svg = text.getvalue()
     size = re.search(r'viewBox="[\d. ]+"', svg)[0]
     inside = svg[svg.index(">", svg.index("<svg")) + 1 :].strip()
+    inside = re.sub(r"<style.*?</style>", "", inside, count=1, flags=re.DOTALL)  # it would hold for the whole page
     # Ids are those of one document: the same clip path or marker may stand in another panel with another meaning.
     own = f"{panel.kind}-{panel.number}-"
     inside = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{own}", inside)

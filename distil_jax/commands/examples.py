@@ -140,7 +140,7 @@ def _inner(piece: str) -> bool:
 
 
 def _choices(choices: list[tuple[str, float]]) -> str:
-    return " · ".join(f"{word}\u00a0{100 * probability:.0f}\u00a0%" for word, probability in choices)
+    return "\u00a0· ".join(f"{word}\u00a0{100 * probability:.0f}\u00a0%" for word, probability in choices)
 
 
 def _teacher(path: str, student: Model) -> Model:

@@ -84,7 +84,7 @@ def write_report(
     blocks += [Heading("Throughput"), *throughput(histories), Heading("Words in gaps")]
     blocks += examples(first, texts) if gaps is None else gaps
     for name in runs:
-        blocks += [Heading(name), *details(histories[name], configs[name])]
+        blocks += [Heading(name if len(runs) > 1 else "Details"), *details(histories[name], configs[name])]
     (output / "report.html").write_text(to_html(title, blocks), encoding="utf-8")
     path = output / "report.md"
     path.write_text(to_markdown(blocks), encoding="utf-8")

@@ -46,10 +46,11 @@ th, td {{ padding: .42rem 1.1rem .42rem 0; text-align: start; vertical-align: to
 th {{ color: var(--muted); font-weight: 600; font-size: .84rem; white-space: nowrap; }}
 .number {{ text-align: right; padding-left: 1.1rem; padding-right: 0; white-space: nowrap; }}
 .texts {{ width: 100%; }}
+td:first-child {{ min-width: 7rem; }}
 .texts td:first-child {{ min-width: 14rem; }}
 .curves {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(18.5rem, 100%), 1fr)); gap: .9rem; }}
 figure {{ margin: 0; padding: .6rem .5rem .3rem; background: var(--panel); border-radius: .5rem; break-inside: avoid; }}
-figure svg {{ display: block; width: 100%; height: auto; }}
+figure svg {{ display: block; width: 100%; height: auto; stroke-linejoin: round; }}
 .legend {{ display: flex; flex-wrap: wrap; gap: .3rem 1.4rem; list-style: none; margin: 0 0 .8rem; padding: 0; }}
 .legend li {{ display: flex; align-items: center; gap: .5rem; overflow-wrap: anywhere; }}
 .legend svg {{ flex: none; width: 2.2rem; height: .6rem; }}
