@@ -183,11 +183,11 @@ def _limit(axis: Axes, numbers: list[float], *, from_zero: bool) -> None:
     bottom = min(0.0, bottom) if from_zero else bottom
     pad = 0.06 * (top - bottom)
     axis.set_ylim(bottom if from_zero and bottom == 0 else bottom - pad, top + pad)
-    cut = [f"up to {max(numbers):.3g}"] * (max(numbers) > top) + [f"down to {min(numbers):.3g}"] * (
-        min(numbers) < bottom
-    )
+    cut = [f"up to {max(numbers):.3g}"] if max(numbers) > top else []
+    cut += [f"down to {min(numbers):.3g}"] if min(numbers) < bottom else []
+    place = {"transform": axis.transAxes, "ha": "right", "va": "top"}
     if cut:
-        axis.text(0.98, 0.97, ", ".join(cut), transform=axis.transAxes, ha="right", va="top", fontsize=8.5, color=MUTED)
+        axis.text(0.98, 0.97, ", ".join(cut), fontsize=8.5, color=MUTED, **place)
 
 
 def _points(lines: list[dict], panel: Panel) -> list[tuple[int, float]]:

@@ -40,9 +40,7 @@ def summary(folder: Path, told: History, config: Config, *, lead: str) -> list[B
     blocks: list[Block] = [Paragraph(f"{sentence}.", lead)]
     if told.done < steps:
         left = duration((steps - told.done) * told.seconds_per_step)
-        pace = (
-            f"At the median pace the others take {left}, {_WITHOUT}" if told.rates else "There is no pace to go by yet"
-        )
+        pace = f"The others take {left} at the median pace, {_WITHOUT}" if told.rates else "There is no pace yet"
         blocks += [Paragraph(f"Not finished: {100 * told.done / steps:.0f} % of the steps are done. {pace}.")]
     return blocks
 
