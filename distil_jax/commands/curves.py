@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from distil_jax.commands.history import short
 from distil_jax.commands.page import Curves, visible
 from distil_jax.commands.style import GRID, INK, MUTED, RUNS, VARIABLES
 from distil_jax.schema import require
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ PANELS = (
 _SHARES = ("agreement", "accuracy")
 _COLUMNS, _WIDTH, _HEIGHT = 3, 4.2, 2.9  # panels beside each other in the PNG, and the inches of one
 _TICKS = (1, 2, 2.5, 5, 10)
+_MOST = 1200  # points of a curve
 _SETTINGS = {
     "font.size": 10,
     "text.parse_math": False,  # a run may be called $x$
@@ -96,11 +99,11 @@ def _png(metrics: dict[str, list[dict]], shown: Sequence[Panel], path: Path) -> 
     for axis, panel in zip(axes, shown, strict=False):
         _draw(axis, metrics, panel)
     if len(metrics) > 1:
-        _legend(figure, axes[0], list(metrics))
+        _legend(figure, list(metrics))
     figure.savefig(path, dpi=130)
 
 
-def _legend(figure, axis: Axes, names: list[str]) -> None:
+def _legend(figure: Figure, names: list[str]) -> None:
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], label=f"run {i}", **_line(i)) for i in range(len(names))]
@@ -137,9 +140,9 @@ def _swatch(place: int) -> str:
     return f'<svg viewBox="0 0 36 8" aria-hidden="true"><line x1="0" x2="36" y1="4" y2="4" style="{style}"/></svg>'
 
 
-def _line(place: int) -> dict:
+def _line(place: int, points: int = 0) -> dict:
     colour, _, dashes = RUNS[place % len(RUNS)]
-    return {"color": colour, "linestyle": (0, dashes) if dashes else "-", "linewidth": 1.8}
+    return {"color": colour, "linestyle": (0, dashes) if dashes else "-", "linewidth": 1.8 if points < 200 else 1.2}
 
 
 def _draw(axis: Axes, metrics: dict[str, list[dict]], panel: Panel) -> None:
@@ -149,9 +152,8 @@ def _draw(axis: Axes, metrics: dict[str, list[dict]], panel: Panel) -> None:
     for place, (name, lines) in enumerate(metrics.items()):
         if points := _points(lines, panel):
             marked = len(points) == 1 or (panel.kind == "held_out" and len(points) <= 25)
-            axis.plot(
-                *zip(*points, strict=True), label=name, marker="o" if marked else "", markersize=4, **_line(place)
-            )
+            style = _line(place, len(points)) | ({"marker": "o", "markersize": 4} if marked else {})
+            axis.plot(*zip(*points, strict=True), label=name, **style)
             drawn += [number for _, number in points if math.isfinite(number)]
     axis.set_title(panel.title, loc="left", fontsize=10, pad=9)
     axis.set_xlabel("step", color=MUTED, fontsize=9, labelpad=1)
@@ -165,11 +167,11 @@ def _draw(axis: Axes, metrics: dict[str, list[dict]], panel: Panel) -> None:
         axis.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
     if panel.number == "tokens_per_second":
         axis.yaxis.set_major_formatter(EngFormatter(sep=""))
-    _limit(axis, drawn, from_zero=panel.number == "tokens_per_second")
+    _limit(axis, drawn, share=panel.number in _SHARES, from_zero=panel.number == "tokens_per_second")
 
 
-def _limit(axis: Axes, numbers: list[float], *, from_zero: bool) -> None:
-    """Limits that a few numbers far from all others, as the first losses are, do not decide; and says which they cut.
+def _limit(axis: Axes, numbers: list[float], *, share: bool, from_zero: bool) -> None:
+    """Limits that a few numbers far from all others, as the first losses are, do not decide; and says what they cut.
 
     What lies further outside the middle 90 % than these are wide is cut off.
     """
@@ -178,21 +180,26 @@ def _limit(axis: Axes, numbers: list[float], *, from_zero: bool) -> None:
     low, high = np.quantile(np.asarray(numbers, np.float64), [0.05, 0.95])
     room = high - low
     bottom, top = min(numbers), max(numbers)
-    if room > 0:
+    if room > 0 and not share:
         bottom, top = max(bottom, low - room), min(top, high + room)
     bottom = min(0.0, bottom) if from_zero else bottom
     pad = 0.06 * (top - bottom)
     axis.set_ylim(bottom if from_zero and bottom == 0 else bottom - pad, top + pad)
-    cut = [f"up to {max(numbers):.3g}"] if max(numbers) > top else []
-    cut += [f"down to {min(numbers):.3g}"] if min(numbers) < bottom else []
-    place = {"transform": axis.transAxes, "ha": "right", "va": "top"}
-    if cut:
-        axis.text(0.98, 0.97, ", ".join(cut), fontsize=8.5, color=MUTED, **place)
+    place = {"transform": axis.transAxes, "ha": "right", "fontsize": 8.5, "color": MUTED}
+    if max(numbers) > top:
+        axis.text(0.98, 0.97, f"up to {short(max(numbers))}", va="top", **place)
+    if min(numbers) < bottom:
+        axis.text(0.98, 0.03, f"down to {short(min(numbers))}", va="bottom", **place)
 
 
-def _points(lines: list[dict], panel: Panel) -> list[tuple[int, float]]:
+def _points(lines: list[dict], panel: Panel) -> list[tuple[float, float]]:
+    """Step and number of each line, or of so many lines each their means where a screen could not show them all."""
     found = [line for line in lines if line["kind"] == panel.kind and panel.number in line]
-    return [(line["step"], _drawable(line[panel.number])) for line in found]
+    points = [(line["step"], _drawable(line[panel.number])) for line in found]
+    size = math.ceil(len(points) / _MOST)
+    if size <= 1:
+        return points
+    return [tuple(np.mean(points[i : i + size], axis=0).tolist()) for i in range(0, len(points), size)]
 
 
 def _drawable(number: float) -> float:

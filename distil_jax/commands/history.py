@@ -86,5 +86,10 @@ def count(number: float) -> str:
     return f"{float(f'{number:.3g}'):,.0f}"
 
 
+def short(number: float, digits: int = 4) -> str:
+    """A number in a few digits, and a large one without its fraction, but never as 3.6e+04."""
+    return f"{number:,.0f}" if 1000 <= abs(number) < 1e12 else f"{number:.{digits}g}"
+
+
 def _finite(lines: list[dict[str, Any]], name: str) -> list[float]:
     return [line[name] for line in lines if name in line and math.isfinite(line[name])]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tomli_w
 
-from distil_jax.commands.history import History, count, duration
+from distil_jax.commands.history import History, count, duration, short
 from distil_jax.commands.page import Block, Code, Fold, Paragraph, Table
 from distil_jax.config import Config, ModelConfig
 from distil_jax.io.checkpoint import Checkpoints
@@ -52,9 +52,9 @@ def _models(folder: Path, config: Config) -> tuple[str, str]:
     learnt = "distilled from" if config.loss.needs_teacher else "trained without a teacher and compared with"
     student = f"A {config.student.num_layers}-layer student"
     teacher = f"{learnt} {path}" if path else "trained without a teacher"
-    if facts:
+    with contextlib.suppress(InputError, KeyError):  # no checkpoint, or one of another version
         student += f" of {_parameters(facts['student'])} parameters"
-        if path and facts.get("teacher"):
+        if path:
             teacher += f" ({facts['teacher']['num_layers']} layers, {_parameters(facts['teacher'])} parameters)"
     return student, teacher
 
@@ -107,12 +107,14 @@ def _name(measure: str) -> str:
 
 
 def _number(measure: str, number: float) -> str:
-    return f"{100 * number:.1f} %" if measure in _SHARES else f"{number:.4g}"
+    return f"{100 * number:.1f} %" if measure in _SHARES else short(number)
 
 
 def _change(measure: str, before: float, after: float) -> str:
-    difference = f"{100 * (after - before):+.1f} points" if measure in _SHARES else f"{after - before:+.3g}"
-    return difference.replace("-", "−")
+    if math.isnan(after - before):
+        return ""
+    sign, size = "−" if after < before else "+", abs(after - before)
+    return f"{sign}{100 * size:.1f} points" if measure in _SHARES else f"{sign}{short(size, 3)}"
 
 
 def throughput(histories: dict[str, History]) -> list[Block]:
