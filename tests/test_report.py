@@ -186,6 +186,7 @@ def test_a_damaged_line_is_named(run, capsys, line):
 
 def test_wherever_the_file_was_cut_off_the_lines_before_are_read(run):
     path = run / "metrics.jsonl"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:5]))  # one of each kind
     sound, lines = path.read_bytes(), read_metrics(run)
     for length in range(len(sound)):
         path.write_bytes(sound[:length])
@@ -442,6 +443,15 @@ def test_the_first_loss_does_not_flatten_the_rest(tmp_path, figures):
     draw_curves({"run": lines[1:4]}, tmp_path / "curves.png")
     (axis,) = figures[2].axes
     assert axis.get_ylim()[0] < 3.6 and axis.get_ylim()[1] > 5 and not axis.texts, "of a few numbers all are shown"
+
+
+def test_a_long_run_is_drawn_by_its_means(tmp_path, figures):
+    lines = [{"step": step, "kind": "train", "mlm": float(step % 4)} for step in range(10_000)]
+    draw_curves({"run": lines}, tmp_path / "curves.png")
+    for figure in figures:
+        (curve,) = figure.axes[0].get_lines()
+        steps, numbers = curve.get_data()
+        assert len(steps) <= 1200 and 0 < steps[0] < 10 and steps[-1] > 9990 and abs(np.mean(numbers) - 1.5) < 0.01
 
 
 def test_what_the_lines_add_up_to():

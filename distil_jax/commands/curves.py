@@ -153,7 +153,7 @@ def _draw(axis: Axes, metrics: dict[str, list[dict]], panel: Panel) -> None:
         if points := _points(lines, panel):
             marked = len(points) == 1 or (panel.kind == "held_out" and len(points) <= 25)
             style = _line(place, len(points)) | ({"marker": "o", "markersize": 4} if marked else {})
-            axis.plot(*zip(*points, strict=True), label=name, **style)
+            axis.plot(*zip(*_thinned(points), strict=True), label=name, **style)
             drawn += [number for _, number in points if math.isfinite(number)]
     axis.set_title(panel.title, loc="left", fontsize=10, pad=9)
     axis.set_xlabel("step", color=MUTED, fontsize=9, labelpad=1)
@@ -187,17 +187,20 @@ def _limit(axis: Axes, numbers: list[float], *, share: bool, from_zero: bool) ->
     axis.set_ylim(bottom if from_zero and bottom == 0 else bottom - pad, top + pad)
     place = {"transform": axis.transAxes, "ha": "right", "fontsize": 8.5, "color": MUTED}
     if max(numbers) > top:
-        axis.text(0.98, 0.97, f"up to {short(max(numbers))}", va="top", **place)
+        axis.text(0.98, 0.97, f"up to {short(max(numbers), 3)}", va="top", **place)
     if min(numbers) < bottom:
-        axis.text(0.98, 0.03, f"down to {short(min(numbers))}", va="bottom", **place)
+        axis.text(0.98, 0.03, f"down to {short(min(numbers), 3)}", va="bottom", **place)
 
 
 def _points(lines: list[dict], panel: Panel) -> list[tuple[float, float]]:
-    """Step and number of each line, or of so many lines each their means where a screen could not show them all."""
     found = [line for line in lines if line["kind"] == panel.kind and panel.number in line]
-    points = [(line["step"], _drawable(line[panel.number])) for line in found]
+    return [(line["step"], _drawable(line[panel.number])) for line in found]
+
+
+def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points, or the means of so many neighbours each where a screen could not show them all."""
     size = math.ceil(len(points) / _MOST)
-    if size <= 1:
+    if size == 1:
         return points
     return [tuple(np.mean(points[i : i + size], axis=0).tolist()) for i in range(0, len(points), size)]
 

@@ -131,7 +131,7 @@ def throughput(histories: dict[str, History]) -> list[Block]:
             rows.append([name, *rates, *times, f"{100 * share:.0f} %"])
     readings = max(len(told.rates) for told in histories.values())
     note = (
-        f"Median of {readings} readings while training. Compilation is the first step after each start; the last "
+        f"Median of {readings:,} readings while training. Compilation is the first step after each start; the last "
         f"column is its share of the time {_WITHOUT}, whose time is not recorded."
     )
     return [Table(head, rows), Paragraph(note)]

@@ -71,6 +71,10 @@ pre {{ overflow-x: auto; padding: .9rem 1rem; background: var(--panel); border-r
   main {{ max-width: none; padding: 0; }}
   h2, h3 {{ break-after: avoid; }}
   tr {{ break-inside: avoid; }}
+  .wide {{ overflow: visible; }}
+  table {{ font-size: 9.5pt; }}
+  th, .number {{ white-space: normal; padding-left: .4rem; }}
+  th:first-child {{ padding-left: 0; }}
   .curves {{ grid-template-columns: repeat(3, 1fr); }}
   figure {{ background: none; padding: 0; }}
 }}
