@@ -1,30 +1,41 @@
-"""The page and the picture of a run: they show what metrics.jsonl says, and of no other folder anything."""
+"""The two pages and the picture of a run: they show what metrics.jsonl says, and what its models put in gaps."""
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import shutil
 import tomllib
+from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import file_hashes
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from distil_jax import cli
+from distil_jax.commands import examples
+from distil_jax.commands.curves import draw_curves
+from distil_jax.commands.examples import held_out_gaps
+from distil_jax.commands.fill_mask import fill_mask
+from distil_jax.commands.history import count, duration, history
 from distil_jax.commands.markdown import table
+from distil_jax.commands.page import Code, Fold, Heading, Paragraph, Table, to_html, to_markdown
+from distil_jax.commands.run_folder import open_model
 from distil_jax.config import Config, load
+from distil_jax.data.tokenizer import load_tokenizer
 from distil_jax.io.metrics import read_metrics
 from distil_jax.schema import build
 
-WIDTH, HEIGHT = 546, 832  # pixels of a panel's column, and of the page
+WIDTH, HEIGHT = 546, 377  # pixels of a panel in the picture
 
 
 @pytest.fixture
 def figures(monkeypatch) -> list[Figure]:
-    """The figures that were saved."""
+    """The figures that were saved: the picture, and then a panel of it each."""
     seen, save = [], Figure.savefig
 
     def savefig(figure, *rest, **more):
@@ -56,7 +67,7 @@ def without_teacher(line: dict) -> dict:
 
 def panels(figure: Figure) -> dict[str, list]:
     """What is drawn, by title."""
-    return {axis.get_title(): axis.get_lines() for axis in figure.axes if axis.axison}
+    return {axis.get_title("left"): axis.get_lines() for axis in figure.axes if axis.axison}
 
 
 def pixels(picture: Path) -> tuple[int, int]:
@@ -69,7 +80,9 @@ def test_the_page_of_one_run(run, figures, capsys):
     assert cli.main(["report", str(run)]) == 0
     assert str(run / "report.md") in capsys.readouterr().out
     after = file_hashes(run)
-    assert after.keys() - before.keys() == {"report.md", "curves.png"} and before.items() <= after.items()
+    assert (
+        after.keys() - before.keys() == {"report.md", "report.html", "curves.png"} and before.items() <= after.items()
+    )
     page = (run / "report.md").read_text()
     lines = read_metrics(run)
     for line in lines:
@@ -77,22 +90,24 @@ def test_the_page_of_one_run(run, figures, capsys):
             assert all(f"{line[name]:.4f}" in page for name in ("mlm", "kl", "agreement", "accuracy", "perplexity"))
     assert "![curves](curves.png)" in page
     rates = sorted(line["tokens_per_second"] for line in lines if "tokens_per_second" in line)
-    assert f"{rates[len(rates) // 2]:,.0f} tokens/s" in page
+    assert f" {rates[len(rates) // 2]:,.0f} |" in page and f" {rates[-1]:,.0f} |" in page
     (settings,) = re.findall(r"```toml\n(.*?)```", page, re.S)
     assert build(Config, tomllib.loads(settings)) == load(run / "config.toml")
 
 
-def test_the_curves_show_the_numbers(run, figures):
+def test_the_curves_show_the_numbers(run, figures, tmp_path):
+    run = shortened(run, tmp_path / "without checkpoints", lambda line: line)
     assert cli.main(["report", str(run)]) == 0
     drawn = panels(figures[0])
-    assert [title.partition(":")[0] for title in drawn] == ["held-out"] * 3 + ["training"] * 3
-    assert pixels(run / "curves.png") == (3 * WIDTH, HEIGHT)
+    assert [title.partition(":")[0] for title in drawn] == ["held-out"] * 4 + ["training"] * 4
+    assert pixels(run / "curves.png") == (3 * WIDTH, 3 * HEIGHT)
     lines = read_metrics(run)
-    shown = [("held_out", name) for name in ("mlm", "kl", "agreement")]
-    shown += [("train", name) for name in ("kl", "mlm", "cosine")]
+    shown = [("held_out", name) for name in ("agreement", "mlm", "kl", "accuracy")]
+    shown += [("train", name) for name in ("mlm", "kl", "cosine", "tokens_per_second")]
     for (curve,), (kind, number) in zip(drawn.values(), shown, strict=True):
-        points = [(line["step"], line[number]) for line in lines if line["kind"] == kind]
+        points = [(line["step"], line[number]) for line in lines if line["kind"] == kind and number in line]
         assert list(zip(*curve.get_data(), strict=True)) == points
+    assert [list(panels(figure)) for figure in figures[1:]] == [[title] for title in drawn], "the same in HTML"
 
 
 def test_the_page_of_two_runs(run, figures, tmp_path):
@@ -104,19 +119,18 @@ def test_the_page_of_two_runs(run, figures, tmp_path):
     assert "## with teacher\n" in page and "## without teacher\n" in page
     drawn = panels(figures[0])
     counts = {title: len(curves) for title, curves in drawn.items()}
-    assert sorted(counts.values()) == [1, 1, 1, 1, 2, 2]  # both have an MLM loss, one has a teacher
-    assert all(count == 2 for title, count in counts.items() if "MLM" in title)
+    assert sorted(counts.values()) == [1] * 4 + [2] * 4  # both have an MLM loss, one has a teacher
+    assert all(found == 2 for title, found in counts.items() if "MLM" in title)
     colours = {curve.get_label(): curve.get_color() for curves in drawn.values() for curve in curves}
     assert colours.keys() == {"with teacher", "without teacher"} and len(set(colours.values())) == 2
     (legend,) = figures[0].legends
     assert {text.get_text() for text in legend.get_texts()} == colours.keys()
-    assert pixels(run / "curves.png") == (3 * WIDTH, HEIGHT)
 
 
 def test_a_run_without_a_teacher_has_fewer_panels(run, figures, tmp_path):
     alone = shortened(run, tmp_path / "alone", without_teacher)
     assert cli.main(["report", str(alone)]) == 0
-    assert pixels(alone / "curves.png") == (WIDTH, HEIGHT) and len(panels(figures[0])) == 2
+    assert pixels(alone / "curves.png") == (3 * WIDTH, 2 * HEIGHT) and len(panels(figures[0])) == 4
     assert "agreement" not in (alone / "report.md").read_text()
 
 
@@ -129,7 +143,10 @@ def test_an_unfinished_run_has_a_page_too(run, figures, tmp_path, last):
     assert cli.main(["report", str(short)]) == 0
     page = (short / "report.md").read_text()
     assert ("No throughput yet" in page) == (last < 2)
-    assert len(panels(figures[0])) == (3 if last == 0 else 6)
+    assert len(panels(figures[0])) == {0: 4, 1: 7, 3: 8}[last]
+    assert f"{last} of 12 steps" in page and f"Not finished: {100 * last / 12:.0f} % of the steps" in page
+    assert ("There is no pace yet" in page) == (last < 2)
+    assert "No examples: the run has no checkpoint yet." in page
     assert imread(short / "curves.png").std() > 0
 
 
@@ -169,6 +186,7 @@ def test_a_damaged_line_is_named(run, capsys, line):
 
 def test_wherever_the_file_was_cut_off_the_lines_before_are_read(run):
     path = run / "metrics.jsonl"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:5]))  # one of each kind
     sound, lines = path.read_bytes(), read_metrics(run)
     for length in range(len(sound)):
         path.write_bytes(sound[:length])
@@ -176,7 +194,8 @@ def test_wherever_the_file_was_cut_off_the_lines_before_are_read(run):
         assert repr(read_metrics(run)) == repr(lines[:whole])
 
 
-def test_a_number_that_is_missing_is_no_number(run, figures):
+def test_a_number_that_is_missing_is_no_number(run, figures, tmp_path):
+    run = shortened(run, tmp_path / "without checkpoints", lambda line: line)
     path = run / "metrics.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     first = next(line for line in lines if line["kind"] == "held_out")
@@ -186,7 +205,8 @@ def test_a_number_that_is_missing_is_no_number(run, figures):
     assert "nan" in (run / "report.md").read_text()
 
 
-def test_numbers_that_cannot_be_drawn(run, capsys):
+def test_numbers_that_cannot_be_drawn(run, capsys, tmp_path):
+    run = shortened(run, tmp_path / "without checkpoints", lambda line: line)
     path = run / "metrics.jsonl"
     lines = [{"step": step, "kind": "train", "kl": number} for step, number in enumerate([1e308, -1e308, None, 2, 3])]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -221,3 +241,231 @@ def test_tables_line_up():
     assert [cell.strip() for cell in lines[3].strip("|").split("|")] == rows[1]
     assert re.fullmatch(r"\|-+\|-+:\|-+:\|", lines[1])  # Markdown: numbers to the right
     assert lines[2].startswith("| a  ") and lines[2].endswith(" 12 |")
+    lines = table(["sentence", "word", "n"], [["a", "b", "1"]], texts=2)
+    assert lines[1] == "|----------|------|--:|" and lines[2] == "| a        | b    | 1 |"
+
+
+class Reader(HTMLParser):
+    """Reads a page and notices what does not belong together; `text` is what a person sees."""
+
+    VOID = ("meta",)
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open, self.seen, self.attributes, self.text = [], [], [], ""
+        self.feed(page)
+        self.close()
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag, attributes):
+        self.seen.append(tag)
+        self.attributes += attributes
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.seen.append(tag)
+        self.attributes += attributes
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.text += data
+
+
+@pytest.fixture(scope="module")
+def reported(finished_run, tmp_path_factory) -> Path:
+    """A finished run with its report; not to be written into."""
+    run = shutil.copytree(finished_run, tmp_path_factory.mktemp("reported") / "run")
+    assert cli.main(["report", str(run)]) == 0
+    return run
+
+
+def table_under(page: str, heading: str) -> list[list[str]]:
+    """The cells of the first table after a heading of the Markdown, without its head."""
+    after = page.partition(f"## {heading}\n")[2].splitlines()
+    rows = [line for line in after if line.startswith("|")]
+    rows = rows[: next((i for i, line in enumerate(after[after.index(rows[0]) :]) if not line.startswith("|")))]
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]] for row in rows[2:]]
+
+
+def test_both_pages_say_the_same(reported):
+    reader = Reader((reported / "report.html").read_text())
+    seen = " ".join(reader.text.split())
+    page = re.sub(r"\\([^\w\s])", r"\1", (reported / "report.md").read_text())
+    page = page.replace("![curves](curves.png)", "").replace("```toml", "").replace("```", "")
+    rest = html.unescape(re.sub(r"</?(details|summary)>", " ", page))
+    for piece in re.split(r"\||\n|\*\*", rest):
+        if words := " ".join(piece.lstrip("#").split()).strip("- :"):
+            assert words in seen.replace("- ", ""), words
+    assert reader.seen.count("svg") == 8 and reader.seen.count("table") == 4
+    for heading in ("Held-out text", "Curves", "Throughput", "Words in gaps", "Details"):
+        assert f"## {heading}\n" in (reported / "report.md").read_text()
+
+
+def test_the_page_asks_for_nothing_from_anywhere(reported):
+    page = (reported / "report.html").read_text()
+    reader = Reader(page)
+    assert page.startswith("<!doctype html>") and "prefers-color-scheme: dark" in page and "@media print" in page
+    assert "://" not in page and "@import" not in page
+    assert not {"script", "link", "iframe", "img", "object", "base"} & set(reader.seen)
+    names = {name for name, _ in reader.attributes}
+    assert not any(name.startswith("on") or name in ("src", "href") for name in names)
+    assert all(value.startswith("#") for name, value in reader.attributes if name == "xlink:href")
+    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)", page))
+    ids = [value for name, value in reader.attributes if name == "id"]
+    assert len(ids) == len(set(ids)), "the panels share one document"
+    assert "default-src 'none'" in html.unescape(page)
+
+
+def test_the_first_and_the_last_numbers_and_what_the_run_was(reported):
+    page, lines = (reported / "report.md").read_text(), read_metrics(reported)
+    first, *_, last = [line for line in lines if line["kind"] == "held_out"]
+    rows = {name: cells for name, *cells in table_under(page, "Held-out text")}
+    assert rows["MLM loss"][:2] == [f"{line['mlm']:.4g}" for line in (first, last)]
+    before, after = (100 * line["agreement"] for line in (first, last))
+    found = rows["agreement with the teacher"]
+    assert found == [f"{before:.1f} %", f"{after:.1f} %", f"{after - before:+.1f} points".replace("-", "−")]
+    student = open_model(reported)
+    path = student.run_config.teacher.path
+    sentence = page.splitlines()[2]
+    assert sentence.startswith("A 2-layer student of 20,200 parameters, distilled from ") and path in sentence
+    assert "(4 layers, 35,300 parameters): 12 of 12 steps (about" in sentence and "Not finished" not in page
+    assert (
+        f"MLM loss {first['mlm']:.4g} → {last['mlm']:.4g}" in sentence and f"{before:.1f} % → {after:.1f} %" in sentence
+    )
+
+
+def test_examples_are_those_of_the_models_and_the_mark_is_right(reported, workshop):
+    student, teacher = open_model(reported), open_model(workshop / "teacher")
+    gaps = held_out_gaps(workshop / "rows", reported / "tokenizer")
+    assert gaps == held_out_gaps(workshop / "rows", reported / "tokenizer") and len(gaps) == len(dict(gaps)) == 6
+    answers = [fill_mask(model, [text for text, _ in gaps]) for model in (teacher, student)]
+    rows = table_under((reported / "report.md").read_text(), "Words in gaps")
+    agree = 0
+    for (text, word), theirs, ours, cells in zip(gaps, *answers, rows, strict=True):
+        shown = [
+            "\u00a0· ".join(f"{choice}\u00a0{100 * probability:.0f}\u00a0%" for choice, probability in choices)
+            for choices in (theirs, ours)
+        ]
+        same = theirs[0][0] == ours[0][0]
+        agree += same
+        assert cells == [text, word, *shown, "✓" if same else "–"]
+    assert f"agree (✓) in {agree} of 6 sentences" in (reported / "report.md").read_text()
+
+
+def test_gaps_are_whole_words_of_the_held_out_text(workshop):
+    rows = workshop / "rows"
+    tokenizer = load_tokenizer(rows / "tokenizer")
+    ids = np.load(rows / "held_out" / "input_ids.npy")
+    held_out = {" ".join(tokenizer.decode(row, skip_special_tokens=True).split()) for row in ids.astype(np.int64)}
+    for text, word in held_out_gaps(rows, rows / "tokenizer"):
+        assert text.count("[MASK]") == 1 and word.isalpha()
+        assert any(text.replace("[MASK]", word) in row for row in held_out), text
+
+
+def test_own_sentences(run, monkeypatch):
+    monkeypatch.setattr(examples, "fill_mask", lambda model, texts: [[("|<i>", 0.5)]] * len(texts))
+    text = "the dog [MASK] the <b>cat</b> | and *more*."
+    assert cli.main(["report", str(run), "--text", text, "--text", "a [MASK] in the house."]) == 0
+    rows = table_under((run / "report.md").read_text(), "Words in gaps")
+    shown = "\\|\\<i>\u00a050\u00a0%"
+    assert [row[1:] for row in rows] == [[shown, shown, "✓"]] * 2, "and no word that stood there"
+    page = (run / "report.html").read_text()
+    assert html.escape(text) in page and text in Reader(page).text and "<i>" not in page and "<b>" not in page
+
+
+@pytest.mark.parametrize("text", ["no gap", "two [MASK] [MASK]"])
+def test_a_sentence_without_one_gap_is_refused(run, capsys, text):
+    before = file_hashes(run)
+    assert cli.main(["report", str(run), "--text", text]) == 2
+    assert "needs exactly one [MASK]" in capsys.readouterr().err and file_hashes(run) == before
+
+
+@pytest.mark.parametrize("what", ["teacher", "rows", "changed", "checkpoint"])
+def test_what_has_gone_is_told_in_one_line(run, workshop, tmp_path, figures, what):
+    config = (run / "config.toml").read_text()
+    if what == "checkpoint":
+        for file in (run / "checkpoints").rglob("manifest.json"):
+            file.write_text("{")
+    elif what == "changed":
+        other = shutil.copytree(workshop / "teacher", tmp_path / "other")
+        tensors = (other / "model.safetensors").read_bytes()
+        (other / "model.safetensors").write_bytes(tensors[:-1] + bytes([tensors[-1] ^ 1]))
+        (run / "config.toml").write_text(config.replace(str(workshop / "teacher"), str(other)))
+    else:
+        (run / "config.toml").write_text(config.replace(str(workshop / what), str(tmp_path / "gone")))
+    assert cli.main(["report", str(run)]) == 0
+    page = (run / "report.md").read_text()
+    (reason,) = [line for line in page.splitlines() if line.startswith("No examples: ")]
+    expected = {"teacher": "gone", "rows": "gone", "changed": "another teacher", "checkpoint": "damaged"}[what]
+    assert expected in reason and reason.endswith(".") and "## Curves" in page
+    assert reason.removeprefix("No examples: ")[:40] in Reader((run / "report.html").read_text()).text
+
+
+HOSTILE = "</title><script>alert(1)</script> | [x](javascript:a) $x$ `_*\x1b[2J\n# up"
+
+
+def test_names_may_hold_anything(run, tmp_path, figures):
+    hostile = shortened(run, tmp_path / HOSTILE.replace("/", "∕"), lambda line: line)
+    other = shortened(run, tmp_path / "_$", lambda line: line)
+    assert cli.main(["report", str(hostile), str(other)]) == 0
+    (legend,) = figures[0].legends
+    assert [text.get_text()[:2] for text in legend.get_texts()] == ["<∕", "_$"]
+    for page in ((hostile / "report.md").read_text(), (hostile / "report.html").read_text()):
+        assert "<script" not in page.replace("\\<", "") and "\x1b" not in page and "\n# up" not in page
+    assert "](javascript" not in (hostile / "report.md").read_text()
+    assert "script" not in Reader((hostile / "report.html").read_text()).seen
+
+
+def test_blocks_are_escaped_in_both():
+    text = "<img src=x onerror=a> & | __init__ snake_case \x00 \ud800 ](http:x)"
+    blocks = [Heading(text), Paragraph(text, text), Table(("a", "b"), [[text, text]]), Code("", f"```\n{text}\n")]
+    blocks = [*blocks, Fold(text, blocks)]
+    page = to_html(text, blocks)
+    assert "<img" not in page and "\x00" not in page and page.encode()
+    assert Reader(page).text.count("<img src=x onerror=a> & | __init__ snake_case") == 14
+    lines = to_markdown(blocks).splitlines()
+    assert lines[0] == r"## \<img src=x onerror=a> & \| \_\_init\_\_ snake_case \\x00 \\ud800 ]\(http:x)"
+    assert {line.count("|") - line.count(r"\|") for line in lines if line.startswith("| ")} == {3}
+    assert lines.count("````") == 4, "a fence longer than any in the text"
+
+
+def test_the_first_loss_does_not_flatten_the_rest(tmp_path, figures):
+    numbers = [900.0, *(3 + 2 / step for step in range(1, 100))]
+    lines = [{"step": step, "kind": "train", "mlm": number} for step, number in enumerate(numbers)]
+    draw_curves({"run": lines}, tmp_path / "curves.png")
+    (axis,) = figures[0].axes
+    bottom, top = axis.get_ylim()
+    assert bottom < 3.02 and 3.5 < top < 6 and [text.get_text() for text in axis.texts] == ["up to 900"]
+    draw_curves({"run": lines[1:4]}, tmp_path / "curves.png")
+    (axis,) = figures[2].axes
+    assert axis.get_ylim()[0] < 3.6 and axis.get_ylim()[1] > 5 and not axis.texts, "of a few numbers all are shown"
+
+
+def test_a_long_run_is_drawn_by_its_means(tmp_path, figures):
+    lines = [{"step": step, "kind": "train", "mlm": float(step % 4)} for step in range(10_000)]
+    draw_curves({"run": lines}, tmp_path / "curves.png")
+    for figure in figures:
+        (curve,) = figure.axes[0].get_lines()
+        steps, numbers = curve.get_data()
+        assert len(steps) <= 1200 and 0 < steps[0] < 10 and steps[-1] > 9990 and abs(np.mean(numbers) - 1.5) < 0.01
+
+
+def test_what_the_lines_add_up_to():
+    lines = [
+        {"step": 0, "kind": "held_out", "mlm": 4.0},
+        {"step": 1, "kind": "train", "compile_seconds": 30.0, "tokens_per_step": 90.0},
+        {"step": 11, "kind": "train", "seconds_per_step": 2.0, "tokens_per_second": 50.0, "tokens_per_step": 110.0},
+        {"step": 21, "kind": "train", "seconds_per_step": 1.0, "tokens_per_second": 100.0, "tokens_per_step": 100.0},
+        {"step": 22, "kind": "skipped", "loss": float("nan")},
+    ]
+    told = history(lines)
+    assert (told.done, told.skipped, told.rate, told.tokens_per_step) == (22, [22], 100.0, 100.0)
+    assert (told.step_seconds, told.compile_seconds, told.seconds) == (30.0, 30.0, 60.0)
+    spoken = {0.04: "0.0 s", 9.0: "9.0 s", 61: "1 min 01 s", 7260: "2 h 01 min", 90_000: "1 d 1 h"}
+    assert {seconds: duration(seconds) for seconds in spoken} == spoken
+    assert {duration(seconds) for seconds in (float("nan"), float("inf"), -1.0)} == {"an unknown time"}
+    assert [count(n) for n in (997_893, 1_619_328, 2.5e9)] == ["998,000", "1.62 million", "2.5 billion"]

@@ -17,9 +17,9 @@ import jax
 import numpy as np
 
 from distil_jax.commands.evaluate import evaluate
+from distil_jax.commands.examples import compare
 from distil_jax.commands.export import export
-from distil_jax.commands.fill_mask import fill_mask
-from distil_jax.commands.markdown import table
+from distil_jax.commands.page import Paragraph, Table, to_markdown
 from distil_jax.commands.prepare import prepare_rows
 from distil_jax.commands.report import write_report
 from distil_jax.commands.run_folder import Model, open_model
@@ -41,9 +41,9 @@ _EXAMPLES = (
 _COLUMNS = (
     "held-out text", "parameters", "size", "MLM loss", "accuracy", "perplexity", "agreement", "tokens/s", "trained in",
 )  # fmt: skip
-_NOTES = (
-    "Agreement: how often a model's first choice at a masked word is the teacher's. Tokens/s: the encoder alone,",
-    "32 rows of 128 tokens at a time. Both students took the same steps on the same rows and masks.",
+_NOTE = (
+    "Agreement: how often a model's first choice at a masked word is the teacher's. Tokens/s: the encoder alone, "
+    "32 rows of 128 tokens at a time. Both students took the same steps on the same rows and masks."
 )
 
 
@@ -69,7 +69,7 @@ def demo(
     """Prepares, trains students with and without the teacher, judges all models, writes report and exported student.
 
     Args:
-      output: gets rows/, distilled-SEED/, undistilled-SEED/, student/, report.md and curves.png.
+      output: gets rows/, distilled-SEED/, undistilled-SEED/, student/, report.md, report.html and curves.png.
       seeds: of the order of the rows and the masks; each trains both students once.
       overrides: of the student's configuration.
       text: what to prepare.
@@ -113,17 +113,16 @@ def _judge(output: Path, seeds: Sequence[int], began: float) -> dict[str, list[d
         _row(name, (teacher if name == "teacher" else student).config, numbers[name], speed, seconds[name])
         for name, speed in zip(numbers, speeds, strict=True)
     ]
-    notes = [*_NOTES]
-    if len(seeds) > 1:
-        notes.append(f"Mean ± standard deviation over {len(seeds)} seeds.")
-    head = [*table(_COLUMNS, rows), "", *notes, "", *_examples(teacher, student)]
-    print("\n".join(head))
+    note = _NOTE + (f" Mean ± standard deviation over {len(seeds)} seeds." if len(seeds) > 1 else "")
+    head, gaps = [Table(_COLUMNS, rows), Paragraph(note)], compare(teacher, student, _EXAMPLES)
+    print(to_markdown([*head, *gaps]), end="")
     if not (output / "student").exists():
         export(student, output / "student")
     shown = {"distilled": runs["distilled"][0], "without the teacher": runs["undistilled"][0]}
-    report = write_report(shown, output, title="A student distilled on this machine", head=head)
+    report = write_report(shown, output, title="A student distilled on this machine", head=head, gaps=gaps)
     print(f"\nAll of it took {(time.monotonic() - began) / 60:.1f} minutes. The page is {report}, its curves are")
-    print(f"{output / 'curves.png'}, and {output / 'student'} is the student as a folder that transformers opens.")
+    print(f"{output / 'curves.png'}; {output / 'report.html'} shows both in a browser, and {output / 'student'} is the")
+    print("student as a folder that transformers opens.")
     print("\nNext, your own BERT (a folder or a hub id) on your own text:")
     print("  distil-jax prepare YOUR_TEXT.txt --tokenizer YOUR_BERT --output rows")
     print("  distil-jax train distilbert_base_uncased --set teacher.path=YOUR_BERT --set data.path=rows --output run")
@@ -150,16 +149,6 @@ def _row(
         f"{speed:,.0f}",
         mean(seconds, 0, " s"),
     ]
-
-
-def _examples(teacher: Model, student: Model) -> list[str]:
-    lines = ["What they put in the gap:", ""]
-    found = [fill_mask(model, list(_EXAMPLES)) for model in (teacher, student)]
-    for text, *answers in zip(_EXAMPLES, *found, strict=True):
-        lines.append(f"- {text}")
-        for name, words in zip(("teacher", "student"), answers, strict=True):
-            lines.append(f"  - {name}: " + ", ".join(f"{word} ({probability:.0%})" for word, probability in words))
-    return lines
 
 
 def encoder_speed(model: Model, *, rows: int = 32, repeats: int = 15) -> float:

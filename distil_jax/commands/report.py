@@ -1,34 +1,35 @@
-"""`distil-jax report`: what a run did, as report.md and curves.png beside its numbers."""
+"""`distil-jax report`: what a run did, as report.md, report.html and curves.png beside its numbers."""
 
 from __future__ import annotations
 
 import argparse
-import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import tomli_w
+import jax
 
-from distil_jax.commands.markdown import table
+from distil_jax.commands.curves import draw_curves
+from distil_jax.commands.examples import check_texts, examples
+from distil_jax.commands.history import history
+from distil_jax.commands.page import Block, Heading, to_html, to_markdown
 from distil_jax.commands.run_folder import is_run
+from distil_jax.commands.sections import details, held_out, summary, throughput
 from distil_jax.config import load
 from distil_jax.io.metrics import read_metrics
-from distil_jax.schema import InputError, require, to_dict
-
-_TERMS = {
-    "kl": "KL to the teacher (T² included)",
-    "mlm": "MLM cross entropy",
-    "cosine": "1 − cos of hidden states",
-    "mse": "squared difference of logits",
-}
-_JUDGES = {"mlm": "MLM loss", "kl": "KL to the teacher at T = 1", "agreement": "agreement with the teacher"}
-# One colour a run, told apart in grey and by colour-blind eyes too (Okabe and Ito, 2008).
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+from distil_jax.schema import InputError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `distil-jax report`."""
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders; the report is written into the first")
+    parser.add_argument(
+        "--text",
+        action="append",
+        default=[],
+        metavar="'A [MASK] B'",
+        help="a sentence whose gap teacher and student fill (repeatable; default: sentences of the held-out rows)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -36,94 +37,55 @@ def run(arguments: argparse.Namespace) -> None:
     runs = {Path(folder).resolve().name: Path(folder) for folder in arguments.runs}
     if len(runs) < len(arguments.runs):
         raise InputError("Two of the runs have the same folder name, so a report could not tell them apart.")
-    print(f"Wrote {write_report(runs, Path(arguments.runs[0]))}.")
+    # The run may still be going: its accelerators are its own. And a report fetches nothing.
+    jax.config.update("jax_platforms", "cpu")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    written = write_report(runs, Path(arguments.runs[0]), texts=arguments.text)
+    print(f"Wrote {written} and, to open in a browser, {written.with_suffix('.html')}.")
 
 
-def write_report(runs: dict[str, Path], output: Path, *, title: str = "", head: Sequence[str] = ()) -> Path:
-    """Writes `curves.png` and `report.md` into `output`, and returns the latter's path.
+def write_report(
+    runs: dict[str, Path],
+    output: Path,
+    *,
+    title: str = "",
+    head: Sequence[Block] = (),
+    gaps: Sequence[Block] | None = None,
+    texts: Sequence[str] = (),
+) -> Path:
+    """Writes `curves.png`, `report.md` and `report.html` into `output`, and returns the path of report.md.
 
     Args:
       runs: run folders by the name they are shown under.
       output: a folder.
       title: of the page.
-      head: lines of Markdown that stand before the curves.
+      head: stands before the curves.
+      gaps: what models put in gaps; None: `examples` of the first run.
+      texts: for these; none: sentences of the held-out rows.
 
     Raises:
-      InputError: a folder that is no run, or has no numbers yet.
+      InputError: a folder that is no run, or has no numbers yet; a text without exactly one gap.
     """
     metrics = {}
     for name, folder in runs.items():
         metrics[name] = read_metrics(folder) if is_run(folder) else []
         if not metrics[name]:
             raise InputError(f"{folder} is not a run with numbers in it: name what `distil-jax train` wrote.")
-    draw_curves(metrics, output / "curves.png")
-    lines = [f"# {title or ', '.join(runs)}", "", *head, "", "## Curves", "", "![curves](curves.png)", ""]
+    first = next(iter(runs.values()))
+    check_texts(first, texts)
+    histories = {name: history(lines) for name, lines in metrics.items()}
+    configs = {name: load(folder / "config.toml") for name, folder in runs.items()}
+    title = title or ", ".join(runs)
+    curves = draw_curves(metrics, output / "curves.png")
+    blocks = [Heading(title, 1)]
     for name, folder in runs.items():
-        lines += [f"## {name}", "", *_evaluations(metrics[name]), "", *_throughput(metrics[name]), ""]
-        if skipped := [f"{line['step']:,}" for line in metrics[name] if line["kind"] == "skipped"]:
-            lines += [f"Updates left out, because a number was not finite: at the steps {', '.join(skipped)}.", ""]
-        settings = tomli_w.dumps(to_dict(load(folder / "config.toml")))
-        lines += ["<details><summary>configuration</summary>", "", f"```toml\n{settings}```", "", "</details>", ""]
+        blocks += summary(folder, histories[name], configs[name], lead=f"{name}:" if len(runs) > 1 else "")
+    blocks += [*head, Heading("Held-out text"), held_out(histories), Heading("Curves"), curves]
+    blocks += [Heading("Throughput"), *throughput(histories), Heading("Words in gaps")]
+    blocks += examples(first, texts) if gaps is None else gaps
+    for name in runs:
+        blocks += [Heading(name if len(runs) > 1 else "Details"), *details(histories[name], configs[name])]
+    (output / "report.html").write_text(to_html(title, blocks), encoding="utf-8")
     path = output / "report.md"
-    path.write_text("\n".join(lines), encoding="utf-8")
+    path.write_text(to_markdown(blocks), encoding="utf-8")
     return path
-
-
-def draw_curves(metrics: dict[str, list[dict]], path: Path) -> None:
-    """One panel a number: held-out judgements above, the terms of the training loss below."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import PercentFormatter
-
-    def has(kind: str, number: str) -> bool:
-        return any(line["kind"] == kind and number in line for lines in metrics.values() for line in lines)
-
-    panels = [
-        [("held_out", name, title) for name, title in _JUDGES.items() if has("held_out", name)],
-        [("train", name, title) for name, title in _TERMS.items() if has("train", name)],
-    ]
-    columns = max(map(len, panels))
-    require(columns > 0, "There is no number to draw yet: let the run go on to its first evaluation.")
-    figure = Figure(figsize=(4.2 * columns, 6.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(2, columns, squeeze=False)
-    for row, shown in zip(axes, panels, strict=True):
-        for axis in row[len(shown) :]:
-            axis.set_axis_off()
-        for axis, (kind, number, title) in zip(row, shown, strict=False):
-            for colour, (name, lines) in zip(_COLOURS * len(metrics), metrics.items(), strict=False):
-                found = [line for line in lines if line["kind"] == kind and number in line]
-                if points := [(line["step"], _drawable(line[number])) for line in found]:
-                    marker = "o" if kind == "held_out" else ""
-                    axis.plot(*zip(*points, strict=True), marker=marker, markersize=4, color=colour, label=name)
-            axis.set_title(f"{'held-out' if kind == 'held_out' else 'training'}: {title}", fontsize=10)
-            axis.set_xlabel("step")
-            axis.grid(alpha=0.3)
-            axis.spines[["top", "right"]].set_visible(False)
-            if number == "agreement":
-                axis.yaxis.set_major_formatter(PercentFormatter(1.0))
-    handles, names = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
-    figure.savefig(path, dpi=130)
-
-
-def _drawable(number: float) -> float:
-    """What no float32 can be is damage, and matplotlib has no axis for it."""
-    return number if abs(number) < 3.5e38 else math.nan
-
-
-def _evaluations(lines: list[dict]) -> list[str]:
-    found = [line for line in lines if line["kind"] == "held_out"]
-    if not found:
-        return ["No evaluation yet."]
-    names = [name for name in found[-1] if name not in ("step", "kind")]
-    rows = [[f"{line['step']:,}", *(f"{line.get(name, math.nan):.4f}" for name in names)] for line in found]
-    return table(["step", *names], rows)
-
-
-def _throughput(lines: list[dict]) -> list[str]:
-    timed = [line for line in lines if "tokens_per_second" in line]
-    if not timed:
-        return ["No throughput yet."]
-    rates = sorted(line["tokens_per_second"] for line in timed)
-    return [f"Throughput while training, median of {len(rates)} readings: {rates[len(rates) // 2]:,.0f} tokens/s."]

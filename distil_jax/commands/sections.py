@@ -1,0 +1,153 @@
+"""What a report says of a run's numbers, as blocks of a page."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from pathlib import Path
+
+import tomli_w
+
+from distil_jax.commands.history import History, count, duration, short
+from distil_jax.commands.page import Block, Code, Fold, Paragraph, Table
+from distil_jax.config import Config, ModelConfig
+from distil_jax.io.checkpoint import Checkpoints
+from distil_jax.models.encoder import count_parameters
+from distil_jax.schema import InputError, build, to_dict
+
+_MEASURES = {
+    "mlm": "MLM loss",
+    "kl": "KL to the teacher",
+    "agreement": "agreement with the teacher",
+}
+_SHARES = ("accuracy", "agreement")
+_WITHOUT = "without evaluations and checkpoints"
+
+
+def summary(folder: Path, told: History, config: Config, *, lead: str) -> list[Block]:
+    """One sentence: what was trained, how far it came, what it took and what it was good for; and what is left."""
+    student, teacher = _models(folder, config)
+    steps, tokens = config.train.steps, told.tokens_per_step
+    done = f"{told.done:,}" + (f" of {steps:,}" if steps else "") + " steps"
+    if told.done and math.isfinite(tokens):
+        of = f" of {count(steps * tokens)}" if told.done < steps else ""
+        done += f" (about {count(told.done * tokens)}{of} tokens)"
+    took = f" in {duration(told.seconds)}" if told.seconds else ""
+    sentence = f"{student}, {teacher}: {done}{took}"
+    if found := told.evaluations:
+        judged = [f"{_name(name)} {_from_to(found, name)}" for name in ("mlm", "agreement") if name in found[-1]]
+        sentence += f"; on held-out text {', '.join(judged)}" if judged else ""
+    blocks: list[Block] = [Paragraph(f"{sentence}.", lead)]
+    if told.done < steps:
+        left = duration((steps - told.done) * told.seconds_per_step)
+        pace = f"The others take {left} at the median pace, {_WITHOUT}" if told.rates else "There is no pace yet"
+        blocks += [Paragraph(f"Not finished: {100 * told.done / steps:.0f} % of the steps are done. {pace}.")]
+    return blocks
+
+
+def _models(folder: Path, config: Config) -> tuple[str, str]:
+    """The student and its teacher in words: with sizes once there is a checkpoint, which says them."""
+    facts = _facts(folder)
+    path = config.teacher.path
+    learnt = "distilled from" if config.loss.needs_teacher else "trained without a teacher and compared with"
+    student = f"A {config.student.num_layers}-layer student"
+    teacher = f"{learnt} {path}" if path else "trained without a teacher"
+    with contextlib.suppress(InputError, KeyError):  # no checkpoint, or one of another version
+        student += f" of {_parameters(facts['student'])} parameters"
+        if path:
+            teacher += f" ({facts['teacher']['num_layers']} layers, {_parameters(facts['teacher'])} parameters)"
+    return student, teacher
+
+
+def _parameters(model: dict) -> str:
+    return count(count_parameters(build(ModelConfig, model)))
+
+
+def _facts(folder: Path) -> dict:
+    """What was saved beside the newest checkpoint that can be read; nothing where there is none."""
+    if not (folder / "checkpoints").is_dir():
+        return {}
+    with contextlib.closing(Checkpoints(folder / "checkpoints")) as checkpoints:
+        for step in reversed(checkpoints.steps()):
+            with contextlib.suppress(InputError):
+                return checkpoints.facts(step)
+    return {}
+
+
+def held_out(histories: dict[str, History]) -> Block:
+    """First and last evaluation, and what changed: of one run in columns, of several in a column each."""
+    found = {name: told.evaluations for name, told in histories.items() if told.evaluations}
+    if not found:
+        return Paragraph("No evaluation yet.")
+    measures = list(dict.fromkeys(name for lines in found.values() for name in _measures(lines[-1])))
+    if len(histories) > 1:
+        rows = [[_name(name), *(_from_to(lines, name) for lines in found.values())] for name in measures]
+        return Table(("measure, first → last", *found), rows)
+    ((first, *_, last),) = ([lines[0], *lines] for lines in found.values())
+    rows = []
+    for name in measures:
+        before, after = first.get(name, math.nan), last[name]
+        rows.append([_name(name), _number(name, before), _number(name, after), _change(name, before, after)])
+    if first["step"] == last["step"]:
+        return Table(("measure", f"step {first['step']:,}"), [row[:2] for row in rows])
+    return Table(("measure", f"step {first['step']:,}", f"step {last['step']:,}", "change"), rows)
+
+
+def _from_to(lines: list[dict], name: str) -> str:
+    numbers = [_number(name, line[name]) for line in (lines[0], *lines[-1:]) if name in line]
+    return " → ".join(dict.fromkeys(numbers))
+
+
+def _measures(line: dict) -> list[str]:
+    return [name for name in line if name not in ("step", "kind")]
+
+
+def _name(measure: str) -> str:
+    return _MEASURES.get(measure, measure)
+
+
+def _number(measure: str, number: float) -> str:
+    return f"{100 * number:.1f} %" if measure in _SHARES else short(number)
+
+
+def _change(measure: str, before: float, after: float) -> str:
+    if math.isnan(after - before):
+        return ""
+    sign, size = "−" if after < before else "+", abs(after - before)
+    return f"{sign}{100 * size:.1f} points" if measure in _SHARES else f"{sign}{short(size, 3)}"
+
+
+def throughput(histories: dict[str, History]) -> list[Block]:
+    """How fast the steps were, and what else took time, as far as the numbers tell."""
+    if not any(told.rates for told in histories.values()):
+        return [Paragraph("No throughput yet.")]
+    head = ("run", "tokens/s, median", "slowest", "fastest", "time a step", "compilation", "all steps", "not in steps")
+    rows = []
+    for name, told in histories.items():
+        if told.rates:
+            rates = [f"{rate:,.0f}" for rate in (told.rate, told.rates[0], told.rates[-1])]
+            times = [f"{told.seconds_per_step:.3g} s", duration(told.compile_seconds), duration(told.step_seconds)]
+            share = told.compile_seconds / told.seconds if told.seconds else math.nan
+            rows.append([name, *rates, *times, f"{100 * share:.0f} %"])
+    readings = max(len(told.rates) for told in histories.values())
+    note = (
+        f"Median of {readings:,} readings while training. Compilation is the first step after each start; the last "
+        f"column is its share of the time {_WITHOUT}, whose time is not recorded."
+    )
+    return [Table(head, rows), Paragraph(note)]
+
+
+def details(told: History, config: Config) -> list[Block]:
+    """The updates left out, every evaluation, and the configuration."""
+    blocks: list[Block] = []
+    if told.skipped:
+        steps = ", ".join(f"{step:,}" for step in told.skipped)
+        blocks.append(Paragraph(f"Updates left out, because a number was not finite: at the steps {steps}."))
+    if told.evaluations:
+        names = _measures(told.evaluations[-1])
+        rows = [
+            [f"{line['step']:,}", *(f"{line.get(name, math.nan):.4f}" for name in names)] for line in told.evaluations
+        ]
+        blocks.append(Fold("all evaluations", [Table(("step", *names), rows)]))
+    blocks.append(Fold("configuration", [Code("toml", tomli_w.dumps(to_dict(config)))]))
+    return blocks

@@ -1,0 +1,81 @@
+"""How a page and its curves look: one palette for paper, for screens and for screens at night."""
+
+from __future__ import annotations
+
+# A run's colour on white and on black, and its dashes (points on, points off). The colours are those that colour-blind
+# eyes tell apart (Okabe and Ito, 2008), lighter on black; the dashes serve print without colours.
+RUNS = (
+    ("#0072b2", "#5cb0f2", ()),
+    ("#d55e00", "#ff8f4d", (6, 2)),
+    ("#009e73", "#33cc9f", (2, 1.5)),
+    ("#cc79a7", "#e8a5cb", (6, 2, 1.5, 2)),
+    ("#b58900", "#efc14a", (9, 3)),
+    ("#4f4f4f", "#c4c4c4", (3, 3)),
+)
+# What the curves are drawn in, and the CSS variable that stands for it in HTML, so that one drawing suits any screen.
+INK, MUTED, GRID = "#1f2329", "#626a73", "#e3e6ea"
+_NIGHT = {"ink": "#e6e9ed", "muted": "#9aa3ad", "grid": "#343b43"}
+VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid"} | {light: f"run-{i}" for i, (light, _, _) in enumerate(RUNS)}
+
+
+def _variables(colours: dict[str, str]) -> str:
+    return " ".join(f"--{name}: {colour};" for name, colour in colours.items())
+
+
+_LIGHT = _variables({name: colour for colour, name in VARIABLES.items()} | {"paper": "#ffffff", "panel": "#f6f7f9"})
+_DARK = _variables(
+    _NIGHT | {f"run-{i}": dark for i, (_, dark, _) in enumerate(RUNS)} | {"paper": "#14171b", "panel": "#1d2126"}
+)
+
+CSS = f"""\
+:root {{ {_LIGHT} }}
+@media screen and (prefers-color-scheme: dark) {{ :root {{ {_DARK} }} }}
+* {{ box-sizing: border-box; }}
+body {{ margin: 0; background: var(--paper); color: var(--ink);
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }}
+main {{ max-width: 68rem; margin: 0 auto; padding: 1.5rem 1.25rem 4rem; }}
+h1, h2, h3 {{ line-height: 1.25; overflow-wrap: anywhere; }}
+h1 {{ font-size: 1.7rem; margin: .5rem 0 1rem; }}
+h2 {{ font-size: 1.2rem; margin: 2.6rem 0 .9rem; padding-bottom: .35rem; border-bottom: 1px solid var(--grid); }}
+h3 {{ font-size: 1rem; margin: 1.6rem 0 .6rem; }}
+p {{ margin: .7rem 0; max-width: 46rem; overflow-wrap: anywhere; }}
+.wide {{ overflow-x: auto; margin: .9rem 0; }}
+table {{ border-collapse: collapse; font-size: .93rem; font-variant-numeric: tabular-nums; }}
+th, td {{ padding: .42rem 1.1rem .42rem 0; text-align: start; vertical-align: top;
+  border-bottom: 1px solid var(--grid); }}
+th {{ color: var(--muted); font-weight: 600; font-size: .84rem; white-space: nowrap; }}
+.number {{ text-align: right; padding-left: 1.1rem; padding-right: 0; white-space: nowrap; }}
+.texts {{ width: 100%; }}
+td:first-child {{ min-width: 7rem; }}
+.texts td:first-child {{ min-width: 14rem; }}
+.curves {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(18.5rem, 100%), 1fr)); gap: .9rem; }}
+figure {{ margin: 0; padding: .6rem .5rem .3rem; background: var(--panel); border-radius: .5rem; break-inside: avoid; }}
+figure svg {{ display: block; width: 100%; height: auto; stroke-linejoin: round; }}
+.legend {{ display: flex; flex-wrap: wrap; gap: .3rem 1.4rem; list-style: none; margin: 0 0 .8rem; padding: 0; }}
+.legend li {{ display: flex; align-items: center; gap: .5rem; overflow-wrap: anywhere; }}
+.legend svg {{ flex: none; width: 2.2rem; height: .6rem; }}
+details {{ margin: .7rem 0; }}
+summary {{ cursor: pointer; color: var(--muted); }}
+pre {{ overflow-x: auto; padding: .9rem 1rem; background: var(--panel); border-radius: .5rem; font-size: .84rem; }}
+@media (max-width: 44rem) {{
+  main {{ padding: .8rem 1rem 3rem; }}
+  .texts thead {{ display: none; }}
+  .texts tr {{ display: block; padding: .7rem 0; border-bottom: 1px solid var(--grid); }}
+  .texts td {{ display: flex; gap: .8rem; padding: .12rem 0; border: 0; text-align: start; }}
+  .texts td::before {{ content: attr(data-name); flex: none; width: 5.5rem; color: var(--muted); }}
+  .texts td:first-child {{ font-weight: 600; padding-bottom: .3rem; }}
+  .texts td:first-child::before {{ display: none; }}
+}}
+@media print {{
+  body {{ font-size: 10.5pt; }}
+  main {{ max-width: none; padding: 0; }}
+  h2, h3 {{ break-after: avoid; }}
+  tr {{ break-inside: avoid; }}
+  .wide {{ overflow: visible; }}
+  table {{ font-size: 9.5pt; }}
+  th, .number {{ white-space: normal; padding-left: .4rem; }}
+  th:first-child {{ padding-left: 0; }}
+  .curves {{ grid-template-columns: repeat(3, 1fr); }}
+  figure {{ background: none; padding: 0; }}
+}}
+"""
