@@ -17,13 +17,11 @@ import numpy as np
 from distil_jax.commands import processes, run_folder
 from distil_jax.commands.guards import InUse, folder_lock
 from distil_jax.config import Config, LossConfig, MaskingConfig, MeshConfig, ModelConfig, OptimizerConfig, StepConfig
-from distil_jax.config import load as load_config
 from distil_jax.data.loader import verify as verify_rows
-from distil_jax.io import huggingface
 from distil_jax.io.checkpoint import Checkpoints
-from distil_jax.io.tensors import local_folder
 from distil_jax.schema import InputError
 from distil_jax.structs import Rows
+from distil_jax.task_config import FinetuneConfig
 from distil_jax.training.sharding import jit_step, make_mesh
 from distil_jax.training.state import abstract_state, init_state
 from distil_jax.training.step import mask_and_train_step
@@ -103,7 +101,7 @@ def _devices() -> str:
 def _run_checks(folder: Path) -> Iterator[tuple[str, Callable[[], str]]]:
     if not run_folder.is_run(folder):
         raise InputError(f"{folder} is no run folder: name one that `distil-jax train` made.")
-    config = load_config(folder / "config.toml")
+    config = run_folder.read_config(folder)
     yield "configuration", lambda: f"{folder / 'config.toml'} is whole"
     yield "folder", lambda: _folder(folder)
     with contextlib.closing(Checkpoints(folder / "checkpoints")) as checkpoints:
@@ -112,9 +110,12 @@ def _run_checks(folder: Path) -> Iterator[tuple[str, Callable[[], str]]]:
         yield "checkpoints", lambda: "none yet: the run would begin at its first step"
     for step in steps:
         yield f"checkpoint {step}", lambda step=step: _checkpoint(folder, step)
-    yield "rows", lambda: _rows(config)
+    if isinstance(config, FinetuneConfig):
+        yield "model", lambda: _model(config.model.path)
+    else:
+        yield "rows", lambda: _rows(config)
     if config.teacher.path:
-        yield "teacher", lambda: _teacher(config)
+        yield "teacher", lambda: _model(config.teacher.path)
 
 
 def _folder(folder: Path) -> str:
@@ -170,6 +171,6 @@ def _rows(config: Config) -> str:
     return f"{manifest.train.rows:,} + {manifest.held_out.rows:,} rows in {config.data.path}, every file as written"
 
 
-def _teacher(config: Config) -> str:
-    model, _ = huggingface.load(local_folder(config.teacher.path))
-    return f"{model.num_layers} x {model.hidden_size} in {config.teacher.path}"
+def _model(path: str) -> str:
+    model = run_folder.open_model(path).config
+    return f"{model.num_layers} x {model.hidden_size} in {path}"

@@ -1,0 +1,43 @@
+"""The README's way from a folder of text and a BERT to a compared student, command by command, on a small scale."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from conftest import LENGTH
+from test_finetune import QUICK, tasks  # noqa: F401 - a fixture
+
+from distil_jax import cli
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+SMALLER = {
+    "prepare": ["--sequence-length", str(LENGTH), "--held-out", "0.2", "--document", "line", "--min-tokens", "5"],
+    "train": ["--set", "train.epochs=0", "--set", "student.num_layers=2", "--set", "train.eval_rows=8"],
+    "compare": ["--seeds", "0"],
+}
+
+
+def test_the_guide(workshop, tasks, tmp_path, monkeypatch, capsys):  # noqa: F811
+    guide = README.partition("## Distil your own BERT\n")[2].partition("\n## ")[0]
+    block = re.search(r"\n((?:    .+\n)+)", guide)[1]
+    commands = re.findall(r"^    distil-jax (.+)$", block, re.MULTILINE)
+    assert [line.split()[0] for line in commands] == ["prepare", "train", "export", "finetune", "compare"]
+    monkeypatch.chdir(tmp_path)
+    (task,) = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
+    Path("my_task.toml").write_text(task)
+    Path("train.csv").write_text((tasks / "train.csv").read_text())
+    quick = [word for setting in QUICK for word in ("--set", setting)]
+    for line in commands:
+        line = line.replace("TEXT...", str(workshop / "text.txt")).replace("MY_BERT", str(workshop / "teacher"))
+        verb, *words = shlex.split(line)
+        words += SMALLER.get(verb, []) + (quick if verb in ("train", "finetune", "compare") else [])
+        assert cli.main([verb, *words]) == 0, (line, capsys.readouterr().err)
+    table = Path("compared/compare.md").read_text()
+    for name in ("teacher", "my_student", "my_student + its logits", "TF-IDF + linear"):
+        assert f"| {name} " in table
+    pytest.importorskip("torch")
+    from transformers import pipeline
+
+    (answer,) = pipeline("text-classification", model="tuned/model")("the cat sees the dog")
+    assert answer["label"] in ("cat", "other")
