@@ -326,16 +326,16 @@ def test_the_first_and_the_last_numbers_and_what_the_run_was(reported):
     rows = {name: cells for name, *cells in table_under(page, "Held-out text")}
     assert rows["MLM loss"][:2] == [f"{line['mlm']:.4g}" for line in (first, last)]
     before, after = (100 * line["agreement"] for line in (first, last))
-    found = rows["agreement with the teacher"]
-    assert found == [f"{before:.1f} %", f"{after:.1f} %", f"{after - before:+.1f} points".replace("-", "−")]
+    change = f"{after - before:+.1f} points".replace("-", "−")
+    found = [cell.replace("\u00a0", " ") for cell in rows["agreement with the teacher"]]
+    assert found == [f"{before:.1f} %", f"{after:.1f} %", change]
     student = open_model(reported)
     path = student.run_config.teacher.path
-    sentence = page.splitlines()[2]
+    sentence = page.splitlines()[2].replace("\u00a0", " ")
     assert sentence.startswith("A 2-layer student of 20,200 parameters, distilled from ") and path in sentence
     assert "(4 layers, 35,300 parameters): 12 of 12 steps (about" in sentence and "Not finished" not in page
-    assert (
-        f"MLM loss {first['mlm']:.4g} → {last['mlm']:.4g}" in sentence and f"{before:.1f} % → {after:.1f} %" in sentence
-    )
+    judged = f"MLM loss {first['mlm']:.4g} → {last['mlm']:.4g}, agreement with the teacher"
+    assert sentence.endswith(f"; on held-out text {judged} {before:.1f} % → {after:.1f} %.")
 
 
 def test_examples_are_those_of_the_models_and_the_mark_is_right(reported, workshop):
