@@ -107,14 +107,14 @@ def _name(measure: str) -> str:
 
 
 def _number(measure: str, number: float) -> str:
-    return f"{100 * number:.1f} %" if measure in _SHARES else short(number)
+    return f"{100 * number:.1f}\u00a0%" if measure in _SHARES else short(number)
 
 
 def _change(measure: str, before: float, after: float) -> str:
     if math.isnan(after - before):
         return ""
     sign, size = "−" if after < before else "+", abs(after - before)
-    return f"{sign}{100 * size:.1f} points" if measure in _SHARES else f"{sign}{short(size, 3)}"
+    return f"{sign}{100 * size:.1f}\u00a0points" if measure in _SHARES else f"{sign}{short(size, 3)}"
 
 
 def throughput(histories: dict[str, History]) -> list[Block]:

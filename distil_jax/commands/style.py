@@ -59,6 +59,9 @@ summary {{ cursor: pointer; color: var(--muted); }}
 pre {{ overflow-x: auto; padding: .9rem 1rem; background: var(--panel); border-radius: .5rem; font-size: .84rem; }}
 @media (max-width: 44rem) {{
   main {{ padding: .8rem 1rem 3rem; }}
+  table {{ font-size: .86rem; }}
+  .number {{ padding-left: .8rem; }}
+  td:first-child {{ min-width: 5.5rem; }}
   .texts thead {{ display: none; }}
   .texts tr {{ display: block; padding: .7rem 0; border-bottom: 1px solid var(--grid); }}
   .texts td {{ display: flex; gap: .8rem; padding: .12rem 0; border: 0; text-align: start; }}
