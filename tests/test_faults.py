@@ -250,7 +250,7 @@ def test_two_runs_in_one_folder_and_a_doctor_beside_them(workshop, tmp_path):
     assert f"{run} is in use: process {first.pid} on" in found["folder"]
     first.send_signal(signal.SIGCONT)
     first.send_signal(signal.SIGTERM)
-    done([first], 75)
+    done([first], 75, limit=60)
 
 
 def can_mount():
@@ -299,30 +299,33 @@ def test_a_write_that_fails_in_the_middle_of_a_save(workshop, tmp_path, long_run
 @pytest.mark.skipif(shutil.which("setpriv") is None and os.getuid() == 0, reason="root needs setpriv to obey rights")
 def test_a_folder_that_becomes_read_only(workshop, tmp_path):
     run = tmp_path / "run"
-    settings = ("train.steps=90", "train.checkpoint_every=3")
+    settings = ("train.steps=30", "train.checkpoint_every=3")
     drop = ("setpriv", "--bounding-set=-all", "--inh-caps=-all") if os.getuid() == 0 else ()
     (process,) = train(workshop, run, *settings, before=drop)
     wait_for(lambda: (run / "checkpoints").exists() and steps_of(run), process)
+    process.send_signal(signal.SIGSTOP)  # so that it is not at its end before the rights are gone
     (run / "checkpoints").chmod(0o555)
+    process.send_signal(signal.SIGCONT)
     try:
         ((stdout, stderr),) = done([process], 4)
         assert "Permission denied" in stdout and "could not be saved" in stderr
-        assert open_model(run).step == steps_of(run)[-1] < 90
+        assert open_model(run).step == steps_of(run)[-1] < 30
     finally:
         (run / "checkpoints").chmod(0o755)
     done(train(workshop, run, *settings), 0)
 
 
-@pytest.mark.parametrize("lost", [0, 1])
-def test_where_one_process_dies_the_other_ends(workshop, tmp_path, lost):
-    run = tmp_path / "run"
-    begun = train(workshop, run, "train.steps=100000", count=2)
-    wait_for(lambda: reached(run, 2), begun[0])
-    begun[lost].kill()
-    began = time.monotonic()
-    _, (status, _, stderr) = sorted(finish(begun), key=lambda ended: ended[0] == 4)
-    assert time.monotonic() - began < 60
-    assert status == 4, stderr
+def test_where_one_process_dies_the_other_ends(workshop, tmp_path):
+    """Of two runs of two processes, one loses its first and one its second; nothing but a clock runs meanwhile."""
+    runs = [train(workshop, tmp_path / f"run-{lost}", "train.steps=100000", count=2) for lost in (0, 1)]
+    for lost, begun in enumerate(runs):
+        wait_for(functools.partial(reached, tmp_path / f"run-{lost}", 2), begun[0])
+        begun[lost].kill()
+        began = time.monotonic()
+    for lost, begun in enumerate(runs):
+        ended = finish(begun, 60)
+        assert [ended[lost][0], ended[1 - lost][0]] == [-signal.SIGKILL, 4], ended
+    print(f"the last one ended {time.monotonic() - began:.0f} s after its other was killed")
 
 
 # Rows whose file system stops answering at the fifth batch.
