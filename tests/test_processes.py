@@ -78,7 +78,7 @@ def test_processes_train_as_one_and_a_checkpoint_of_two_is_continued_by_one_and_
         assert time.monotonic() < deadline and begun[0].poll() is None, finish(begun)
         time.sleep(0.05)
     begun[1].send_signal(signal.SIGTERM)
-    ended = finish(begun)
+    ended = finish(begun, 60)  # seconds, which is what a machine that is taken away leaves
     assert [status for status, *_ in ended] == [75, 75], ended
     steps = {re.search(r"Stopped after step (\d+)", stderr)[1] for *_, stderr in ended}
     assert len(steps) == 1, "all stop after the same step"
