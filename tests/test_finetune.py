@@ -201,3 +201,13 @@ def test_the_runs_of_both_commands_are_told_apart(finished, finished_run, worksh
     assert "compare" in capsys.readouterr().err
     assert cli.main(["export", str(finished), str(tmp_path / "again")]) == 0
     assert same_leaves(huggingface.load_task(tmp_path / "again")[2], huggingface.load_task(finished / "model")[2])
+
+
+def test_its_report_shows_the_tasks_own_numbers(finished):
+    assert cli.main(["report", str(finished)]) == 0
+    page, drawn = (finished / "report.md").read_text(), (finished / "report.html").read_text()
+    held_out = [line for line in read_metrics(finished) if line["kind"] == "held_out"]
+    first, last = (f"{100 * line['accuracy']:.1f} %" for line in (held_out[0], held_out[-1]))
+    assert f"accuracy {first} → {last}" in page.replace("\u00a0", " ") and "Words in gaps" not in page
+    for title in ("held-out: accuracy", "held-out: f1", "training: loss on the labels"):
+        assert title in drawn

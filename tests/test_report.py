@@ -17,13 +17,14 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from distil_jax import cli
-from distil_jax.commands import examples, report
-from distil_jax.commands.curves import draw_curves
-from distil_jax.commands.examples import held_out_gaps
+from distil_jax.commands import report
 from distil_jax.commands.fill_mask import fill_mask
-from distil_jax.commands.history import count, duration, history
 from distil_jax.commands.markdown import table
-from distil_jax.commands.page import Code, Curves, Fold, Heading, Paragraph, Table, to_html, to_markdown
+from distil_jax.commands.report import gaps as examples
+from distil_jax.commands.report.curves import draw_curves
+from distil_jax.commands.report.gaps import held_out_gaps
+from distil_jax.commands.report.history import count, duration, history
+from distil_jax.commands.report.page import Code, Curves, Fold, Heading, Paragraph, Table, to_html, to_markdown
 from distil_jax.commands.run_folder import open_model
 from distil_jax.config import Config, load
 from distil_jax.data.tokenizer import load_tokenizer
@@ -307,7 +308,7 @@ def test_both_pages_say_the_same(reported):
         if words := " ".join(piece.lstrip("#").split()).strip("- :"):
             assert words in seen.replace("- ", ""), words
     assert reader.seen.count("svg") == 8 and reader.seen.count("table") == 4
-    for heading in ("Held-out text", "Curves", "Throughput", "Words in gaps", "Details"):
+    for heading in ("Held out", "Curves", "Throughput", "Words in gaps", "Details"):
         assert f"## {heading}\n" in (reported / "report.md").read_text()
 
 
@@ -329,7 +330,7 @@ def test_the_page_asks_for_nothing_from_anywhere(reported):
 def test_the_first_and_the_last_numbers_and_what_the_run_was(reported):
     page, lines = (reported / "report.md").read_text(), read_metrics(reported)
     first, *_, last = [line for line in lines if line["kind"] == "held_out"]
-    rows = {name: cells for name, *cells in table_under(page, "Held-out text")}
+    rows = {name: cells for name, *cells in table_under(page, "Held out")}
     assert rows["MLM loss"][:2] == [f"{line['mlm']:.4g}" for line in (first, last)]
     before, after = (100 * line["agreement"] for line in (first, last))
     change = f"{after - before:+.1f} points".replace("-", "−")
@@ -341,7 +342,7 @@ def test_the_first_and_the_last_numbers_and_what_the_run_was(reported):
     assert sentence.startswith("A 2-layer student of 20,200 parameters, distilled from ") and path in sentence
     assert "(4 layers, 35,300 parameters): 12 of 12 steps (about" in sentence and "Not finished" not in page
     judged = f"MLM loss {first['mlm']:.4g} → {last['mlm']:.4g}, agreement with the teacher"
-    assert sentence.endswith(f"; on held-out text {judged} {before:.1f} % → {after:.1f} %.")
+    assert sentence.endswith(f"; held out: {judged} {before:.1f} % → {after:.1f} %.")
 
 
 def test_examples_are_those_of_the_models_and_the_mark_is_right(reported, workshop):

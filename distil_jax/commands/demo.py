@@ -17,11 +17,11 @@ import jax
 import numpy as np
 
 from distil_jax.commands.evaluate import evaluate
-from distil_jax.commands.examples import compare
 from distil_jax.commands.export import export
-from distil_jax.commands.page import Paragraph, Table, to_markdown
 from distil_jax.commands.prepare import prepare_rows
 from distil_jax.commands.report import write_report
+from distil_jax.commands.report.gaps import compare
+from distil_jax.commands.report.page import Paragraph, Table, to_markdown
 from distil_jax.commands.run_folder import Model, open_model
 from distil_jax.commands.train import train
 from distil_jax.config import EMBEDDED_TEACHER, ModelConfig, load

@@ -5,26 +5,28 @@ from __future__ import annotations
 import contextlib
 import math
 from pathlib import Path
+from typing import get_args
 
 import tomli_w
 
-from distil_jax.commands.history import History, count, duration, short
-from distil_jax.commands.page import Block, Code, Fold, Paragraph, Table
+from distil_jax.commands.report.history import History, count, duration, short
+from distil_jax.commands.report.page import Block, Code, Fold, Paragraph, Table
 from distil_jax.config import Config, ModelConfig
 from distil_jax.io.checkpoint import Checkpoints
 from distil_jax.models.encoder import count_parameters
 from distil_jax.schema import InputError, build, to_dict
+from distil_jax.task_config import FinetuneConfig, Metric
 
 _MEASURES = {
     "mlm": "MLM loss",
     "kl": "KL to the teacher",
     "agreement": "agreement with the teacher",
 }
-_SHARES = ("accuracy", "agreement")
+_SHARES = ("agreement", *get_args(Metric))
 _WITHOUT = "without evaluations and checkpoints"
 
 
-def summary(folder: Path, told: History, config: Config, *, lead: str) -> list[Block]:
+def summary(folder: Path, told: History, config: Config | FinetuneConfig, *, lead: str) -> list[Block]:
     """One sentence: what was trained, how far it came, what it took and what it was good for; and what is left."""
     student, teacher = _models(folder, config)
     steps, tokens = config.train.steps, told.tokens_per_step
@@ -35,8 +37,9 @@ def summary(folder: Path, told: History, config: Config, *, lead: str) -> list[B
     took = f" in {duration(told.seconds)}" if told.seconds else ""
     sentence = f"{student}, {teacher}: {done}{took}"
     if found := told.evaluations:
-        judged = [f"{_name(name)} {_from_to(found, name)}" for name in ("mlm", "agreement") if name in found[-1]]
-        sentence += f"; on held-out text {', '.join(judged)}" if judged else ""
+        names = config.task.judges if isinstance(config, FinetuneConfig) else ("mlm", "agreement")
+        judged = [f"{_name(name)} {_from_to(found, name)}" for name in names if name in found[-1]]
+        sentence += f"; held out: {', '.join(judged)}" if judged else ""
     blocks: list[Block] = [Paragraph(f"{sentence}.", lead)]
     if told.done < steps:
         left = duration((steps - told.done) * told.seconds_per_step)
@@ -45,10 +48,13 @@ def summary(folder: Path, told: History, config: Config, *, lead: str) -> list[B
     return blocks
 
 
-def _models(folder: Path, config: Config) -> tuple[str, str]:
+def _models(folder: Path, config: Config | FinetuneConfig) -> tuple[str, str]:
     """The student and its teacher in words: with sizes once there is a checkpoint, which says them."""
     facts = _facts(folder)
     path = config.teacher.path
+    if isinstance(config, FinetuneConfig):
+        taught = f" with the logits of {path}" if config.loss.needs_teacher else ""
+        return config.model.path, f"fine-tuned on {config.task.train}{taught}"
     learnt = "distilled from" if config.loss.needs_teacher else "trained without a teacher and compared with"
     student = f"A {config.student.num_layers}-layer student"
     teacher = f"{learnt} {path}" if path else "trained without a teacher"
@@ -137,7 +143,7 @@ def throughput(histories: dict[str, History]) -> list[Block]:
     return [Table(head, rows), Paragraph(note)]
 
 
-def details(told: History, config: Config) -> list[Block]:
+def details(told: History, config: Config | FinetuneConfig) -> list[Block]:
     """The updates left out, every evaluation, and the configuration."""
     blocks: list[Block] = []
     if told.skipped:

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import jax
 
-from distil_jax.commands.curves import draw_curves
-from distil_jax.commands.examples import check_texts, examples
-from distil_jax.commands.history import history
-from distil_jax.commands.page import Block, Heading, to_html, to_markdown
-from distil_jax.commands.run_folder import is_run
-from distil_jax.commands.sections import details, held_out, summary, throughput
-from distil_jax.config import load
+from distil_jax.commands.report.curves import draw_curves
+from distil_jax.commands.report.gaps import check_texts, examples
+from distil_jax.commands.report.history import history
+from distil_jax.commands.report.page import Block, Heading, to_html, to_markdown
+from distil_jax.commands.report.sections import details, held_out, summary, throughput
+from distil_jax.commands.run_folder import is_run, read_config
+from distil_jax.config import Config
 from distil_jax.io.metrics import read_metrics
 from distil_jax.schema import InputError
 
@@ -74,15 +74,16 @@ def write_report(
     first = next(iter(runs.values()))
     check_texts(first, texts)
     histories = {name: history(lines) for name, lines in metrics.items()}
-    configs = {name: load(folder / "config.toml") for name, folder in runs.items()}
+    configs = {name: read_config(folder) for name, folder in runs.items()}
     title = title or ", ".join(runs)
     curves = draw_curves(metrics, output / "curves.png")
     blocks = [Heading(title, 1)]
     for name, folder in runs.items():
         blocks += summary(folder, histories[name], configs[name], lead=f"{name}:" if len(runs) > 1 else "")
-    blocks += [*head, Heading("Held-out text"), held_out(histories), Heading("Curves"), curves]
-    blocks += [Heading("Throughput"), *throughput(histories), Heading("Words in gaps")]
-    blocks += examples(first, texts) if gaps is None else gaps
+    blocks += [*head, Heading("Held out"), held_out(histories), Heading("Curves"), curves]
+    blocks += [Heading("Throughput"), *throughput(histories)]
+    if isinstance(next(iter(configs.values())), Config):  # a task's model has no words to put in a gap
+        blocks += [Heading("Words in gaps"), *(examples(first, texts) if gaps is None else gaps)]
     for name in runs:
         blocks += [Heading(name if len(runs) > 1 else "Details"), *details(histories[name], configs[name])]
     (output / "report.html").write_text(to_html(title, blocks), encoding="utf-8")

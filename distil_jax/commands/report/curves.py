@@ -10,18 +10,22 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 
-from distil_jax.commands.history import short
-from distil_jax.commands.page import Curves, visible
-from distil_jax.commands.style import GRID, INK, MUTED, RUNS, VARIABLES
+from distil_jax.commands.report.history import short
+from distil_jax.commands.report.page import Curves, visible
+from distil_jax.commands.report.style import GRID, INK, MUTED, RUNS, VARIABLES
 from distil_jax.schema import require
+from distil_jax.task_config import Metric
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+
+JUDGES: tuple[str, ...] = get_args(Metric)  # of tasks, all of them shares
 
 
 @dataclass(frozen=True)
@@ -36,13 +40,17 @@ PANELS = (
     Panel("held_out", "mlm", "held-out: MLM loss"),
     Panel("held_out", "kl", "held-out: KL to the teacher at T = 1"),
     Panel("held_out", "accuracy", "held-out: accuracy"),
+    *(Panel("held_out", name, f"held-out: {name}") for name in JUDGES if name != "accuracy"),
+    Panel("held_out", "loss", "held-out: loss on the labels"),
+    Panel("train", "task", "training: loss on the labels"),
+    Panel("train", "soft", "training: distance to the teacher's logits"),
     Panel("train", "mlm", "training: MLM cross entropy"),
     Panel("train", "kl", "training: KL to the teacher (T² included)"),
     Panel("train", "cosine", "training: 1 − cos of hidden states"),
     Panel("train", "mse", "training: squared difference of logits"),
     Panel("train", "tokens_per_second", "training: tokens per second"),
 )
-_SHARES = ("agreement", "accuracy")
+_SHARES = ("agreement", *JUDGES)
 _COLUMNS, _WIDTH, _HEIGHT = 3, 4.2, 2.9  # panels beside each other in the PNG, and the inches of one
 _TICKS = (1, 2, 2.5, 5, 10)
 _MOST = 1200  # points of a curve

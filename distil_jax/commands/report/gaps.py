@@ -9,7 +9,7 @@ import numpy as np
 
 from distil_jax.commands.assemble import check_tokenizer
 from distil_jax.commands.fill_mask import fill_mask
-from distil_jax.commands.page import Block, Paragraph, Table
+from distil_jax.commands.report.page import Block, Paragraph, Table
 from distil_jax.commands.run_folder import Model, open_model
 from distil_jax.config import load
 from distil_jax.data.loader import open_rows, positions, read_manifest

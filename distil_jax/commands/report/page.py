@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from distil_jax.commands.markdown import table
-from distil_jax.commands.style import CSS
+from distil_jax.commands.report.style import CSS
 
 
 @dataclass(frozen=True)
