@@ -476,3 +476,30 @@ def test_what_the_lines_add_up_to():
     assert {seconds: duration(seconds) for seconds in spoken} == spoken
     assert {duration(seconds) for seconds in (float("nan"), float("inf"), -1.0)} == {"an unknown time"}
     assert [count(n) for n in (997_893, 1_619_328, 2.5e9)] == ["998,000", "1.62 million", "2.5 billion"]
+
+
+def test_runs_that_differ_in_their_seed_alone_are_one_line(finished_run, tmp_path):
+    for name, seed, more in (("mine-3", 3, 0.0), ("mine-4", 4, 0.5), ("other", 4, 0.0)):
+        run = shutil.copytree(finished_run, tmp_path / name)
+        text = (run / "config.toml").read_text().replace("seed = 3", f"seed = {seed}", 1)
+        if name == "other":
+            text = text.replace("temperature = 2.0", "temperature = 3.0")
+        (run / "config.toml").write_text(text)
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for line in lines:
+            line.update({"mlm": line["mlm"] + more} if line["kind"] == "held_out" else {})
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    names = ("mine-3", "mine-4", "other")
+    (tmp_path / "out").mkdir()
+    runs = [str(tmp_path / name) for name in names]
+    assert cli.main(["report", *runs, "--output", str(tmp_path / "out")]) == 0
+    page = (tmp_path / "out" / "report.md").read_text()
+    mine, other = table_under(page, "Held out")
+    mlm = [line["mlm"] for line in read_metrics(finished_run) if line["kind"] == "held_out"][-1]
+    assert mine[:4] == ["mine", "2", "12", f"{mlm + 0.25:.3f} ± 0.354"] and other[:4] == [
+        "other",
+        "1",
+        "12",
+        f"{mlm:.3f}",
+    ]
+    assert cli.main(["report", *runs, "--output", str(tmp_path / "absent")]) == 2

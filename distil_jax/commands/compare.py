@@ -297,5 +297,7 @@ def _draw(found: Comparison, path: Path) -> None:
     for axis in (left, right):
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    left.legend(frameon=False, fontsize=9)
+    figure.legend(
+        *left.get_legend_handles_labels(), loc="outside lower center", ncols=min(len(names), 4), frameon=False
+    )
     figure.savefig(path, dpi=130)

@@ -12,8 +12,8 @@ import jax
 from distil_jax.commands.report.curves import draw_curves
 from distil_jax.commands.report.gaps import check_texts, examples
 from distil_jax.commands.report.history import history
-from distil_jax.commands.report.page import Block, Heading, to_html, to_markdown
-from distil_jax.commands.report.sections import details, held_out, summary, throughput
+from distil_jax.commands.report.page import Block, Heading, Paragraph, to_html, to_markdown
+from distil_jax.commands.report.sections import by_seed, details, held_out, over_seeds, summary, throughput
 from distil_jax.commands.run_folder import is_run, read_config
 from distil_jax.config import Config
 from distil_jax.io.metrics import read_metrics
@@ -22,7 +22,10 @@ from distil_jax.schema import InputError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `distil-jax report`."""
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders; the report is written into the first")
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="run folders; those that differ in their seed alone are shown as one"
+    )
+    parser.add_argument("--output", metavar="FOLDER", help="where to write (default: into the first run)")
     parser.add_argument(
         "--text",
         action="append",
@@ -40,7 +43,10 @@ def run(arguments: argparse.Namespace) -> None:
     # The run may still be going: its accelerators are its own. And a report fetches nothing.
     jax.config.update("jax_platforms", "cpu")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    written = write_report(runs, Path(arguments.runs[0]), texts=arguments.text)
+    output = Path(arguments.output or arguments.runs[0])
+    if not output.is_dir():
+        raise InputError(f"{output} is no folder to write into: make it first, or leave --output out.")
+    written = write_report(runs, output, texts=arguments.text)
     print(f"Wrote {written} and, to open in a browser, {written.with_suffix('.html')}.")
 
 
@@ -76,11 +82,22 @@ def write_report(
     histories = {name: history(lines) for name, lines in metrics.items()}
     configs = {name: read_config(folder) for name, folder in runs.items()}
     title = title or ", ".join(runs)
+    together = by_seed(configs)
+    repeated, results = len(together) < len(runs), held_out(histories)
+    if repeated:  # each is shown by its first run, and judged by all of them
+        results = over_seeds({name: [histories[each] for each in names] for name, names in together.items()})
+        title = ", ".join(together) if title == ", ".join(runs) else title
+        firsts = {name: names[0] for name, names in together.items()}
+        metrics, histories, configs, runs = (
+            {name: values[first] for name, first in firsts.items()} for values in (metrics, histories, configs, runs)
+        )
     curves = draw_curves(metrics, output / "curves.png")
     blocks = [Heading(title, 1)]
     for name, folder in runs.items():
         blocks += summary(folder, histories[name], configs[name], lead=f"{name}:" if len(runs) > 1 else "")
-    blocks += [*head, Heading("Held out"), held_out(histories), Heading("Curves"), curves]
+    blocks += [*head, Heading("Held out"), results, Heading("Curves"), curves]
+    if repeated:
+        blocks += [Paragraph("Of each, the run with its first seed.")]
     blocks += [Heading("Throughput"), *throughput(histories)]
     if isinstance(next(iter(configs.values())), Config):  # a task's model has no words to put in a gap
         blocks += [Heading("Words in gaps"), *(examples(first, texts) if gaps is None else gaps)]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+from dataclasses import replace
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import get_args
 
 import tomli_w
@@ -14,7 +16,7 @@ from distil_jax.commands.report.page import Block, Code, Fold, Paragraph, Table
 from distil_jax.config import Config, ModelConfig
 from distil_jax.io.checkpoint import Checkpoints
 from distil_jax.models.encoder import count_parameters
-from distil_jax.schema import InputError, build, to_dict
+from distil_jax.schema import InputError, build, differences, to_dict
 from distil_jax.task_config import FinetuneConfig, Metric
 
 _MEASURES = {
@@ -97,6 +99,51 @@ def held_out(histories: dict[str, History]) -> Block:
     if first["step"] == last["step"]:
         return Table(("measure", f"step {first['step']:,}"), [row[:2] for row in rows])
     return Table(("measure", f"step {first['step']:,}", f"step {last['step']:,}", "change"), rows)
+
+
+def by_seed(configs: dict[str, Config | FinetuneConfig]) -> dict[str, list[str]]:
+    """The names of runs that differ in their seed alone, together under the first one's, which loses its seed."""
+    together: dict[str, list[str]] = {}
+    for name, config in configs.items():
+        for names in together.values():
+            other = configs[names[0]]
+            new = type(config) is type(other) and config.seed not in {configs[each].seed for each in names}
+            if new and not differences(replace(config, seed=other.seed), other):
+                names.append(name)
+                break
+        else:
+            together[name] = [name]
+    plain = {
+        name: name.removesuffix(f"-{configs[name].seed}") if len(same) > 1 else name for name, same in together.items()
+    }
+    if len(set(plain.values())) < len(plain):
+        return together
+    return {plain[name]: names for name, names in together.items()}
+
+
+def over_seeds(histories: dict[str, list[History]]) -> Block:
+    """A line for each configuration: the last held-out numbers, mean and standard deviation over its runs."""
+    judged = {name: [told for told in same if told.evaluations] for name, same in histories.items()}
+    measures = list(
+        dict.fromkeys(n for same in judged.values() for told in same for n in _measures(told.evaluations[-1]))
+    )
+    rows = []
+    for name, same in judged.items():
+        cells = [
+            _spread(measure, [told.evaluations[-1].get(measure, math.nan) for told in same]) for measure in measures
+        ]
+        seconds = [told.step_seconds for told in same]
+        rows.append([name, f"{len(same)}", f"{same[0].done:,}" if same else "", *cells, _spread("seconds", seconds)])
+    return Table(("runs with several seeds", "seeds", "steps", *map(_name, measures), "training, s"), rows)
+
+
+def _spread(measure: str, numbers: list[float]) -> str:
+    if not numbers:
+        return ""
+    scale, unit = (100, "\u00a0%") if measure in _SHARES else (1, "")
+    digits = 1 if measure in _SHARES else 0 if measure == "seconds" else 3
+    spread = f" ± {scale * stdev(numbers):.{digits}f}" if len(numbers) > 1 else ""
+    return f"{scale * fmean(numbers):.{digits}f}{spread}{unit}"
 
 
 def _from_to(lines: list[dict], name: str) -> str:
