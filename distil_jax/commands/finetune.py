@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tomli_w
+from jax.experimental import multihost_utils
 
 from distil_jax.commands import processes
 from distil_jax.commands.assemble import (
@@ -30,11 +31,12 @@ from distil_jax.commands.export import export
 from distil_jax.commands.judge import Judge
 from distil_jax.commands.loop import run_program
 from distil_jax.commands.program import Program, about_models, first_state, rows_of
-from distil_jax.commands.run_folder import Model, open_model
+from distil_jax.commands.run_folder import Model, choose, open_model, restore
 from distil_jax.config import HeadConfig, StepConfig
 from distil_jax.data.tasks import TaskData, read_task, task_batches
 from distil_jax.data.tokenizer import fingerprint as tokenizer_fingerprint
 from distil_jax.io import huggingface
+from distil_jax.io.checkpoint import Checkpoints
 from distil_jax.models.heads import with_fresh_head
 from distil_jax.schema import InputError, require, to_dict
 from distil_jax.task_config import FinetuneConfig, head_of, load_task, task_encoder
@@ -100,15 +102,22 @@ def finetune(config: FinetuneConfig, workdir: str | Path) -> dict[str, dict[str,
 
     run_program(make, workdir)
     program, judge, data = made[0]
-    best = open_model(workdir)
-    params = put_params(best.params, program.state_sharding.params)
+    with contextlib.closing(Checkpoints(workdir / "checkpoints")) as checkpoints:
+        best = choose(checkpoints, checkpoints.best())
+        params = restore(checkpoints, best, program.step_config, program.state_sharding).params
+        facts = checkpoints.facts(best)
     splits = {"dev": data.dev, "test": data.test}
     found = {name: judge.numbers(params, table) for name, table in splits.items() if table is not None}
+    params = multihost_utils.process_allgather(params, tiled=True)  # of several processes none has all of them
     if processes.is_first():
-        scores = {"step": best.step, "task": to_dict(program.config.task), **found}
+        scores = {"step": best, "task": to_dict(program.config.task), **found}
         (workdir / "scores.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
         if not (workdir / "model").exists():
-            export(best, workdir / "model")
+            step = program.step_config
+            tokenizer = workdir / "tokenizer"
+            model = Model(step.student, params, tokenizer, head=step.head, run=workdir, step=best, facts=facts)
+            export(model, workdir / "model")
+    processes.meet("the model is written")
     return found
 
 
