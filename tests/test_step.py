@@ -147,14 +147,16 @@ def test_dropout_differs_between_steps_and_rows_but_not_with_the_cut(
     step_config, student_params, teacher_params, batch
 ):
     config = replace(step_config, student=replace(step_config.student, hidden_dropout=0.4, attention_dropout=0.2))
-    state = init_state(KEY, config, params=student_params)
+    state, batch = init_state(KEY, config, params=student_params), batch.replace(row_index=None)
     step = jax.jit(train_step)
     losses = {float(step(state.replace(step=jnp.int32(n)), teacher_params, batch)[1]["loss"].value()) for n in range(3)}
     assert len(losses) == 3
-    batch = batch.replace(row_index=None)
-    same_rows = jax.tree.map(lambda leaf: jnp.repeat(leaf[:1], 2, axis=0), batch)
-    once = step(state, teacher_params, jax.tree.map(lambda leaf: leaf[:1], batch))
-    assert not np.isclose(step(state, teacher_params, same_rows)[1]["mlm"].value(), once[1]["mlm"].value(), rtol=1e-6)
+    # One row in every place, and in the first place only: of one shape, so that it is one program.
+    everywhere = jax.tree.map(lambda leaf: jnp.repeat(leaf[:1], len(leaf), axis=0), batch)
+    once = jax.tree.map(lambda leaf: jnp.zeros_like(leaf).at[:1].set(leaf[:1]), batch)
+    once = once.replace(labels=once.labels.at[1:].set(IGNORED))
+    mlm = [step(state, teacher_params, rows)[1]["mlm"].value() for rows in (everywhere, once)]
+    assert not np.isclose(*mlm, rtol=1e-6)
     cut = init_state(KEY, replace(config, accumulation=2), params=student_params)
     (whole, _), (pieces, _) = step(state, teacher_params, batch), step(cut, teacher_params, batch)
     assert_params_close(pieces.params, whole.params)
