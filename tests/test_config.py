@@ -4,18 +4,23 @@ import dataclasses
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tomli_w
 
 from distil_jax.commands.assemble import student_model
-from distil_jax.config import Config, ModelConfig, load
+from distil_jax.commands.flops import step_flops
+from distil_jax.config import EMBEDDED_TEACHER, Config, ModelConfig, StepConfig, load
+from distil_jax.io import huggingface
 from distil_jax.models.encoder import count_parameters
 from distil_jax.models.student import choose_layers
+from distil_jax.objective.masking import most_targets
 from distil_jax.schema import InputError, build, differences, to_dict
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))  # those of tasks: test_tasks.py
+ABLATION = Path(__file__).parents[1] / "configs" / "ablation"
 
 
 def write(folder, text):
@@ -146,3 +151,37 @@ def test_print_config_needs_no_data_and_no_device(tmp_path):
     command = [sys.executable, "-m", "distil_jax", "train", str(path), "--print-config", "--set", "seed=9"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert build(Config, tomllib.loads(done.stdout)).seed == 9
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("without_kl", {"loss.kl": "0.0"}),
+        ("without_cosine", {"loss.cosine": "0.0"}),
+        ("without_mlm", {"loss.mlm": "0.0"}),
+        ("random_init", {"student.init": "random"}),
+        ("undistilled", {"loss.kl": "0.0", "loss.cosine": "0.0"}),
+        ("undistilled_equal_compute", {"loss.kl": "0.0", "loss.cosine": "0.0", "train.steps": "1534"}),
+        ("kl_at_targets", {"loss.soft_positions": "targets"}),
+        ("kl_at_targets_equal_compute", {"loss.soft_positions": "targets", "train.steps": "966"}),
+    ],
+)
+def test_an_ablation_changes_what_its_name_says(name, changes):
+    all_losses, changed = (load(ABLATION / f"{each}.toml", ["teacher.path=t"]) for each in ("all_losses", name))
+    found = dict(line.split(": ") for line in differences(all_losses, changed))
+    assert {key: values.split(" -> ")[1] for key, values in found.items()} == changes
+
+
+@pytest.mark.parametrize("name", ["undistilled", "kl_at_targets"])
+def test_equal_compute_is_equal(name):
+    """In FLOPs of matrix products, for the embedded teacher, half of its layers and rows of 128."""
+    teacher = huggingface.read_config(EMBEDDED_TEACHER)
+    student = replace(teacher, num_layers=2, token_types=0)
+
+    def flops(name):
+        config = load(ABLATION / f"{name}.toml", ["teacher.path=t"])
+        loss = replace(config.loss, targets_per_row=most_targets(128, 0.15))
+        return config.train.steps * step_flops(StepConfig(student, teacher, loss), 128)
+
+    assert flops(f"{name}_equal_compute") == pytest.approx(flops("all_losses"), rel=0.01)
+    assert flops(name) < 0.6 * flops("all_losses")

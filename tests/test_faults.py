@@ -330,14 +330,17 @@ def test_where_one_process_dies_the_other_ends(workshop, tmp_path):
 
 # Rows whose file system stops answering at the fifth batch.
 STUCK = """
-import itertools, time
+import dataclasses, itertools, time
 from distil_jax import cli
 from distil_jax.commands import train
-rows_of = train._device_rows
-def stuck(program, step):
-    yield from itertools.islice(rows_of(program, step), 4)
-    time.sleep(1e6)
-train._device_rows = stuck
+compile_run = train.compile_run
+def with_stuck_rows(parts):
+    program = compile_run(parts)
+    def stuck(step):
+        yield from itertools.islice(program.batches(step), 4)
+        time.sleep(1e6)
+    return dataclasses.replace(program, batches=stuck)
+train.compile_run = with_stuck_rows
 cli.program()
 """
 

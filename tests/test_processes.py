@@ -1,5 +1,6 @@
 """Several real processes over loopback: one run, the same batches and losses, checkpoints that any number continues."""
 
+import json
 import re
 import shutil
 import signal
@@ -12,25 +13,29 @@ from conftest import LIMIT, finish, run_numbers, start
 
 from distil_jax.commands import processes
 from distil_jax.commands.run_folder import open_model
+from distil_jax.io import huggingface
 from distil_jax.schema import InputError
 
 # Prints a hash of every global batch as the devices have it, then runs the command line.
 PROGRAM = """
-import hashlib, sys
+import dataclasses, hashlib, sys
 import jax, numpy as np
 from jax.experimental import multihost_utils
 from distil_jax import cli
-from distil_jax.commands import train
-rows_of = train._device_rows
-def shown(program, step):
-    for rows in rows_of(program, step):
-        whole = multihost_utils.process_allgather(rows, tiled=True)
-        step += 1
-        digest = hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(whole))).hexdigest()
-        print("batch", step, digest, file=sys.stderr, flush=True)
-        yield rows
-train._device_rows = shown
-train.prefetch = lambda items: items  # gathering is a collective: not from another thread
+from distil_jax.commands import loop, train
+compile_run = train.compile_run
+def watched(parts):
+    program = compile_run(parts)
+    def shown(step):
+        for rows in program.batches(step):
+            whole = multihost_utils.process_allgather(rows, tiled=True)
+            step += 1
+            digest = hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(whole))).hexdigest()
+            print("batch", step, digest, file=sys.stderr, flush=True)
+            yield rows
+    return dataclasses.replace(program, batches=shown)
+train.compile_run = watched
+loop.prefetch = lambda items: items  # gathering is a collective: not from another thread
 sys.exit(cli.main(sys.argv[1:]))
 """
 STEPS = 8
@@ -115,3 +120,24 @@ def test_the_environment_is_one_line_without_secrets(monkeypatch):
     monkeypatch.setenv("DISTIL_RETRIES", "5")
     line = processes.environment()
     assert "8 x cpu" in line and "DISTIL_RETRIES=5" in line and "secret" not in line and "\n" not in line
+
+
+def test_two_processes_fine_tune_as_one(workshop, tmp_path):
+    """Each holds half of every parameter; the last batch of the dev examples is not full; the first one writes."""
+    animals = ("cat", "dog", "bird")
+    pairs = [(a, b) for a in animals for b in animals if a != b]
+    lines = [f"the {a} sees the {b},{'cat' if 'cat' in (a, b) else 'other'}" for a, b in pairs * 6]
+    (tmp_path / "task.csv").write_text("\n".join(["text,label", *lines]) + "\n")
+    (tmp_path / "task.toml").write_text(f'[task]\ntrain = "{tmp_path}/task.csv"\ndev = "{tmp_path}/task.csv"\n')
+    words = ["finetune", workshop / "teacher", "--task", tmp_path / "task.toml", "--set", "train.batch_rows=16"]
+    words += ["--set", "train.steps=4", "--set", "optimizer.eps=1e-6", "--set", "train.tensorboard=false"]
+    words += ["--set", "optimizer.learning_rate=1e-3"]
+    for count, fsdp in ((2, 2), (1, 1)):
+        output = ["--output", tmp_path / str(count), "--set", f"mesh.fsdp={fsdp}"]
+        for status, _, stderr in finish(start(count, [*words, *output], devices=4)):
+            assert status == 0, stderr
+    (_, head, two), (_, _, one) = (huggingface.load_task(tmp_path / count / "model") for count in ("2", "1"))
+    assert head.names == ("cat", "other")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), two, one)
+    found, expected = (json.loads((tmp_path / count / "scores.json").read_text()) for count in ("2", "1"))
+    assert found["step"] == expected["step"] and found["dev"] == pytest.approx(expected["dev"], abs=1e-4)

@@ -149,9 +149,12 @@ class Checkpoints:
         return (None if found < 0 else found), problems
 
     def best(self) -> int | None:
-        """The step whose score is the best; None where no checkpoint has one."""
-        scores = {step: score for step, score in self._whole().items() if score is not None}
-        return min(scores, key=scores.get) if scores else None
+        """The step whose score is the best, as the first process sees it; None where no checkpoint has one."""
+        found = self._best() if self._first else None
+        if jax.process_count() > 1:
+            told = int(multihost_utils.broadcast_one_to_all(np.array(-1 if found is None else found)))
+            found = None if told < 0 else told
+        return found
 
     def set_aside_after(self, step: int) -> list[str]:
         """Renames every checkpoint later than `step`, so that the run can write these steps again; the new names."""
@@ -267,10 +270,14 @@ class Checkpoints:
 
     def _retire(self) -> None:
         """Removes what is neither among the newest nor the best; a damaged checkpoint counts for nothing and stays."""
-        whole, best = self._whole(), self.best()
+        whole, best = self._whole(), self._best()
         for step in sorted(whole)[: -self._keep]:
             if step != best:
                 shutil.rmtree((self._folder / str(step)).rename(self._folder / f".retired-{step}"))
+
+    def _best(self) -> int | None:
+        scores = {step: score for step, score in self._whole().items() if score is not None}
+        return min(scores, key=scores.get) if scores else None
 
     def _whole(self) -> dict[int, float | None]:
         """The scores of the checkpoints whose manifests are whole."""
