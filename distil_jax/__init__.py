@@ -9,6 +9,7 @@ from distil_jax.config import MeshConfig as MeshConfig
 from distil_jax.config import ModelConfig as ModelConfig
 from distil_jax.config import OptimizerConfig as OptimizerConfig
 from distil_jax.config import StepConfig as StepConfig
+from distil_jax.config import TaskLossConfig as TaskLossConfig
 
 # Models.
 from distil_jax.models.encoder import MaskedLm as MaskedLm
@@ -31,6 +32,7 @@ from distil_jax.objective.losses import mlm_loss as mlm_loss
 from distil_jax.objective.losses import mse_loss as mse_loss
 from distil_jax.objective.masking import mask_tokens as mask_tokens
 from distil_jax.objective.masking import masking_weights as masking_weights
+from distil_jax.objective.tasks import TaskObjective as TaskObjective
 from distil_jax.schema import InputError as InputError
 from distil_jax.structs import Batch as Batch
 from distil_jax.structs import Encoded as Encoded
@@ -51,6 +53,7 @@ from distil_jax.training.state import init_state as init_state
 from distil_jax.training.step import eval_step as eval_step
 from distil_jax.training.step import mask_and_eval_step as mask_and_eval_step
 from distil_jax.training.step import mask_and_train_step as mask_and_train_step
+from distil_jax.training.step import task_eval_step as task_eval_step
 from distil_jax.training.step import train_step as train_step
 
 __version__ = "0.1.0"

@@ -29,7 +29,7 @@ _VERBS = {
     "export": "write a run's student as a folder that `transformers` opens",
     "finetune": "fine-tune an encoder on a task, with a fine-tuned teacher or without",
     "compare": "fine-tune a teacher and its students on tasks, and say what they keep of it",
-    "report": "write report.md and its pictures for a run",
+    "report": "write report.md and report.html for runs",
     "doctor": "check the machine, and all that a run needs, and say what to do about what is wrong",
 }
 _MODULES = {"eval": "evaluate"}
