@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 SUFFIXES = (".csv", ".tsv", *JSON_SUFFIXES, ".parquet")
+_LARGEST_FIELD = 1 << 24  # characters
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which JSON can escape and UTF-8 cannot hold
 
 
@@ -172,6 +173,7 @@ def _table_records(path: str) -> Iterator[tuple[str, dict[str, str]]]:
 def _table_rows(path: str) -> Iterator[tuple[int, list[str]]]:
     """The fields of each row, with the number of its first line: where a quote was opened that nothing closes."""
     texts = _text_lines(path)
+    csv.field_size_limit(_LARGEST_FIELD)  # of the module: Python's own, 128 KiB, is less than many a document
     if path.endswith(".tsv"):
         reader = csv.reader(texts, delimiter="\t", quoting=csv.QUOTE_NONE)
     else:
