@@ -1,6 +1,7 @@
 """Eight virtual devices, no network, small models: what every test shares."""
 
 import atexit
+import gc
 import hashlib
 import os
 import random
@@ -35,6 +36,15 @@ from distil_jax.structs import Rows
 
 # The models here are tiny and compiled often: XLA's optimisations cost more time than they save.
 jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_a_file_go_with_it():
+    """Each compiled program keeps pieces of memory mapped, and a process may have 65,530 of them."""
+    yield
+    jax.clear_caches()
+    gc.collect()
+
 
 VOCAB, LENGTH, MASK = 90, 24, 4  # 90 is no multiple of 128: the vocabulary is padded in every test
 

@@ -1,49 +1,9 @@
-"""The comparison of a teacher and its students: tables, files and cards say what the runs reached."""
-
-import json
-from statistics import fmean, stdev
+"""The tables of a comparison; that they say what real runs reached is seen in test_guide.py."""
 
 import pytest
-from test_finetune import QUICK, tasks  # noqa: F401 - a fixture
 
 from distil_jax import cli
 from distil_jax.commands import compare as command
-
-SETTINGS = [word for setting in QUICK for word in ("--set", setting)]
-
-
-@pytest.fixture(scope="module")
-def compared(workshop, finished_run, tasks, tmp_path_factory):  # noqa: F811
-    output = tmp_path_factory.mktemp("compared")
-    words = ["compare", f"teacher={workshop / 'teacher'}", f"student={finished_run}", "--seeds", "0", "1"]
-    words += ["--tasks", str(tasks / "sequence.toml"), "--output", str(output), "--distil", "--baseline", *SETTINGS]
-    assert cli.main(words) == 0
-    return output, words
-
-
-def test_the_tables_say_what_the_runs_reached(compared):
-    output, _ = compared
-    found = json.loads((output / "compare.json").read_text())
-    page = (output / "compare.md").read_text()
-    scores = found["scores"]["sequence"]
-    assert list(scores) == ["teacher", "student", "student + its logits", "TF-IDF + linear"]
-    for name, folder in (("teacher", "teacher"), ("student", "student"), ("student + its logits", "student-distilled")):
-        for seed, score in enumerate(scores[name]):
-            run = json.loads((output / "sequence" / folder / str(seed) / "scores.json").read_text())
-            assert score == run["test"]["accuracy"]
-        line = next(line for line in page.splitlines() if line.startswith(f"| {name} "))
-        assert f"{100 * fmean(scores[name]):.1f} ± {100 * stdev(scores[name]):.1f}" in line
-    assert scores["TF-IDF + linear"][0] == scores["TF-IDF + linear"][1] > 0.85  # one word decides
-    assert found["sizes"]["student"]["parameters"] < found["sizes"]["teacher"]["parameters"]
-    assert (output / "compare.png").stat().st_size > 10_000
-
-
-def test_a_second_call_trains_nothing_and_finds_the_same(compared, capsys):
-    output, words = compared
-    before = json.loads((output / "compare.json").read_text())
-    assert cli.main(words) == 0
-    assert capsys.readouterr().out.count("nothing is left to train") == 6
-    assert json.loads((output / "compare.json").read_text())["scores"] == before["scores"]
 
 
 def test_macro_and_what_is_kept():

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from conftest import LIMIT, file_hashes, finish, run_numbers, same_leaves, start, write_sentences
 
+from distil_jax import cli
 from distil_jax.commands.doctor import _run_checks
 from distil_jax.commands.run_folder import open_model
 from distil_jax.io.metrics import read_metrics
@@ -375,14 +376,13 @@ def test_few_file_descriptors_are_one_clear_error(workshop, tmp_path):
     assert "Too many open files" in stderr
 
 
-def test_no_secret_of_the_environment_is_written_anywhere(workshop, tmp_path, monkeypatch):
+def test_no_secret_of_the_environment_is_written_anywhere(workshop, tmp_path, monkeypatch, capfd):
     for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "WANDB_API_KEY", "MY_PASSWORD"):
         monkeypatch.setenv(name, "s3cr3t-value")
     run, model = tmp_path / "run", tmp_path / "model"
-    said = done(train(workshop, run, "train.steps=3"), 0)
-    for verb in (["export", run, model], ["report", run]):
-        said += done(start(1, verb), 0)
-    assert "s3cr3t" not in json.dumps(said)
+    for verb in (words(workshop, run, "train.steps=3"), ["export", run, model], ["report", run]):
+        assert cli.main([str(word) for word in verb]) == 0
+    assert "s3cr3t" not in "".join(capfd.readouterr())
     for path in (*run.rglob("*"), *model.rglob("*")):
         assert not path.is_file() or b"s3cr3t" not in path.read_bytes(), path
 

@@ -1,5 +1,6 @@
 """The README's way from a folder of text and a BERT to a compared student, command by command, on a small scale."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -33,9 +34,17 @@ def test_the_guide(workshop, tasks, tmp_path, monkeypatch, capsys):  # noqa: F81
         verb, *words = shlex.split(line)
         words += SMALLER.get(verb, []) + (quick if verb in ("train", "finetune", "compare") else [])
         assert cli.main([verb, *words]) == 0, (line, capsys.readouterr().err)
-    table = Path("compared/compare.md").read_text()
-    for name in ("teacher", "my_student", "my_student + its logits", "TF-IDF + linear"):
-        assert f"| {name} " in table
+    page, found = Path("compared/compare.md").read_text(), json.loads(Path("compared/compare.json").read_text())
+    scores = found["scores"]["my_task"]
+    folders = {"teacher": "teacher", "my_student": "my_student", "my_student + its logits": "my_student-distilled"}
+    assert list(scores) == [*folders, "TF-IDF + linear"] and scores["TF-IDF + linear"][0] > 0.85  # one word decides
+    for name, folder in folders.items():
+        run = json.loads((Path("compared/my_task") / folder / "0" / "scores.json").read_text())
+        assert scores[name] == [run["dev"]["accuracy"]]
+        line = next(line for line in page.splitlines() if line.startswith(f"| {name} "))
+        assert f" {100 * scores[name][0]:.1f} |" in line
+    assert found["sizes"]["my_student"]["parameters"] < found["sizes"]["teacher"]["parameters"]
+    assert Path("compared/compare.png").stat().st_size > 10_000
     pytest.importorskip("torch")
     from transformers import pipeline
 

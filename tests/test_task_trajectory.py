@@ -1,6 +1,7 @@
 """Thirty steps of fine-tuning beside PyTorch's models, losses and optimiser: every term, at every step."""
 
 from dataclasses import replace
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -163,41 +164,40 @@ def pytorch_steps(torch, transformers, config, student, teacher=None):
         schedule.step()
 
 
-@pytest.mark.parametrize("head", [SEQUENCE, TOKENS, SPANS], ids=["sequence", "tokens", "spans"])
-def test_devices_micro_batches_and_padding_change_no_number(head):
-    """Eight devices, two micro-batches, wider rows and a row of padding alone: the same losses and parameters."""
-    loss = TaskLossConfig(0.5, 0.5, 2.0)
-    config = step_config(head, 0, loss)
+def longer(leaf):
+    """8 more columns and 8 more rows, all padding."""
+    leaf = np.asarray(leaf)
+    fill = IGNORED if leaf.dtype == np.int32 and leaf.min() < 0 else 0
+    columns = (0, 8) if leaf.shape[1:] == (LENGTH,) else (0, 0)
+    return np.pad(leaf, ((0, ROWS), columns)[: leaf.ndim], constant_values=fill)
+
+
+@pytest.mark.parametrize(
+    ("head", "change"),
+    [(SEQUENCE, "devices"), (SEQUENCE, "padding"), (TOKENS, "micro-batches"), (TOKENS, "padding"), (SPANS, "padding")],
+    ids=lambda value: value if isinstance(value, str) else value.kind,
+)
+def test_devices_micro_batches_and_padding_change_no_number(head, change):
+    """Eight devices, two micro-batches, or wider rows and rows of padding alone: the same losses and parameters."""
+    config = step_config(head, 0, TaskLossConfig(0.5, 0.5, 2.0))
     params, teacher_params = start(config.student, head, 1), start(config.teacher, head, 2)
 
-    def train(config, mesh, wider):
-        state = init_state(jax.random.key(0), config, params=params)
-        step = jax.jit(train_step)
-        if mesh is not None:
+    def train(change):
+        used, place, step = config, lambda batch: batch, jax.jit(train_step)
+        if change == "micro-batches":
+            used = replace(config, accumulation=2)
+        if change == "devices":
+            mesh = make_mesh(MeshConfig())
             step = jit_step(train_step, mesh, abstract_state(config), jax.eval_shape(lambda: teacher_params))
-        losses = []
-        for ids, mask, types, labels in padded_batches(head, steps=3):
-            batch = as_batch(ids, mask, types, labels)
-            if wider:
-                batch = jax.tree.map(longer, batch)
-            batch = batch if mesh is None else put_rows(batch, mesh)
-            state, metrics = step(state, teacher_params, batch)
+            place = partial(put_rows, mesh=mesh)
+        if change == "padding":
+            place = partial(jax.tree.map, longer)
+        state, losses = init_state(jax.random.key(0), used, params=params), []
+        for batch in padded_batches(head, steps=3):
+            state, metrics = step(state, teacher_params, place(as_batch(*batch)))
             losses.append(float(metrics["loss"].value()))
-        return losses, state.params
+        return losses, jax.device_get(state.params)
 
-    def longer(leaf):
-        """8 more columns and 8 more rows, all padding."""
-        leaf = np.asarray(leaf)
-        fill = IGNORED if leaf.dtype == np.int32 and leaf.min() < 0 else 0
-        columns = (0, 8) if leaf.shape[1:] == (LENGTH,) else (0, 0)
-        return np.pad(leaf, ((0, ROWS), columns)[: leaf.ndim], constant_values=fill)
-
-    losses, expected = train(config, None, wider=False)
-    for changed, mesh, wider in (
-        (config, make_mesh(MeshConfig()), False),
-        (replace(config, accumulation=2), None, False),
-        (config, None, True),
-    ):
-        found, trained = train(changed, mesh, wider)
-        np.testing.assert_allclose(found, losses, rtol=1e-5)
-        assert_params_close(trained, jax.device_get(expected))
+    (losses, expected), (found, trained) = train("nothing"), train(change)
+    np.testing.assert_allclose(found, losses, rtol=1e-5)
+    assert_params_close(trained, expected)
