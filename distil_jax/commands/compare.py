@@ -11,6 +11,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+import jax
+
 from distil_jax.commands import processes
 from distil_jax.commands.baseline import baseline_scores
 from distil_jax.commands.finetune import finetune
@@ -152,6 +154,7 @@ def compare(
             scores[task][name + _DISTILLED] = found
         if baseline and config.task.kind in ("sequence", "regression"):
             scores[task][_BASELINE] = [baseline_scores(config.task)[config.task.judges[0]]] * len(seeds)
+        jax.clear_caches()  # the programs of a task serve no other one, and hold memory
     length = min(_LENGTH, *(model.config.max_positions for model in opened.values()))
     return Comparison(
         scores=scores,
