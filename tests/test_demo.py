@@ -1,13 +1,16 @@
 """The demonstration on a few lines of text, and the embedded teacher that it stands on."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 
+from distil_jax.commands import demo as command
 from distil_jax.commands.demo import TEXT, _row, demo
 from distil_jax.commands.fill_mask import fill_mask
 from distil_jax.commands.run_folder import open_model
+from distil_jax.commands.speed import encoder_seconds
 from distil_jax.config import EMBEDDED_TEACHER, ModelConfig
 from distil_jax.io import huggingface
 from distil_jax.schema import InputError
@@ -27,8 +30,9 @@ def text(tmp_path_factory):
     return replace(TEXT, sources=(str(path),), document="line", held_out=0.1)
 
 
-def test_the_whole_path_and_that_a_second_call_goes_on(text, tmp_path, capsys):
-    overrides = ["train.steps=4", "train.eval_every=2", "train.batch_rows=8", "train.log_every=2"]
+def test_the_whole_path_and_that_a_second_call_goes_on(text, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(command, "encoder_seconds", partial(encoder_seconds, repeats=1))
+    overrides = ["train.steps=4", "train.eval_every=2", "train.batch_rows=8", "train.log_every=2", "compute.unroll=no"]
     numbers = demo(tmp_path / "demo", overrides=overrides, text=text)
     shown = capsys.readouterr().out
     for name in ("teacher", "student, untrained", "student, distilled", "student, no teacher"):

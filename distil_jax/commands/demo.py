@@ -13,23 +13,20 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
 
-import jax
-import numpy as np
-
 from distil_jax.commands.evaluate import evaluate
 from distil_jax.commands.export import export
 from distil_jax.commands.prepare import prepare_rows
 from distil_jax.commands.report import write_report
 from distil_jax.commands.report.gaps import compare
 from distil_jax.commands.report.page import Paragraph, Table, to_markdown
-from distil_jax.commands.run_folder import Model, open_model
+from distil_jax.commands.run_folder import open_model
+from distil_jax.commands.speed import encoder_seconds
 from distil_jax.commands.train import train
 from distil_jax.config import EMBEDDED_TEACHER, ModelConfig, load
 from distil_jax.data.prepare import PrepareConfig
 from distil_jax.io.metrics import read_metrics
-from distil_jax.models.encoder import MaskedLm, count_parameters
+from distil_jax.models.encoder import count_parameters
 from distil_jax.schema import InputError
-from distil_jax.structs import Batch
 
 TEXT = PrepareConfig(sources=("docstrings",), tokenizer=str(EMBEDDED_TEACHER), sequence_length=128, held_out=0.05)
 _EXAMPLES = (
@@ -108,7 +105,9 @@ def _judge(output: Path, seeds: Sequence[int], began: float) -> dict[str, list[d
     }
     trained = {"student, distilled": lines["distilled"], "student, no teacher": lines["undistilled"]}
     seconds = {name: [_training_seconds(run) for run in trained.get(name, ())] for name in numbers}
-    speeds = [encoder_speed(teacher), *[encoder_speed(student)] * 3]
+    length = teacher.config.max_positions
+    seconds_of = encoder_seconds({"teacher": teacher, "student": student}, rows=32, length=length)
+    speeds = [32 * length / seconds_of["teacher"], *[32 * length / seconds_of["student"]] * 3]
     rows = [
         _row(name, (teacher if name == "teacher" else student).config, numbers[name], speed, seconds[name])
         for name, speed in zip(numbers, speeds, strict=True)
@@ -149,22 +148,6 @@ def _row(
         f"{speed:,.0f}",
         mean(seconds, 0, " s"),
     ]
-
-
-def encoder_speed(model: Model, *, rows: int = 32, repeats: int = 15) -> float:
-    """Real tokens per second through the encoder, without the vocabulary: the median of `repeats` calls."""
-    length = model.config.max_positions
-    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (rows, length))
-    batch = Batch.from_padded(ids, np.ones_like(ids), ids)
-    encode = jax.jit(lambda params, batch: MaskedLm(model.config).apply({"params": params}, batch).hidden)
-    params = jax.device_put(model.params)
-    encode(params, batch).block_until_ready()
-    seconds = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        encode(params, batch).block_until_ready()
-        seconds.append(time.perf_counter() - began)
-    return rows * length / sorted(seconds)[repeats // 2]
 
 
 def _training_seconds(lines: list[dict]) -> float:
