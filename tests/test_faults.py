@@ -428,7 +428,7 @@ cli.program()
 def test_memory_and_open_files_stay_flat(workshop, tmp_path):
     """Tiny steps with many checkpoints and evaluations; a leak of a few KiB a step would show.
 
-    Below 0.1 MiB of each save stays: TensorStore 0.1.86 never frees the JSON that Orbax asks it for with every array.
+    Below 0.1 MiB of each save stays; part of it is JSON that TensorStore 0.1.86 never frees when Orbax asks for it.
     """
     steps = int(os.environ.get("DISTIL_SOAK", "240"))
     settings = (f"train.steps={steps}", "train.checkpoint_every=10", "train.eval_every=20", "train.log_every=10")
