@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from distil_jax.config import (
     ComputeConfig,
@@ -19,7 +19,7 @@ from distil_jax.config import (
     preset,
     read_toml,
 )
-from distil_jax.schema import build, may_change, require, set_value, table_of
+from distil_jax.schema import build, may_change, require, set_value, table_of, to_dict
 
 # How a task is judged. f1: of the label 1 of two; macro_f1: the mean over all labels; entity_f1: of whole entities
 # (IOB2); exact_match and span_f1: SQuAD's; pearson and spearman: of a regression.
@@ -92,17 +92,24 @@ class StartConfig:
     head_dropout: float | None = None  # None: as published, see `head_of`
 
 
+# Those of the GLUE runs of BERT and DistilBERT; and a task is small: it is judged and saved once an epoch.
+_OPTIMIZER = OptimizerConfig(learning_rate=5e-5, beta2=0.999, eps=1e-8, warmup=0.1, clip=1.0)
+_TRAIN = TrainConfig(
+    epochs=3.0, batch_rows=32, log_every=50, eval_every=0, eval_rows=0, checkpoint_every=0, keep_checkpoints=1
+)
+
+
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """One fine-tuning run. The optimiser's defaults are those of the GLUE runs of BERT and DistilBERT."""
+    """One fine-tuning run."""
 
     seed: int = 0  # of the head's first parameters, the order of the examples, and dropout
     task: TaskConfig = TaskConfig()
     model: StartConfig = StartConfig()
     teacher: TeacherConfig = TeacherConfig()  # a model that was fine-tuned on the same task; empty: none
     loss: TaskLossConfig = TaskLossConfig()
-    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=5e-5, beta2=0.999, eps=1e-8, warmup=0.1, clip=1.0)
-    train: TrainConfig = TrainConfig(epochs=3.0)
+    optimizer: OptimizerConfig = _OPTIMIZER
+    train: TrainConfig = _TRAIN
     mesh: MeshConfig = MeshConfig()
     compute: ComputeConfig = ComputeConfig()
 
@@ -118,20 +125,6 @@ class FinetuneConfig:
         )
 
 
-# What differs from the defaults that pre-training has, where neither file nor command line says it.
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "optimizer": {"learning_rate": 5e-5, "beta2": 0.999, "eps": 1e-8, "warmup": 0.1, "clip": 1.0},
-    "train": {
-        "batch_rows": 32,
-        "log_every": 50,
-        "eval_every": 0,
-        "eval_rows": 0,
-        "checkpoint_every": 0,
-        "keep_checkpoints": 1,
-    },
-}
-
-
 def load_task(name: str | Path, overrides: Sequence[str] = ()) -> FinetuneConfig:
     """Reads a fine-tuning run's configuration.
 
@@ -145,10 +138,10 @@ def load_task(name: str | Path, overrides: Sequence[str] = ()) -> FinetuneConfig
     values = read_toml(preset(name, "tasks"))
     for override in overrides:
         set_value(values, override)
-    for section, defaults in _DEFAULTS.items():
-        values[section] = defaults | table_of(values, section)
-    if not {"steps", "epochs"} & values["train"].keys():
-        values["train"]["epochs"] = 3.0
+    given = table_of(values, "train")
+    schedule = {"epochs": 0.0} if "steps" in given else {}  # one of the two says how long
+    values["train"] = to_dict(_TRAIN) | schedule | given
+    values["optimizer"] = to_dict(_OPTIMIZER) | table_of(values, "optimizer")
     # A teacher that is named is used: half of each, the published weights of task distillation.
     if table_of(values, "teacher").get("path"):
         values["loss"] = {"task": 0.5, "soft": 0.5} | table_of(values, "loss")

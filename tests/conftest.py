@@ -250,6 +250,36 @@ def assert_params_close(found, expected, tolerance=1e-5):
         np.testing.assert_allclose(ours, theirs, atol=1e-4 if noisy else tolerance, err_msg=str(path))
 
 
+# PyTorch beside us.
+
+
+@pytest.fixture
+def transformers():
+    """The library, where PyTorch is there too; silent."""
+    pytest.importorskip("torch")
+    module = pytest.importorskip("transformers")
+    module.logging.set_verbosity_error()
+    module.logging.disable_progress_bar()
+    return module
+
+
+def pytorch_optimizer(model, config):
+    """AdamW without decay on biases and LayerNorm, and its linear schedule, as the authors' scripts make them."""
+    import torch
+    import transformers
+
+    decayed = [p for n, p in model.named_parameters() if not n.endswith("bias") and "norm" not in n.lower()]
+    kept = [p for n, p in model.named_parameters() if n.endswith("bias") or "norm" in n.lower()]
+    adam = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": config.weight_decay}, {"params": kept, "weight_decay": 0.0}],
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+    )
+    warmup = round(config.warmup * config.steps)
+    return adam, transformers.get_linear_schedule_with_warmup(adam, warmup, config.steps)
+
+
 # Commands in processes of their own.
 
 LIMIT = 240  # seconds

@@ -97,15 +97,6 @@ def edit_weights(folder: Path, change: Callable[[dict], dict]) -> None:
 # Against PyTorch
 
 
-@pytest.fixture
-def transformers() -> ModuleType:
-    pytest.importorskip("torch")
-    module = pytest.importorskip("transformers")
-    module.logging.set_verbosity_error()
-    module.logging.disable_progress_bar()
-    return module
-
-
 def torch_model(transformers: ModuleType, token_types: int, kind: str, **changes: object):
     """A small PyTorch model of which every parameter is random, LayerNorms and biases included."""
     import torch

@@ -576,15 +576,6 @@ def test_a_save_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mo
 # Against PyTorch
 
 
-@pytest.fixture
-def transformers() -> ModuleType:
-    pytest.importorskip("torch")
-    module = pytest.importorskip("transformers")
-    module.logging.set_verbosity_error()
-    module.logging.disable_progress_bar()
-    return module
-
-
 BERTS = [
     {"vocab_size": 130, "hidden_size": 12, "num_attention_heads": 3, "hidden_act": "gelu"},
     {"vocab_size": 37, "hidden_size": 20, "num_attention_heads": 5, "hidden_act": "gelu_new", "type_vocab_size": 3},

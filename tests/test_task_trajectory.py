@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
-from conftest import assert_params_close
+from conftest import assert_params_close, pytorch_optimizer
 
 from distil_jax.config import HeadConfig, MeshConfig, ModelConfig, OptimizerConfig, StepConfig, TaskLossConfig
 from distil_jax.io import huggingface
@@ -106,16 +106,7 @@ def pytorch_steps(torch, transformers, config, student, teacher=None):
     from torch.nn import functional
 
     optimizer = config.optimizer
-    decayed = [p for n, p in student.named_parameters() if not n.endswith("bias") and "norm" not in n.lower()]
-    kept = [p for n, p in student.named_parameters() if n.endswith("bias") or "norm" in n.lower()]
-    adam = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": optimizer.weight_decay}, {"params": kept, "weight_decay": 0.0}],
-        lr=optimizer.learning_rate,
-        betas=(optimizer.beta1, optimizer.beta2),
-        eps=optimizer.eps,
-    )
-    warmup = round(optimizer.warmup * optimizer.steps)
-    schedule = transformers.get_linear_schedule_with_warmup(adam, warmup, optimizer.steps)
+    adam, schedule = pytorch_optimizer(student, optimizer)
     student.train()
     for batch in padded_batches(config.head):
         ids, mask, types, labels = map(torch.tensor, batch)

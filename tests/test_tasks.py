@@ -19,7 +19,8 @@ from distil_jax.config import EMBEDDED_TEACHER
 from distil_jax.data import loader
 from distil_jax.data.examples import read_splits
 from distil_jax.data.loader import RowTable
-from distil_jax.data.tasks import TaskTable, read_task, task_batches, task_eval_batches
+from distil_jax.data.task_table import TaskTable
+from distil_jax.data.tasks import read_task
 from distil_jax.data.tokenizer import load_tokenizer
 from distil_jax.schema import InputError
 from distil_jax.structs import IGNORED
@@ -165,7 +166,7 @@ def test_batches_come_in_the_order_of_the_loader(table, processes):
     plain = RowTable(table.input_ids, (table.input_ids > 0).astype(np.uint16))
     expected = loader.batches(plain, batch_rows=4, seed=3, position=8)
     shares = [
-        task_batches(table, batch_rows=4, seed=3, position=8, places=places)
+        loader.batches(table, batch_rows=4, seed=3, position=8, places=places)
         for places in np.split(np.arange(4), processes)
     ]
     for _ in range(40):  # beyond one epoch
@@ -183,7 +184,7 @@ def test_batches_come_in_the_order_of_the_loader(table, processes):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_judged_rows_come_once_and_are_filled_up(table, batch_rows, limit, processes):
     shares = [
-        list(task_eval_batches(table, batch_rows=batch_rows, limit=limit, places=places))
+        list(loader.held_out_batches(table, batch_rows=batch_rows, limit=limit, places=places))
         for places in np.split(np.arange(batch_rows), processes)
     ]
     rows = min(limit or 68, 68)
@@ -203,7 +204,7 @@ def test_judged_rows_come_once_and_are_filled_up(table, batch_rows, limit, proce
 
 def test_an_empty_row_of_a_regression_has_no_number(table):
     numbers = replace(table, labels=table.labels.astype(np.float32), pad_id=9)
-    (*_, last) = task_eval_batches(numbers, batch_rows=64)
+    (*_, last) = loader.held_out_batches(numbers, batch_rows=64)
     assert last.labels.tolist() == [64.0, 65.0, 66.0, 67.0] + [0.0] * 60
     assert (last.input_ids[4:] == 9).all()
 
@@ -211,7 +212,7 @@ def test_an_empty_row_of_a_regression_has_no_number(table):
 def test_no_examples_are_refused(table):
     empty = jax.tree.map(lambda leaf: leaf[:0], (table.input_ids, table.lengths, table.second, table.labels))
     with pytest.raises(InputError, match="no examples to train on"):
-        task_batches(TaskTable(*empty, pad_id=0), batch_rows=2, seed=0)
+        loader.batches(TaskTable(*empty, pad_id=0), batch_rows=2, seed=0)
 
 
 # What trains and what judges

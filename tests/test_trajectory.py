@@ -5,7 +5,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from conftest import random_params
+from conftest import pytorch_optimizer, random_params
 
 from distil_jax.config import LossConfig, ModelConfig, OptimizerConfig, StepConfig
 from distil_jax.io import huggingface
@@ -65,17 +65,7 @@ def pytorch_steps(torch, transformers, teacher, student, config):
     from torch.nn import functional
 
     loss, optimizer = config.loss, config.optimizer
-    decayed = [p for n, p in student.named_parameters() if not n.endswith("bias") and "norm" not in n.lower()]
-    kept = [p for n, p in student.named_parameters() if n.endswith("bias") or "norm" in n.lower()]
-    adam = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": optimizer.weight_decay}, {"params": kept, "weight_decay": 0.0}],
-        lr=optimizer.learning_rate,
-        betas=(optimizer.beta1, optimizer.beta2),
-        eps=optimizer.eps,
-    )
-    schedule = transformers.get_linear_schedule_with_warmup(
-        adam, round(optimizer.warmup * optimizer.steps), optimizer.steps
-    )
+    adam, schedule = pytorch_optimizer(student, optimizer)
     teacher.eval()
     student.train()
     for ids, mask, labels in padded_batches():

@@ -33,7 +33,7 @@ from distil_jax.models.heads import abstract_model
 from distil_jax.models.student import choose_layers, student_from_teacher
 from distil_jax.objective.masking import masking_weights, most_targets
 from distil_jax.schema import InputError
-from distil_jax.training.sharding import check_mesh, make_mesh, shard_count
+from distil_jax.training.sharding import check_mesh, make_mesh, put_params, shard_count, shardings_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,8 +111,7 @@ def assemble(config: Config) -> Parts:
     identity = {"rows": _digest(manifest)}
     if teacher_params is not None:
         identity["teacher"] = huggingface.fingerprint(teacher_params)
-        # The teacher only computes: its parameters are kept in its compute dtype, half the memory on accelerators.
-        teacher_params = jax.tree.map(lambda leaf: np.asarray(leaf, jnp.dtype(teacher_config.dtype)), teacher_params)
+        teacher_params = in_dtype_of(teacher_config, teacher_params)
     return Parts(
         config=config,
         step=step,
@@ -209,6 +208,19 @@ def teacher_shapes(teacher: TeacherConfig, model: ModelConfig, head: HeadConfig 
     dtype = jnp.dtype(model.dtype)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), abstract_model(model, head))
     return shapes if teacher.sharded else nn.unbox(shapes)
+
+
+def in_dtype_of(model: ModelConfig, params: Any) -> Any:
+    """A teacher's parameters in its compute dtype: it only computes, and on accelerators that is half the memory."""
+    return jax.tree.map(lambda leaf: np.asarray(leaf, jnp.dtype(model.dtype)), params)
+
+
+def place_teacher(params: Any, teacher: TeacherConfig, step: StepConfig, mesh: Mesh) -> tuple[Any, Any]:
+    """The teacher's `teacher_shapes`, and its parameters on the mesh; both None where there is none."""
+    if params is None:
+        return None, None
+    shapes = teacher_shapes(teacher, step.teacher, step.head)
+    return shapes, put_params(params, shardings_of(shapes, mesh))
 
 
 def with_compute(model: ModelConfig, compute: ComputeConfig) -> ModelConfig:

@@ -16,7 +16,8 @@ import jax
 from distil_jax.commands import processes
 from distil_jax.commands.baseline import baseline_scores
 from distil_jax.commands.finetune import finetune
-from distil_jax.commands.markdown import table
+from distil_jax.commands.markdown import mean_and_spread, table
+from distil_jax.commands.report.style import RUNS
 from distil_jax.commands.run_folder import Model, open_model
 from distil_jax.commands.speed import encoder_seconds
 from distil_jax.models.encoder import count_parameters
@@ -239,10 +240,7 @@ def tables(found: Comparison) -> list[str]:
 
 
 def _percent(values: Sequence[float]) -> str:
-    if not values:
-        return "-"
-    spread = f" ± {100 * stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{100 * fmean(values):.1f}{spread}"
+    return mean_and_spread([100 * value for value in values], 1) or "-"
 
 
 def write(found: Comparison, lines: Sequence[str], output: Path) -> None:
@@ -269,7 +267,7 @@ def _draw(found: Comparison, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+    colours = [light for light, _, _ in RUNS]
     names, teacher = found.names, next(iter(found.sizes))
     columns = {**found.scores, "macro": {name: found.macro(name) for name in names if found.macro(name)}}
     figure = Figure(figsize=(3.5 + 1.1 * len(columns) + 4.5, 4.4), layout="constrained")

@@ -11,13 +11,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean, stdev
 
 from distil_jax.commands.evaluate import evaluate
 from distil_jax.commands.export import export
+from distil_jax.commands.markdown import mean_and_spread
 from distil_jax.commands.prepare import prepare_rows
 from distil_jax.commands.report import write_report
 from distil_jax.commands.report.gaps import compare
+from distil_jax.commands.report.history import history
 from distil_jax.commands.report.page import Paragraph, Table, to_markdown
 from distil_jax.commands.run_folder import open_model
 from distil_jax.commands.speed import encoder_seconds
@@ -104,7 +105,7 @@ def _judge(output: Path, seeds: Sequence[int], began: float) -> dict[str, list[d
         "student, no teacher": [found[-1] for found in held_out["undistilled"]],
     }
     trained = {"student, distilled": lines["distilled"], "student, no teacher": lines["undistilled"]}
-    seconds = {name: [_training_seconds(run) for run in trained.get(name, ())] for name in numbers}
+    seconds = {name: [history(run).step_seconds for run in trained.get(name, ())] for name in numbers}
     length = teacher.config.max_positions
     seconds_of = encoder_seconds({"teacher": teacher, "student": student}, rows=32, length=length)
     speeds = [32 * length / seconds_of["teacher"], *[32 * length / seconds_of["student"]] * 3]
@@ -132,29 +133,18 @@ def _judge(output: Path, seeds: Sequence[int], began: float) -> dict[str, list[d
 def _row(
     name: str, model: ModelConfig, numbers: list[dict[str, float]], speed: float, seconds: list[float]
 ) -> list[str]:
-    def mean(values: list[float], digits: int, unit: str = "") -> str:
-        spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
-        return f"{fmean(values):.{digits}f}{spread}{unit}" if values else ""
-
     parameters = count_parameters(model)
     return [
         name,
         f"{parameters:,}",
         f"{4 * parameters / 1e6:.1f} MB",
-        mean([each["mlm"] for each in numbers], 3),
-        mean([100 * each["accuracy"] for each in numbers], 1, " %"),
-        mean([each["perplexity"] for each in numbers], 1),
-        mean([100 * each["agreement"] for each in numbers], 1, " %"),
+        mean_and_spread([each["mlm"] for each in numbers], 3),
+        mean_and_spread([100 * each["accuracy"] for each in numbers], 1, " %"),
+        mean_and_spread([each["perplexity"] for each in numbers], 1),
+        mean_and_spread([100 * each["agreement"] for each in numbers], 1, " %"),
         f"{speed:,.0f}",
-        mean(seconds, 0, " s"),
+        mean_and_spread(seconds, 0, " s"),
     ]
-
-
-def _training_seconds(lines: list[dict]) -> float:
-    """What the optimiser steps took, without compilation, evaluation and saving."""
-    steps = [0, *(line["step"] for line in lines if line["kind"] == "train")]
-    timed = zip(steps, (line for line in lines if line["kind"] == "train"), strict=False)
-    return sum((line["step"] - before) * line.get("seconds_per_step", 0.0) for before, line in timed)
 
 
 def _title(text: str) -> None:

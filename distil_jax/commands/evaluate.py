@@ -22,7 +22,7 @@ from distil_jax.models.encoder import abstract_params, count_parameters
 from distil_jax.objective.masking import most_targets
 from distil_jax.schema import InputError
 from distil_jax.training.sharding import jit_eval, local_places, make_mesh, put_params, put_rows, shardings_of
-from distil_jax.training.state import TrainState, abstract_state
+from distil_jax.training.state import TrainState, abstract_state, judged_state
 from distil_jax.training.step import mask_and_eval_step
 
 _BATCH_TOKENS = 8192  # per device and call; the numbers do not depend on it
@@ -97,13 +97,10 @@ def evaluate(model: Model, data: str | Path, *, teacher: Model | None = None, li
     config, _ = settle_attention(config, "auto", mesh, manifest.sequence_length)
     shapes = abstract_state(config).replace(opt_state=None)
     params = put_params(model.params, shardings_of(shapes, mesh).params)
-    none = jnp.zeros((), jnp.int32)
-    key = jax.random.key_data(jax.random.key(0))
-    state = TrainState(step=none, skipped=none, params=params, opt_state=None, key=key, config=config)
     teacher_shapes = abstract_params(config.teacher) if teacher else None
     return held_out_numbers(
         jit_eval(mask_and_eval_step, mesh, shapes, teacher_shapes),
-        state,
+        judged_state(config, params),
         put_params(teacher.params, shardings_of(teacher_shapes, mesh)) if teacher else None,
         table,
         token_weights(data, manifest, model.config, smoothing=0.0),

@@ -5,42 +5,38 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import tomli_w
 from jax.experimental import multihost_utils
 
 from distil_jax.commands import processes
 from distil_jax.commands.assemble import (
+    in_dtype_of,
+    place_teacher,
     resolve_compute,
     settle,
     teacher_compute,
-    teacher_shapes,
     total_steps,
     with_compute,
 )
 from distil_jax.commands.export import export
 from distil_jax.commands.judge import Judge
 from distil_jax.commands.loop import run_program
-from distil_jax.commands.program import Program, about_models, first_state, rows_of
+from distil_jax.commands.program import Program, about_models, batches_on, first_state, rows_of
 from distil_jax.commands.run_folder import Model, choose, open_model, restore
 from distil_jax.config import HeadConfig, StepConfig
-from distil_jax.data.tasks import TaskData, read_task, task_batches
+from distil_jax.data.tasks import TaskData, read_task
 from distil_jax.data.tokenizer import fingerprint as tokenizer_fingerprint
 from distil_jax.io import huggingface
 from distil_jax.io.checkpoint import Checkpoints
 from distil_jax.models.heads import with_fresh_head
 from distil_jax.schema import InputError, require, to_dict
 from distil_jax.task_config import FinetuneConfig, head_of, load_task, task_encoder
-from distil_jax.training.sharding import jit_step, local_places, make_mesh, put_params, put_rows, shardings_of
+from distil_jax.training.sharding import jit_step, make_mesh, shardings_of
 from distil_jax.training.state import abstract_state
 from distil_jax.training.step import train_step
 
@@ -68,12 +64,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.print_config:
         print(tomli_w.dumps(to_dict(config)), end="")
         return
-    processes.connect()
     output = Path(arguments.output)
-    with contextlib.ExitStack() as stack:
-        if not processes.is_first():
-            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
-        print(processes.environment(), flush=True)
+    with processes.one_voice():
         for split, numbers in finetune(config, output).items():
             print(f"{split}: " + ", ".join(f"{name} {number:.4f}" for name, number in numbers.items()))
         print(f"Done. {output / 'model'} is the best checkpoint as a folder that transformers opens.")
@@ -144,24 +136,14 @@ def compile_task(config: FinetuneConfig) -> tuple[Program, Judge, TaskData]:
     step = StepConfig(student=student, teacher=teacher_config, optimizer=config.optimizer, head=head, task=config.loss)
     step, attention = settle(step, config, mesh, length)
     identity = {"examples": data.digest, "model": huggingface.fingerprint(start.params)}
-    shapes = None
     if teacher is not None:
         identity["teacher"] = huggingface.fingerprint(teacher.params)
-        shapes = teacher_shapes(config.teacher, step.teacher, head)
-        kept = jax.tree.map(lambda leaf: np.asarray(leaf, jnp.dtype(step.teacher.dtype)), teacher.params)
-        teacher_params = put_params(kept, shardings_of(shapes, mesh))
+        teacher_params = in_dtype_of(step.teacher, teacher.params)
+    shapes, teacher_params = place_teacher(teacher_params, config.teacher, step, mesh)
     first = with_fresh_head(jax.random.key(config.seed), student, head, start.params)
     state_shapes, batch_rows = abstract_state(step), config.train.batch_rows
     state_sharding = shardings_of(state_shapes, mesh)
     judge = Judge(config.task, step, mesh, data.label_names, batch_rows // step.accumulation)
-
-    def batches(done: int) -> Iterator[Any]:
-        places = local_places(mesh, batch_rows)
-        position = done * batch_rows
-        for batch in task_batches(
-            data.train, batch_rows=batch_rows, seed=config.seed, position=position, places=places
-        ):
-            yield put_rows(batch, mesh, batch_rows=batch_rows)
 
     program = Program(
         config=config,
@@ -174,7 +156,7 @@ def compile_task(config: FinetuneConfig) -> tuple[Program, Judge, TaskData]:
         step=jit_step(train_step, mesh, state_shapes, shapes),
         teacher_params=teacher_params,
         others=(),
-        batches=batches,
+        batches=batches_on(mesh, lambda: data.train, config),
         rows_of=partial(rows_of, len(data.train), batch_rows, config.seed),
         held_out=lambda state: judge.numbers(state.params, data.dev, limit=config.train.eval_rows),
         score=lambda numbers: -numbers[config.task.judges[0]],

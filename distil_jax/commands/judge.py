@@ -10,13 +10,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from distil_jax.config import StepConfig
+from distil_jax.data.loader import held_out_batches
 from distil_jax.data.spans import answers
-from distil_jax.data.tasks import TaskTable, task_eval_batches
+from distil_jax.data.task_table import TaskTable
 from distil_jax.objective.scores import scores
 from distil_jax.structs import IGNORED
 from distil_jax.task_config import TaskConfig
 from distil_jax.training.sharding import jit_eval, local_places, put_rows
-from distil_jax.training.state import TrainState, abstract_state
+from distil_jax.training.state import abstract_state, judged_state
 from distil_jax.training.step import task_eval_step
 
 
@@ -47,11 +48,9 @@ class Judge:
           limit: only so many; 0: all, and always all of spans, whose examples have several rows.
         """
         limit = 0 if self._task.kind == "spans" else limit
-        zero, key = jnp.zeros((), jnp.int32), jax.random.key_data(jax.random.key(0))
-        state = TrainState(step=zero, skipped=zero, params=params, opt_state=None, key=key, config=self._step)
-        sums, found = None, []
+        state, sums, found = judged_state(self._step, params), None, []
         places = local_places(self._mesh, self._batch_rows)
-        for batch in task_eval_batches(table, batch_rows=self._batch_rows, limit=limit, places=places):
+        for batch in held_out_batches(table, batch_rows=self._batch_rows, limit=limit, places=places):
             metrics, logits = self._eval(state, None, put_rows(batch, self._mesh, batch_rows=self._batch_rows))
             sums = metrics if sums is None else jax.tree.map(jnp.add, sums, metrics)
             found.append(logits)  # fetched at the end: the host waits once
@@ -66,15 +65,11 @@ class Judge:
         if self._task.kind == "sequence":
             return scores(metrics, np.argmax(logits, axis=-1), labels)
         if self._task.kind == "tokens":
-            named = [
-                [self._label_names[numbers[: len(row)][where]].tolist() for numbers in (row.argmax(axis=-1), truth)]
-                for row, truth in zip(logits, labels, strict=True)
-                for where in (truth[: len(row)] != IGNORED,)
-            ]
-            return scores(metrics, [ours for ours, _ in named], [truth for _, truth in named])
-        length = table.input_ids.shape[1]
-        first_NxL, last_NxL = (
-            np.stack([np.pad(row[:, end], (0, length - len(row)), constant_values=-np.inf) for row in logits])
-            for end in (0, 1)
-        )
-        return scores(metrics, answers(table, first_NxL, last_NxL, self._task.max_answer), table.references)
+            asked = [truth[: len(row)] != IGNORED for row, truth in zip(logits, labels, strict=True)]
+            said, true = (
+                [self._label_names[row[: len(where)][where]].tolist() for row, where in zip(rows, asked, strict=True)]
+                for rows in ([row.argmax(axis=-1) for row in logits], labels)
+            )
+            return scores(metrics, said, true)
+        starts, ends = ([row[:, end] for row in logits] for end in (0, 1))
+        return scores(metrics, answers(table, starts, ends, self._task.max_answer), table.references)

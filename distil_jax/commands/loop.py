@@ -96,10 +96,11 @@ def _begin(program: Program, checkpoints: Checkpoints, resume_step: int | None) 
 
 def _loop(program: Program, state: TrainState, checkpoints: Checkpoints, writer: MetricsWriter) -> dict[str, float]:
     config, start = program.config.train, int(state.step)
-    patience = Patience(config.patience, program, read_metrics(writer.folder))
+    told = read_metrics(writer.folder)
+    patience = Patience(config.patience, program, told)
     if start == config.steps or patience.is_over:
         print("This run is finished: nothing is left to train.")
-        return last_held_out(read_metrics(writer.folder))
+        return last_held_out(told)
     numbers: dict[str, float] = {}
     progress = Progress(config, start, writer=writer, rows_of=program.rows_of)
     with (

@@ -1,8 +1,15 @@
-"""Tables that read well as Markdown and as plain text; needs nothing."""
+"""Tables that read well as Markdown and as plain text, and the numbers in them; needs nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import fmean, stdev
+
+
+def mean_and_spread(numbers: Sequence[float], digits: int, unit: str = "") -> str:
+    """The mean, with the standard deviation where there are several; nothing of nothing."""
+    spread = f" ± {stdev(numbers):.{digits}f}" if len(numbers) > 1 else ""
+    return f"{fmean(numbers):.{digits}f}{spread}{unit}" if numbers else ""
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, texts: int = 1) -> list[str]:

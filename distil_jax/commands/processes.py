@@ -5,12 +5,13 @@ Never on import: research code that calls `train_step` decides for itself.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import os
 import re
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import jax
@@ -115,6 +116,20 @@ def agree(what: str) -> None:
                 "The processes of this run were given different configurations, data or teachers, or chose different "
                 "attention: give all of them the same files, and compute.attention by name."
             )
+
+
+@contextlib.contextmanager
+def one_voice() -> Iterator[None]:
+    """Connects the processes; the first one alone prints, what it runs on to begin with.
+
+    Errors still go to everybody's stderr.
+    """
+    connect()
+    with contextlib.ExitStack() as stack:
+        if not is_first():
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        print(environment(), flush=True)
+        yield
 
 
 def meet(where: str) -> None:

@@ -13,9 +13,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from distil_jax.config import Config, StepConfig
-from distil_jax.data.loader import numbers_at
+from distil_jax.data.loader import Table, batches, numbers_at
 from distil_jax.models.encoder import count_parameters
 from distil_jax.task_config import FinetuneConfig
+from distil_jax.training.sharding import local_places, put_rows
 from distil_jax.training.state import TrainState, init_state
 
 
@@ -58,6 +59,20 @@ class Program:
     score: Callable[[dict[str, Any]], float]
     state_sharding: Any
     first_state: Callable[[], TrainState]
+
+
+def batches_on(
+    mesh: Mesh, open_table: Callable[[], Table], config: Config | FinetuneConfig
+) -> Callable[[int], Iterator[Any]]:
+    """A program's `batches`: what this process has of them read from a table, and put on the mesh."""
+    batch_rows = config.train.batch_rows
+
+    def after(step: int) -> Iterator[Any]:
+        places = local_places(mesh, batch_rows)
+        cut = batches(open_table(), batch_rows=batch_rows, seed=config.seed, position=step * batch_rows, places=places)
+        return (put_rows(rows, mesh, batch_rows=batch_rows) for rows in cut)
+
+    return after
 
 
 def rows_of(rows: int, batch_rows: int, seed: int, step: int) -> list[int]:

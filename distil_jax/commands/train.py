@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import tomli_w
 
 from distil_jax.commands import processes
-from distil_jax.commands.assemble import Parts, assemble, teacher_shapes
+from distil_jax.commands.assemble import Parts, assemble, place_teacher
 from distil_jax.commands.evaluate import held_out_numbers
 from distil_jax.commands.loop import run_program
-from distil_jax.commands.program import Program, about_models, first_state, rows_of
+from distil_jax.commands.program import Program, about_models, batches_on, first_state, rows_of
 from distil_jax.config import Config, load
-from distil_jax.data.loader import batches
 from distil_jax.schema import to_dict
-from distil_jax.training.sharding import jit_eval, jit_step, local_places, make_mesh, put_params, put_rows, shardings_of
+from distil_jax.training.sharding import jit_eval, jit_step, make_mesh, shardings_of
 from distil_jax.training.state import TrainState, abstract_state
 from distil_jax.training.step import mask_and_eval_step, mask_and_train_step
 
@@ -48,12 +43,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.print_config:
         print(tomli_w.dumps(to_dict(config)), end="")
         return
-    processes.connect()
     output = Path(arguments.output or Path("runs") / Path(arguments.config).stem)
-    with contextlib.ExitStack() as stack:
-        if not processes.is_first():  # one process speaks for all; errors still go to everybody's stderr
-            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
-        print(processes.environment(), flush=True)
+    with processes.one_voice():
         _keep_compiled(config.compute.cache, output)
         train(config, output, resume_step=arguments.resume_step)
         print(f"Done. The run is in {output}. Next: distil-jax export {output} MODEL_FOLDER")
@@ -81,20 +72,9 @@ def compile_run(parts: Parts) -> Program:
     """Mesh, shardings and jitted steps; nothing is computed yet, and XLA compiles at the first call."""
     config, manifest = parts.config, parts.manifest
     mesh, state_shapes = make_mesh(config.mesh), abstract_state(parts.step)
-    shapes, teacher_params = None, None
-    if parts.teacher_params is not None:
-        shapes = teacher_shapes(config.teacher, parts.step.teacher)
-        teacher_params = put_params(parts.teacher_params, shardings_of(shapes, mesh))
+    shapes, teacher_params = place_teacher(parts.teacher_params, config.teacher, parts.step, mesh)
     eval_step = jit_eval(mask_and_eval_step, mesh, state_shapes, shapes)
     batch_rows = config.train.batch_rows
-
-    def batches_from(step: int) -> Iterator[Any]:
-        places = local_places(mesh, batch_rows)
-        position = step * batch_rows
-        for rows in batches(
-            parts.rows("train"), batch_rows=batch_rows, seed=config.seed, position=position, places=places
-        ):
-            yield put_rows(rows, mesh, batch_rows=batch_rows)
 
     def held_out(state: TrainState) -> dict[str, float]:
         return held_out_numbers(
@@ -127,7 +107,7 @@ def compile_run(parts: Parts) -> Program:
         step=jit_step(mask_and_train_step, mesh, state_shapes, shapes),
         teacher_params=teacher_params,
         others=(parts.weights,),
-        batches=batches_from,
+        batches=batches_on(mesh, lambda: parts.rows("train"), config),
         rows_of=partial(rows_of, manifest.train.rows, batch_rows, config.seed),
         held_out=held_out,
         score=lambda numbers: numbers["mlm"],

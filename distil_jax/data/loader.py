@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Literal, TypeVar, get_args
+from typing import ClassVar, Literal, Protocol, TypeVar, get_args
 
 import numpy as np
 
@@ -31,6 +31,7 @@ FORMAT = 1  # of the folder; a reader refuses any other
 Split = Literal["train", "held_out"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 # The header of a .npy file as NumPy writes it: its length after the first ten bytes, the type, and one or two sizes.
 _HEADER = re.compile(
     rb"\x93NUMPY\x01\x00(..)\{'descr': '([<|>]\w+)', 'fortran_order': False, "
@@ -170,9 +171,19 @@ class RowTable:
     segment_ids: np.ndarray
     pad_id: int = 0
     vocab_size: int = 2**32
+    if_empty: ClassVar[str] = "There are no rows to train on: prepare the data again."
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    @property
+    def filling(self) -> dict[str, float]:
+        """What an empty row holds, by field, where that is not 0."""
+        return {"input_ids": self.pad_id}
+
+    def take(self, numbers: np.ndarray, places: np.ndarray) -> Rows:
+        """Of the rows of a global batch those that stand at `places`."""
+        return self.gather(numbers[places])
 
     def gather(self, indices: np.ndarray) -> Rows:
         """The rows with these numbers, as NumPy int32 arrays.
@@ -279,9 +290,22 @@ def rows_at(table: RowTable, positions: np.ndarray, *, seed: int) -> Rows:
     return table.gather(numbers_at(len(table), positions, seed=seed))
 
 
+class Table(Protocol[T_co]):
+    """What batches are cut from; `RowTable` says what each part means."""
+
+    if_empty: ClassVar[str]
+
+    @property
+    def filling(self) -> dict[str, float]: ...
+
+    def __len__(self) -> int: ...
+
+    def take(self, numbers: np.ndarray, places: np.ndarray) -> T_co: ...
+
+
 def batches(
-    table: RowTable, *, batch_rows: int, seed: int, position: int = 0, places: np.ndarray | None = None
-) -> Iterator[Rows]:
+    table: Table[T], *, batch_rows: int, seed: int, position: int = 0, places: np.ndarray | None = None
+) -> Iterator[T]:
     """Batches without end, from `position` on.
 
     Args:
@@ -292,32 +316,37 @@ def batches(
     Raises:
       InputError: no rows.
     """
-    places = np.arange(batch_rows) if places is None else places
+    everywhere = np.arange(batch_rows)
+    places = everywhere if places is None else places
     if not len(table):
-        raise InputError("There are no rows to train on: prepare the data again.")
-    return (rows_at(table, start + places, seed=seed) for start in itertools.count(position, batch_rows))
+        raise InputError(table.if_empty)
+    return (
+        table.take(numbers_at(len(table), start + everywhere, seed=seed), places)
+        for start in itertools.count(position, batch_rows)
+    )
 
 
 def held_out_batches(
-    table: RowTable, *, batch_rows: int, limit: int = 0, places: np.ndarray | None = None
-) -> Iterator[Rows]:
+    table: Table[T], *, batch_rows: int, limit: int = 0, places: np.ndarray | None = None
+) -> Iterator[T]:
     """The first `limit` rows (0: all) in order, once; empty rows fill the last batch up. `places` as in `batches`."""
     places = np.arange(batch_rows) if places is None else places
     rows = min(limit or len(table), len(table))
     for start in range(0, rows, batch_rows):
-        numbers = start + places
-        yield _fill(table.gather(numbers[numbers < rows]), numbers, table.pad_id)
+        numbers = np.arange(start, min(start + batch_rows, rows))
+        yield _fill(table.take(numbers, places[places < len(numbers)]), start + places, table.filling)
 
 
-def _fill(rows: Rows, numbers: np.ndarray, pad_id: int) -> Rows:
+def _fill(rows: T, numbers: np.ndarray, filling: dict[str, float]) -> T:
     """Adds empty rows (segment 0 throughout) until there are as many as `numbers`, which become the row indices."""
-    missing = ((0, len(numbers) - len(rows.input_ids)), (0, 0))
-    return Rows(
-        input_ids=np.pad(rows.input_ids, missing, constant_values=pad_id),
-        segment_ids=np.pad(rows.segment_ids, missing),
-        position_ids=np.pad(rows.position_ids, missing),
-        row_index=numbers.astype(np.int32),
-    )
+    missing = len(numbers) - len(rows.input_ids)
+
+    def longer(field: str) -> np.ndarray:
+        array = getattr(rows, field)
+        return np.pad(array, ((0, missing), *((0, 0),) * (array.ndim - 1)), constant_values=filling.get(field, 0))
+
+    present = [field for field, array in vars(rows).items() if array is not None]
+    return rows.replace(**{field: longer(field) for field in present} | {"row_index": numbers.astype(np.int32)})
 
 
 def prefetch(items: Iterable[T], depth: int = 2) -> Iterator[T]:

@@ -13,11 +13,10 @@ import numpy as np
 
 from distil_jax.data.examples import Answer, Example
 from distil_jax.data.task_table import TaskTable, padded
+from distil_jax.data.tokenizer import encodings, id_array
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_TOGETHER = 1000  # texts tokenised at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,12 +53,11 @@ def span_table(
       max_length: tokens of a row.
       stride: at most half of what a row has for the context.
     """
-    dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
     room = max_length - 3  # [CLS], [SEP] and [SEP]
-    questions = [ids[: room // 2] for ids, _ in _encode(tokenizer, [example.texts[0] for example in examples], dtype)]
+    questions = [ids[: room // 2] for ids, _ in _encode(tokenizer, [example.texts[0] for example in examples])]
     distinct = list(dict.fromkeys(example.texts[1] for example in examples))  # SQuAD asks five questions of each
-    contexts = dict(zip(distinct, _encode(tokenizer, distinct, dtype), strict=True))
-    cls, sep = (np.array([number], dtype) for number in (tokenizer.cls_token_id, tokenizer.sep_token_id))
+    contexts = dict(zip(distinct, _encode(tokenizer, distinct), strict=True))
+    cls, sep = (id_array(tokenizer, [number]) for number in (tokenizer.cls_token_id, tokenizer.sep_token_id))
     rows, facts = [], []  # facts of a row: example, first, second, start, end
     for number, (example, question) in enumerate(zip(examples, questions, strict=True)):
         ids, offsets = contexts[example.texts[1]]
@@ -87,18 +85,12 @@ def span_table(
     )
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], dtype: type) -> list[tuple[np.ndarray, np.ndarray]]:
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
     """[T] ids and [T, 2] offsets of each text, uncut and without special tokens."""
-    backend = tokenizer.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = True
-    found = []
-    for start in range(0, len(texts), _TOGETHER):
-        for encoding in backend.encode_batch(texts[start : start + _TOGETHER], add_special_tokens=False):
-            offsets = np.array(encoding.offsets, np.int32).reshape(-1, 2)
-            found.append((np.array(encoding.ids, dtype), offsets))
-    return found
+    return [
+        (id_array(tokenizer, encoding.ids), np.array(encoding.offsets, np.int32).reshape(-1, 2))
+        for encoding in encodings(tokenizer, texts)
+    ]
 
 
 def _tokens_of(answer: Answer, offsets: np.ndarray) -> tuple[int, int]:
@@ -112,7 +104,11 @@ def _tokens_of(answer: Answer, offsets: np.ndarray) -> tuple[int, int]:
 
 
 def answers(
-    table: SpanTable, start_logits: np.ndarray, end_logits: np.ndarray, max_answer: int, best: int = 20
+    table: SpanTable,
+    start_logits: Sequence[np.ndarray],
+    end_logits: Sequence[np.ndarray],
+    max_answer: int,
+    best: int = 20,
 ) -> list[str]:
     """The best answer to each example, cut out of its context as it stands there.
 
@@ -121,7 +117,7 @@ def answers(
 
     Args:
       table: what was asked.
-      start_logits, end_logits: [N, L], or as many columns as the longest row has tokens.
+      start_logits, end_logits: of each of the N rows [L], or at least as many as it has tokens.
       max_answer: tokens of an answer, at most.
       best: starts, and ends, that are looked at.
     """
@@ -129,7 +125,7 @@ def answers(
     scores = np.full(len(texts), -np.inf)
     for row, number in enumerate(table.example):
         piece = slice(table.second[row], table.lengths[row] - 1)
-        score, begin, end = _best_span(start_logits[row, piece], end_logits[row, piece], max_answer, best)
+        score, begin, end = _best_span(start_logits[row][piece], end_logits[row][piece], max_answer, best)
         if score > scores[number]:
             offsets = table.offsets[number][table.first[row] :]
             scores[number] = score

@@ -1,15 +1,13 @@
-"""The tokenised examples of a task in memory, and their batches: no wider than the longest row asks for."""
+"""The tokenised examples of a task in memory, in rows no wider than the longest of a batch asks for."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
-from distil_jax.data.loader import numbers_at
-from distil_jax.schema import require
 from distil_jax.structs import IGNORED, Batch
 
 _SHORTEST = 16  # columns of a batch; powers of two from here on are few shapes for XLA to compile
@@ -33,9 +31,19 @@ class TaskTable:
     second: np.ndarray
     labels: np.ndarray
     pad_id: int
+    if_empty: ClassVar[str] = "There are no examples to train on: name others in task.train."
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    @property
+    def filling(self) -> dict[str, float]:
+        """What an empty row holds, by field, where that is not 0: no label, or that of a regression."""
+        return {"input_ids": self.pad_id, "labels": 0.0 if self.labels.dtype == np.float32 else IGNORED}
+
+    def take(self, numbers: np.ndarray, places: np.ndarray) -> Batch:
+        """Of the rows of a global batch those that stand at `places`; all processes cut them to the same length."""
+        return self.gather(numbers[places], self.bucket(numbers))
 
     def bucket(self, indices: np.ndarray) -> int:
         """The smallest power of two, from 16 to at most L, that holds the longest of these rows."""
@@ -69,61 +77,3 @@ def padded(rows: Sequence[np.ndarray], length: int, fill: int) -> np.ndarray:
     for place, row in enumerate(rows):
         table[place, : len(row)] = row
     return table
-
-
-def task_batches(
-    table: TaskTable, *, batch_rows: int, seed: int, position: int = 0, places: np.ndarray | None = None
-) -> Iterator[Batch]:
-    """Batches without end, in the order of `loader.batches`.
-
-    All processes cut a global batch to the same length, that of its longest row.
-
-    Args:
-      batch_rows: rows of a global batch.
-      position: rows consumed so far, over all processes.
-      places: which rows of each global batch this process reads, in order; None: all.
-
-    Raises:
-      InputError: no rows.
-    """
-    require(len(table) > 0, "There are no examples to train on: name others in task.train.")
-    everywhere = np.arange(batch_rows)
-    places = everywhere if places is None else places
-
-    def batch(start: int) -> Batch:
-        numbers = numbers_at(len(table), start + everywhere, seed=seed)
-        return table.gather(numbers[places], table.bucket(numbers))
-
-    return (batch(start) for start in itertools.count(position, batch_rows))
-
-
-def task_eval_batches(
-    table: TaskTable, *, batch_rows: int, limit: int = 0, places: np.ndarray | None = None
-) -> Iterator[Batch]:
-    """The first `limit` rows (0: all) in order, once; empty rows fill the last batch up. `places` as in `task_batches`.
-
-    An empty row is padding throughout, with labels of `IGNORED`, or of 0.0 in a regression.
-    """
-    places = np.arange(batch_rows) if places is None else places
-    rows = min(limit or len(table), len(table))
-    for start in range(0, rows, batch_rows):
-        length = table.bucket(np.arange(start, min(start + batch_rows, rows)))
-        numbers = start + places
-        yield _fill(table.gather(numbers[numbers < rows], length), numbers, table.pad_id)
-
-
-def _fill(batch: Batch, numbers: np.ndarray, pad_id: int) -> Batch:
-    """Adds empty rows until there are as many as `numbers`, which become the row indices."""
-    missing = len(numbers) - len(batch.input_ids)
-
-    def longer(array: np.ndarray, value: float) -> np.ndarray:
-        return np.pad(array, ((0, missing), *((0, 0),) * (array.ndim - 1)), constant_values=value)
-
-    return Batch(
-        input_ids=longer(batch.input_ids, pad_id),
-        segment_ids=longer(batch.segment_ids, 0),
-        position_ids=longer(batch.position_ids, 0),
-        labels=longer(batch.labels, 0.0 if batch.labels.dtype == np.float32 else IGNORED),
-        token_type_ids=longer(batch.token_type_ids, 0),
-        row_index=numbers.astype(np.int32),
-    )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,18 +12,15 @@ import numpy as np
 
 from distil_jax.data.examples import Example, read_splits
 from distil_jax.data.spans import span_table
-from distil_jax.data.task_table import TaskTable, padded, task_batches, task_eval_batches
-from distil_jax.data.tokenizer import load_tokenizer
+from distil_jax.data.task_table import TaskTable, padded
+from distil_jax.data.tokenizer import encodings, id_array, load_tokenizer
 from distil_jax.schema import require
 from distil_jax.structs import IGNORED
 from distil_jax.task_config import TaskConfig
 
 if TYPE_CHECKING:
-    from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["TaskData", "TaskTable", "read_task", "task_batches", "task_eval_batches"]
-_TOGETHER = 1000  # examples tokenised at a time
 _SHORTEST_ROW = 8  # tokens, three of which are special
 
 
@@ -88,9 +84,9 @@ def _texts_table(
     """Rows of one or two texts; of two the longer one is cut first, as `transformers` cuts."""
     texts = [example.texts if len(example.texts) == 2 else example.texts[0] for example in examples]
     rows, second = [], []
-    for encoding in _encode(tokenizer, texts, max_length, words=False):
+    for encoding in encodings(tokenizer, texts, max_length=max_length):
         types = np.array(encoding.type_ids)
-        rows.append(_ids(tokenizer, encoding))
+        rows.append(id_array(tokenizer, encoding.ids))
         second.append(np.argmax(types) if types.any() else len(types))
     labels = np.array([example.label for example in examples], label_dtype)
     return _table(tokenizer, rows, max_length, second, labels)
@@ -102,31 +98,14 @@ def _words_table(tokenizer: PreTrainedTokenizerBase, examples: list[Example], ma
     Words beyond `max_length`, and those of which the tokenizer leaves nothing, are not asked for.
     """
     rows, labels = [], []
-    encodings = _encode(tokenizer, [example.texts for example in examples], max_length, words=True)
-    for example, encoding in zip(examples, encodings, strict=True):
+    encoded = encodings(tokenizer, [example.texts for example in examples], max_length=max_length, words=True)
+    for example, encoding in zip(examples, encoded, strict=True):
         words = encoding.word_ids  # None at [CLS] and [SEP]
         begins = [word is not None and word != before for before, word in itertools.pairwise([None, *words])]
-        rows.append(_ids(tokenizer, encoding))
+        rows.append(id_array(tokenizer, encoding.ids))
         asked = [example.label[word] if begin else IGNORED for word, begin in zip(words, begins, strict=True)]
         labels.append(np.array(asked, np.int32))
     return _table(tokenizer, rows, max_length, [len(row) for row in rows], padded(labels, max_length, IGNORED))
-
-
-def _encode(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str | tuple[str, ...]], max_length: int, *, words: bool
-) -> Iterator[Encoding]:
-    """Encodes texts, pairs of texts, or lists of words; text that says "[SEP]" means those characters."""
-    backend = tokenizer.backend_tokenizer
-    backend.enable_truncation(max_length, strategy="longest_first", direction=tokenizer.truncation_side)
-    backend.no_padding()
-    backend.encode_special_tokens = True
-    encode = backend.encode_batch if words else backend.encode_batch_fast  # which leaves out what only words need
-    for start in range(0, len(texts), _TOGETHER):
-        yield from encode(texts[start : start + _TOGETHER], is_pretokenized=words)
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> np.ndarray:
-    return np.array(encoding.ids, np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
 
 
 def _table(

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from distil_jax.data.corpus import Piece
 from distil_jax.schema import InputError
 
 if TYPE_CHECKING:
+    from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 BATCH_CHARACTERS = 1 << 20  # tokenised at a time
+_TOGETHER = 1000  # texts of a task tokenised at a time
 # What `transformers` raises for hub ids that cannot be reached (OSError, ValueError), for tokenizers that want another
 # package, and for damaged files (the rest).
 _UNREADABLE = (OSError, ValueError, ImportError, TypeError, AttributeError, LookupError, RecursionError)
@@ -119,6 +123,39 @@ def encode(tokenizer: PreTrainedTokenizerBase, pieces: Iterable[Piece]) -> Itera
     for batch in _batched(pieces):
         encodings = backend.encode_batch_fast([piece.text for piece in batch], add_special_tokens=False)
         yield [(piece, encoding.ids) for piece, encoding in zip(batch, encodings, strict=True)]
+
+
+def encodings(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str | tuple[str, ...]],
+    *,
+    max_length: int | None = None,
+    words: bool = False,
+) -> Iterator[Encoding]:
+    """Encodes texts, pairs of texts, or lists of words; text that says "[SEP]" means those characters.
+
+    Args:
+      texts: in memory.
+      max_length: with special tokens, the longer one of two texts cut first; None: uncut, and without special tokens.
+      words: each text is a list of words.
+    """
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    if max_length is not None:
+        backend.enable_truncation(max_length, strategy="longest_first", direction=tokenizer.truncation_side)
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    whole = max_length is not None
+    # The fast one leaves out offsets, which words and uncut texts are asked for.
+    encode = backend.encode_batch_fast if whole and not words else backend.encode_batch
+    for start in range(0, len(texts), _TOGETHER):
+        some = texts[start : start + _TOGETHER]
+        yield from encode(some, is_pretokenized=words, add_special_tokens=whole)
+
+
+def id_array(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> np.ndarray:
+    """[T] token ids in the smallest type that holds the vocabulary."""
+    return np.array(ids, np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
 
 
 def _batched(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:

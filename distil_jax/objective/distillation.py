@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from distil_jax.config import LossConfig
 from distil_jax.objective.fused import fused_loss
-from distil_jax.objective.losses import cosine_loss, kl_loss, mlm_loss
+from distil_jax.objective.losses import cosine_loss, kl_loss, mlm_loss, weighted_sum
 from distil_jax.objective.vocabulary import dense_loss, logits
 from distil_jax.structs import IGNORED, Array, Batch, Encoded, Mean, Metrics
 
@@ -60,7 +60,7 @@ class Distillation:
 
     def combine(self, terms: Metrics, counts: dict[str, Array]) -> Array:
         """The loss; `terms` may be of a part of the batch that `counts` are of."""
-        return sum(weight * terms[name].total / jnp.maximum(counts[name], 1) for name, weight in self.weights.items())
+        return weighted_sum(self.weights, terms, counts)
 
     def loss(
         self, student: Encoded, teacher: Encoded | None, batch: Batch, counts: dict[str, Array]

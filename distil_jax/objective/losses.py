@@ -9,7 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from distil_jax.structs import IGNORED, Array, Mean
+from distil_jax.structs import IGNORED, Array, Mean, Metrics
 
 # As in PyTorch's CosineEmbeddingLoss: inside the root, so that the gradient at a zero vector is finite.
 _COSINE_EPSILON = 1e-12
@@ -43,6 +43,11 @@ def mlm_loss(logits: Array, labels: Array) -> Mean:
     log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
     chosen = jnp.take_along_axis(log_probs, jnp.where(where, labels, 0)[..., None], axis=-1)[..., 0]
     return Mean.of(-chosen, where)
+
+
+def weighted_sum(weights: dict[str, float], terms: Metrics, counts: dict[str, Array]) -> Array:
+    """The loss that terms add up to, each a mean over its count; the terms may be of a part of what was counted."""
+    return sum(weight * terms[name].total / jnp.maximum(counts[name], 1) for name, weight in weights.items())
 
 
 def mse_loss(student_logits: Array, teacher_logits: Array, *, where: Array) -> Mean:

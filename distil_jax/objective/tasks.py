@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from distil_jax.config import HeadConfig, TaskLossConfig
-from distil_jax.objective.losses import kl_loss, mlm_loss, mse_loss
+from distil_jax.objective.losses import kl_loss, mlm_loss, mse_loss, weighted_sum
 from distil_jax.structs import IGNORED, Array, Batch, Metrics
 
 _NEVER = -1e9  # the logit of a place where no answer can be; finite, because two infinities make NaN
@@ -37,7 +37,7 @@ class TaskObjective:
 
     def combine(self, terms: Metrics, counts: dict[str, Array]) -> Array:
         """The loss; `terms` may be of a part of the batch that `counts` are of."""
-        return sum(weight * terms[name].total / jnp.maximum(counts[name], 1) for name, weight in self.weights.items())
+        return weighted_sum(self.weights, terms, counts)
 
     def loss(
         self, student: Array, teacher: Array | None, batch: Batch, counts: dict[str, Array]

@@ -10,22 +10,18 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from distil_jax.commands.report.history import short
+from distil_jax.commands.report.history import JUDGES, SHARES, short
 from distil_jax.commands.report.page import Curves, visible
 from distil_jax.commands.report.style import GRID, INK, MUTED, RUNS, VARIABLES
 from distil_jax.schema import require
-from distil_jax.task_config import Metric
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-
-JUDGES: tuple[str, ...] = get_args(Metric)  # of tasks, all of them shares
 
 
 @dataclass(frozen=True)
@@ -50,7 +46,6 @@ PANELS = (
     Panel("train", "mse", "training: squared difference of logits"),
     Panel("train", "tokens_per_second", "training: tokens per second"),
 )
-_SHARES = ("agreement", *JUDGES)
 _COLUMNS, _WIDTH, _HEIGHT = 3, 4.2, 2.9  # panels beside each other in the PNG, and the inches of one
 _TICKS = (1, 2, 2.5, 5, 10)
 _MOST = 1200  # points of a curve
@@ -171,11 +166,11 @@ def _draw(axis: Axes, metrics: dict[str, list[dict]], panel: Panel) -> None:
     axis.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=_TICKS))
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     axis.yaxis.set_major_locator(MaxNLocator(5, steps=_TICKS))
-    if panel.number in _SHARES:
+    if panel.number in SHARES:
         axis.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
     if panel.number == "tokens_per_second":
         axis.yaxis.set_major_formatter(EngFormatter(sep=""))
-    _limit(axis, drawn, share=panel.number in _SHARES, from_zero=panel.number == "tokens_per_second")
+    _limit(axis, drawn, share=panel.number in SHARES, from_zero=panel.number == "tokens_per_second")
 
 
 def _limit(axis: Axes, numbers: list[float], *, share: bool, from_zero: bool) -> None:

@@ -10,8 +10,7 @@ import numpy as np
 from distil_jax.commands.assemble import check_tokenizer
 from distil_jax.commands.fill_mask import fill_mask
 from distil_jax.commands.report.page import Block, Paragraph, Table
-from distil_jax.commands.run_folder import Model, open_model
-from distil_jax.config import load
+from distil_jax.commands.run_folder import Model, open_model, read_config
 from distil_jax.data.loader import open_rows, positions, read_manifest
 from distil_jax.data.tokenizer import load_tokenizer
 from distil_jax.io import huggingface
@@ -44,7 +43,7 @@ def examples(run: Path, texts: Sequence[str] = ()) -> list[Block]:
     try:
         if not (run / "checkpoints").is_dir():
             raise InputError("the run has no checkpoint yet.")
-        student, config = open_model(run), load(run / "config.toml")
+        student, config = open_model(run), read_config(run)
         teacher = _teacher(config.teacher.path, student) if config.teacher.path else None
         words = [""] * len(texts)
         if not texts:

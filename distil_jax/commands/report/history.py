@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
+
+from distil_jax.task_config import Metric
+
+JUDGES: tuple[str, ...] = get_args(Metric)  # what the models of tasks are judged by
+SHARES = ("agreement", *JUDGES)  # numbers that are read in percent
 
 
 @dataclass(frozen=True)

@@ -6,25 +6,23 @@ import contextlib
 import math
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean, stdev
-from typing import get_args
 
 import tomli_w
 
-from distil_jax.commands.report.history import History, count, duration, short
+from distil_jax.commands.markdown import mean_and_spread
+from distil_jax.commands.report.history import SHARES, History, count, duration, short
 from distil_jax.commands.report.page import Block, Code, Fold, Paragraph, Table
 from distil_jax.config import Config, ModelConfig
 from distil_jax.io.checkpoint import Checkpoints
 from distil_jax.models.encoder import count_parameters
 from distil_jax.schema import InputError, build, differences, to_dict
-from distil_jax.task_config import FinetuneConfig, Metric
+from distil_jax.task_config import FinetuneConfig
 
 _MEASURES = {
     "mlm": "MLM loss",
     "kl": "KL to the teacher",
     "agreement": "agreement with the teacher",
 }
-_SHARES = ("agreement", *get_args(Metric))
 _WITHOUT = "without evaluations and checkpoints"
 
 
@@ -138,12 +136,9 @@ def over_seeds(histories: dict[str, list[History]]) -> Block:
 
 
 def _spread(measure: str, numbers: list[float]) -> str:
-    if not numbers:
-        return ""
-    scale, unit = (100, "\u00a0%") if measure in _SHARES else (1, "")
-    digits = 1 if measure in _SHARES else 0 if measure == "seconds" else 3
-    spread = f" ± {scale * stdev(numbers):.{digits}f}" if len(numbers) > 1 else ""
-    return f"{scale * fmean(numbers):.{digits}f}{spread}{unit}"
+    if measure in SHARES:
+        return mean_and_spread([100 * number for number in numbers], 1, "\u00a0%")
+    return mean_and_spread(numbers, 0 if measure == "seconds" else 3)
 
 
 def _from_to(lines: list[dict], name: str) -> str:
@@ -160,14 +155,14 @@ def _name(measure: str) -> str:
 
 
 def _number(measure: str, number: float) -> str:
-    return f"{100 * number:.1f}\u00a0%" if measure in _SHARES else short(number)
+    return f"{100 * number:.1f}\u00a0%" if measure in SHARES else short(number)
 
 
 def _change(measure: str, before: float, after: float) -> str:
     if math.isnan(after - before):
         return ""
     sign, size = "−" if after < before else "+", abs(after - before)
-    return f"{sign}{100 * size:.1f}\u00a0points" if measure in _SHARES else f"{sign}{short(size, 3)}"
+    return f"{sign}{100 * size:.1f}\u00a0points" if measure in SHARES else f"{sign}{short(size, 3)}"
 
 
 def throughput(histories: dict[str, History]) -> list[Block]:
