@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from distil_jax import __version__
 from distil_jax.commands import endings
+from distil_jax.commands.heap import keep_freed_memory
 from distil_jax.schema import InputError
 
 # Each verb is a module of `distil_jax.commands` with add_arguments(parser) and run(arguments); only the one that is
@@ -67,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def program() -> NoReturn:
     """`main` as a process of its own: where the machine failed, an orderly end might wait for what failed."""
+    keep_freed_memory()
     status = main()
     if status == endings.MACHINE_FAILED:
         sys.stdout.flush()
