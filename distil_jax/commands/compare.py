@@ -89,25 +89,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Compares, and prints the tables; started again, it goes on where it was."""
-    processes.connect()
     output, models = Path(arguments.output), _named(arguments.models)
-    found = compare(
-        models,
-        arguments.tasks,
-        seeds=tuple(arguments.seeds),
-        output=output,
-        overrides=arguments.set,
-        distil=arguments.distil,
-        baseline=arguments.baseline,
-    )
-    lines = tables(found)
-    print("\n".join(["", *lines]))
-    write(found, lines, output)
-    if arguments.cards:
-        for path in models.values():
-            if (Path(path) / "README.md").is_file():
-                into_card(Path(path) / "README.md", lines)
-    print(f"\nWrote {output / 'compare.md'}, {output / 'compare.json'} and {output / 'compare.png'}.")
+    with processes.one_voice():
+        found = compare(
+            models,
+            arguments.tasks,
+            seeds=tuple(arguments.seeds),
+            output=output,
+            overrides=arguments.set,
+            distil=arguments.distil,
+            baseline=arguments.baseline,
+        )
+        lines = tables(found)
+        print("\n".join(["", *lines]))
+        if processes.is_first():
+            write(found, lines, output)
+            cards = [Path(path) / "README.md" for path in models.values() if arguments.cards]
+            for card in filter(Path.is_file, cards):
+                into_card(card, lines)
+        print(f"\nWrote {output / 'compare.md'}, {output / 'compare.json'} and {output / 'compare.png'}.")
 
 
 def compare(

@@ -26,7 +26,7 @@ from distil_jax.commands.assemble import (
 from distil_jax.commands.export import export
 from distil_jax.commands.judge import Judge
 from distil_jax.commands.loop import run_program
-from distil_jax.commands.program import Program, about_models, batches_on, first_state, rows_of
+from distil_jax.commands.program import Program, about_models, batches_on, first_state, keep_compiled, rows_of
 from distil_jax.commands.run_folder import Model, choose, open_model, restore
 from distil_jax.config import HeadConfig, StepConfig
 from distil_jax.data.tasks import TaskData, read_task
@@ -66,6 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
         return
     output = Path(arguments.output)
     with processes.one_voice():
+        keep_compiled(config.compute, output)
         for split, numbers in finetune(config, output).items():
             print(f"{split}: " + ", ".join(f"{name} {number:.4f}" for name, number in numbers.items()))
         print(f"Done. {output / 'model'} is the best checkpoint as a folder that transformers opens.")

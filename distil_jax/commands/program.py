@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from distil_jax.config import Config, StepConfig
+from distil_jax.config import ComputeConfig, Config, StepConfig
 from distil_jax.data.loader import Table, batches, numbers_at
 from distil_jax.models.encoder import count_parameters
 from distil_jax.task_config import FinetuneConfig
@@ -59,6 +59,15 @@ class Program:
     score: Callable[[dict[str, Any]], float]
     state_sharding: Any
     first_state: Callable[[], TrainState]
+
+
+def keep_compiled(compute: ComputeConfig, workdir: Path) -> None:
+    """A run that is started again does not compile again; JAX's own setting, where there is one, goes before."""
+    cache = compute.cache
+    if cache == "auto":
+        cache = "" if jax.default_backend() == "cpu" else str(workdir / "compiled")
+    if cache and not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", cache)
 
 
 def batches_on(

@@ -6,14 +6,13 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-import jax
 import tomli_w
 
 from distil_jax.commands import processes
 from distil_jax.commands.assemble import Parts, assemble, place_teacher
 from distil_jax.commands.evaluate import held_out_numbers
 from distil_jax.commands.loop import run_program
-from distil_jax.commands.program import Program, about_models, batches_on, first_state, rows_of
+from distil_jax.commands.program import Program, about_models, batches_on, first_state, keep_compiled, rows_of
 from distil_jax.config import Config, load
 from distil_jax.schema import to_dict
 from distil_jax.training.sharding import jit_eval, jit_step, make_mesh, shardings_of
@@ -45,17 +44,9 @@ def run(arguments: argparse.Namespace) -> None:
         return
     output = Path(arguments.output or Path("runs") / Path(arguments.config).stem)
     with processes.one_voice():
-        _keep_compiled(config.compute.cache, output)
+        keep_compiled(config.compute, output)
         train(config, output, resume_step=arguments.resume_step)
         print(f"Done. The run is in {output}. Next: distil-jax export {output} MODEL_FOLDER")
-
-
-def _keep_compiled(cache: str, output: Path) -> None:
-    """A run that is started again does not compile again; JAX's own setting, where there is one, goes before."""
-    if cache == "auto":
-        cache = "" if jax.default_backend() == "cpu" else str(output / "compiled")
-    if cache and not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", cache)
 
 
 def train(config: Config, workdir: str | Path, *, resume_step: int | None = None) -> dict[str, float]:
