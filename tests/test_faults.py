@@ -34,7 +34,8 @@ def words(workshop, output, *settings, command=()):
 
 
 def train(workshop, output, *settings, count=1, before=(), command=()):
-    return start(count, words(workshop, output, *settings, command=command), before=before)
+    """Two devices in all: what is tested here does not depend on how many, and they begin sooner than eight."""
+    return start(count, words(workshop, output, *settings, command=command), devices=2, before=before)
 
 
 def done(begun, status, limit=LIMIT):
@@ -347,7 +348,7 @@ cli.program()
 
 
 def test_a_hang_is_noticed(workshop, tmp_path):
-    begun = start(1, words(workshop, tmp_path / "run", "train.hang_seconds=20"), program=STUCK)
+    begun = start(1, words(workshop, tmp_path / "run", "train.hang_seconds=20"), program=STUCK, devices=2)
     ((status, _, stderr),) = finish(begun)
     assert status == 4 and "hang_seconds" in stderr, stderr
     assert "in stuck" in stderr and "most recent call first" in stderr, "every thread's stack"
@@ -433,7 +434,7 @@ def test_memory_and_open_files_stay_flat(workshop, tmp_path):
     steps = int(os.environ.get("DISTIL_SOAK", "240"))
     settings = (f"train.steps={steps}", "train.checkpoint_every=10", "train.eval_every=20", "train.log_every=10")
     settings += ("train.tensorboard=true",)
-    begun = start(1, words(workshop, tmp_path / "run", *settings), program=WATCHED)
+    begun = start(1, words(workshop, tmp_path / "run", *settings), program=WATCHED, devices=2)
     ((_, stderr),) = done(begun, 0, limit=LIMIT + steps)
     lines = [line.split()[1:] for line in stderr.splitlines() if line.startswith("watched")]
     step, resident, files = np.array(lines, float).T
