@@ -3,7 +3,7 @@
 import pytest
 
 from distil_jax import cli
-from distil_jax.commands import compare as command
+from distil_jax.commands import comparison
 
 
 def test_macro_and_what_is_kept():
@@ -13,9 +13,9 @@ def test_macro_and_what_is_kept():
         "a": {"big": [0.8, 0.9], "small": [0.6, 0.9]},
         "b": {"big": [0.4, 0.5], "small": [0.3, 0.5], "odd": [1, 1]},
     }
-    found = command.Comparison(scores, {"a": "f1", "b": "accuracy"}, {"a": "dev", "b": "test"}, sizes, (0, 1), 16)
+    found = comparison.Comparison(scores, {"a": "f1", "b": "accuracy"}, {"a": "dev", "b": "test"}, sizes, (0, 1), 16)
     assert found.macro("big") == pytest.approx([0.6, 0.7]) and found.macro("odd") == []
-    lines = command.tables(found)
+    lines = comparison.tables(found)
     small = next(line for line in lines if line.startswith("| small"))
     assert "75.0 ± 21.2" in small and "87.5 ± 17.7" in small  # 0.45 / 0.6 and 0.7 / 0.7
     assert next(line for line in lines if line.startswith("| odd")).split("|")[2].strip() == "-"
@@ -28,8 +28,8 @@ def test_macro_and_what_is_kept():
 def test_a_card_holds_the_newest_tables_once(tmp_path):
     card = tmp_path / "README.md"
     card.write_text("# Mine\n\nText.\n")
-    command.into_card(card, ["| old |"])
-    command.into_card(card, ["| new |"])
+    comparison.into_card(card, ["| old |"])
+    comparison.into_card(card, ["| new |"])
     text = card.read_text()
     assert text.startswith("# Mine\n\nText.\n") and text.count("## Compared") == 1
     assert "| new |" in text and "old" not in text
