@@ -11,6 +11,7 @@ import pytest
 from conftest import run_numbers, same_leaves
 
 from distil_jax import cli
+from distil_jax.commands.judge import Judge
 from distil_jax.commands.run_folder import open_model
 from distil_jax.io import huggingface
 from distil_jax.io.metrics import MetricsWriter, read_metrics
@@ -132,9 +133,18 @@ def test_a_run_that_was_stopped_ends_as_the_unbroken_one(finished, workshop, tas
     assert same_leaves(open_model(run).params, open_model(finished).params)
     kept = [[line for line in run_numbers(folder) if line["kind"] == "held_out"] for folder in (run, finished)]
     assert kept[0] == kept[1]
-    # Once more, and nothing is trained again.
-    assert finetune(workshop / "teacher", tasks / "sequence.toml", run, *LONG) == 0
+    # Once more, and nothing is trained or judged again.
+    with monkeypatch.context() as patch:
+        patch.setattr(Judge, "numbers", None)
+        assert finetune(workshop / "teacher", tasks / "sequence.toml", run, *LONG) == 0
     assert "nothing is left to train" in capsys.readouterr().out
+    # Other test examples are judged, whether in another file or in the same one.
+    test, found = tmp_path / "test.csv", []
+    for label in ("cat", "other"):
+        test.write_text(f"text,label\nthe cat sees the dog,{label}\n")
+        assert finetune(workshop / "teacher", tasks / "sequence.toml", run, *LONG, f"task.test={test}") == 0
+        found.append(json.loads((run / "scores.json").read_text())["test"]["accuracy"])
+    assert sorted(found) == [0, 1]
     # Other examples are another run.
     (tmp_path / "other.csv").write_text("text,label\n" + "the cat,cat\nthe dog,other\n" * 80)
     assert finetune(workshop / "teacher", tasks / "sequence.toml", run, *LONG, f"task.train={tmp_path}/other.csv") == 2

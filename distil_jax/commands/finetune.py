@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import tomli_w
@@ -87,24 +89,23 @@ def finetune(config: FinetuneConfig, workdir: str | Path) -> dict[str, dict[str,
       As `run_program`.
     """
     workdir = Path(workdir)
-    made: list[tuple[Program, Judge, TaskData]] = []
-
-    def make() -> Program:
-        made.append(compile_task(config))
-        return made[0][0]
-
-    run_program(make, workdir)
-    program, judge, data = made[0]
+    compiled = cache(lambda: compile_task(config))
+    run_program(lambda: compiled()[0], workdir)
+    program, judge, data = compiled()
     with contextlib.closing(Checkpoints(workdir / "checkpoints")) as checkpoints:
         best = choose(checkpoints, checkpoints.best())
+        about = {"step": best, "task": to_dict(program.config.task), "judged": data.judged}
+        if found := _judged_before(workdir, about):
+            return found
         params = restore(checkpoints, best, program.step_config, program.state_sharding).params
         facts = checkpoints.facts(best)
     splits = {"dev": data.dev, "test": data.test}
     found = {name: judge.numbers(params, table) for name, table in splits.items() if table is not None}
     params = multihost_utils.process_allgather(params, tiled=True)  # of several processes none has all of them
     if processes.is_first():
-        scores = {"step": best, "task": to_dict(program.config.task), **found}
-        (workdir / "scores.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+        draft = workdir / ".scores.json"
+        draft.write_text(json.dumps(about | found, indent=1) + "\n", encoding="utf-8")
+        os.replace(draft, workdir / "scores.json")
         if not (workdir / "model").exists():
             step = program.step_config
             tokenizer = workdir / "tokenizer"
@@ -112,6 +113,16 @@ def finetune(config: FinetuneConfig, workdir: str | Path) -> dict[str, dict[str,
             export(model, workdir / "model")
     processes.meet("the model is written")
     return found
+
+
+def _judged_before(workdir: Path, about: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """The numbers of a run that has ended before, where they are of the same checkpoint and examples; else nothing."""
+    written = workdir / "scores.json"
+    if not written.exists() or not (workdir / "model").exists():
+        return {}
+    scores = json.loads(written.read_text(encoding="utf-8"))
+    same = json.loads(json.dumps(about)).items() <= scores.items()
+    return {split: scores[split] for split in ("dev", "test") if split in scores} if same else {}
 
 
 def compile_task(config: FinetuneConfig) -> tuple[Program, Judge, TaskData]:

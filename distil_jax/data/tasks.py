@@ -31,7 +31,8 @@ class TaskData:
     Attributes:
       train, dev, test: tables of examples; of spans `SpanTable`s. `test` may be None.
       label_names: in the order of their numbers; none of a regression or of spans.
-      digest: sha256 of what trains and judges: a resumed run must meet the same.
+      digest: sha256 of what trains and chooses: a resumed run must meet the same.
+      judged: sha256 of what is judged at the end, which may be exchanged.
     """
 
     train: TaskTable
@@ -39,6 +40,7 @@ class TaskData:
     test: TaskTable | None
     label_names: tuple[str, ...]
     digest: str
+    judged: str
 
 
 def read_task(task: TaskConfig, tokenizer_folder: Path, *, max_length: int) -> TaskData:
@@ -66,7 +68,8 @@ def read_task(task: TaskConfig, tokenizer_folder: Path, *, max_length: int) -> T
 
     train, dev = table(splits.train), table(splits.dev)
     test = None if splits.test is None else table(splits.test)
-    return TaskData(train, dev, test, splits.label_names, _digest(train, dev))
+    judged = (dev,) if test is None else (dev, test)
+    return TaskData(train, dev, test, splits.label_names, _digest(train, dev), _digest(*judged))
 
 
 def _digest(*tables: TaskTable) -> str:
