@@ -51,6 +51,7 @@ class TaskConfig:
     label: str = "label"  # field; of spans: {"text": [...], "answer_start": [...]}
     label_names: tuple[str, ...] = ()  # in the order of their numbers; empty: as the source names them, or as found
     metrics: tuple[Metric, ...] = ()  # the first decides; empty: accuracy, pearson, entity_f1 or span_f1
+    group_by_length: bool = False  # batches of texts of similar length: less padding, where lengths differ much
     max_length: int = 128  # tokens; longer texts are cut, and of spans the context goes on in another row
     stride: int = 64  # of spans: tokens that two rows of one context share
     max_answer: int = 30  # of spans: tokens of an answer, at most

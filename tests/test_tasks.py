@@ -180,6 +180,44 @@ def test_batches_come_in_the_order_of_the_loader(table, processes):
         assert length == table.bucket(rows.row_index)
 
 
+@pytest.mark.parametrize(("batch_rows", "start"), [(4, 0), (5, 0), (8, 3), (68, 0), (100, 7)])
+def test_batches_of_similar_length_hold_every_row_once_an_epoch(table, batch_rows, start):
+    grouped = replace(table, by_length=True)
+    stream = loader.batches(grouped, batch_rows=batch_rows, seed=3, position=start * batch_rows)
+    rows = np.concatenate([next(stream).row_index for _ in range(-(-300 // batch_rows))])
+    position = start * batch_rows
+    for epoch in range(-(-position // 68), (position + 300) // 68):
+        assert sorted(rows[epoch * 68 - position : (epoch + 1) * 68 - position]) == list(range(68))
+
+
+def test_batches_of_similar_length_have_little_padding(table):
+    """After the first epoch too: 68 rows in batches of 5, one of which straddles two epochs."""
+
+    def spread(by_length: bool) -> float:
+        stream = loader.batches(replace(table, by_length=by_length), batch_rows=5, seed=0)
+        return np.median([np.ptp(table.lengths[next(stream).row_index]) for _ in range(68)])
+
+    assert 5 * spread(True) < spread(False)
+    stream = loader.batches(replace(table, by_length=True), batch_rows=5, seed=0)
+    widths = [next(stream).input_ids.shape[1] for _ in range(13)]
+    assert widths not in (sorted(widths), sorted(widths, reverse=True))
+
+
+@pytest.mark.parametrize("processes", [1, 5])
+def test_batches_of_similar_length_go_on_anywhere(table, processes):
+    grouped = replace(table, by_length=True)
+    unbroken = loader.batches(grouped, batch_rows=5, seed=1)
+    for _ in range(20):
+        next(unbroken)
+    shares = [
+        loader.batches(grouped, batch_rows=5, seed=1, position=100, places=places)
+        for places in np.split(np.arange(5), processes)
+    ]
+    for _ in range(20):
+        joined = jax.tree.map(lambda *leaves: np.concatenate(leaves), *[next(share) for share in shares])
+        assert same(joined, next(unbroken))
+
+
 @pytest.mark.parametrize(("batch_rows", "limit"), [(4, 0), (8, 0), (8, 5), (100, 0), (8, 1000)])
 @pytest.mark.parametrize("processes", [1, 2])
 def test_judged_rows_come_once_and_are_filled_up(table, batch_rows, limit, processes):

@@ -169,7 +169,7 @@ def compile_task(config: FinetuneConfig) -> tuple[Program, Judge, TaskData]:
         teacher_params=teacher_params,
         others=(),
         batches=batches_on(mesh, lambda: data.train, config),
-        rows_of=partial(rows_of, len(data.train), batch_rows, config.seed),
+        rows_of=partial(rows_of, lambda: data.train, batch_rows, config.seed),
         held_out=lambda state: judge.numbers(state.params, data.dev, limit=config.train.eval_rows),
         score=lambda numbers: -numbers[config.task.judges[0]],
         state_sharding=state_sharding,

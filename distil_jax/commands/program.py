@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from distil_jax.config import ComputeConfig, Config, StepConfig
@@ -84,9 +83,9 @@ def batches_on(
     return after
 
 
-def rows_of(rows: int, batch_rows: int, seed: int, step: int) -> list[int]:
-    """The numbers of the rows, of so many, that a step trains on."""
-    return numbers_at(rows, np.arange((step - 1) * batch_rows, step * batch_rows), seed=seed).tolist()
+def rows_of(open_table: Callable[[], Table], batch_rows: int, seed: int, step: int) -> list[int]:
+    """The numbers of the rows that a step trains on."""
+    return numbers_at(open_table(), (step - 1) * batch_rows, batch_rows, seed=seed).tolist()
 
 
 def first_state(config: StepConfig, seed: int, params: Any, sharding: Any) -> TrainState:

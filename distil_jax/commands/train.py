@@ -99,7 +99,7 @@ def compile_run(parts: Parts) -> Program:
         teacher_params=teacher_params,
         others=(parts.weights,),
         batches=batches_on(mesh, lambda: parts.rows("train"), config),
-        rows_of=partial(rows_of, manifest.train.rows, batch_rows, config.seed),
+        rows_of=partial(rows_of, lambda: parts.rows("train"), batch_rows, config.seed),
         held_out=held_out,
         score=lambda numbers: numbers["mlm"],
         state_sharding=state_sharding,

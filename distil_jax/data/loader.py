@@ -1,8 +1,9 @@
 """Reads the folder that `distil-jax prepare` wrote: a manifest, memory-mapped rows, and an endless stream of batches.
 
 The position in the data is one integer, the rows consumed so far over all processes: row `i` of the stream belongs to
-epoch `i // N` and is row `order(seed, epoch)[i % N]` of the table. Nothing else needs saving, and neither the number
-of processes nor the batch size changes the order of the rows. Needs NumPy alone.
+epoch `i // N` and is row `order(seed, epoch)[i % N]` of the table. Nothing else needs saving, and the number of
+processes does not change the order of the rows; nor does the batch size, unless a table groups rows by length. Needs
+NumPy alone.
 """
 
 from __future__ import annotations
@@ -181,6 +182,10 @@ class RowTable:
         """What an empty row holds, by field, where that is not 0."""
         return {"input_ids": self.pad_id}
 
+    def order(self, seed: int, epoch: int, batch_rows: int) -> np.ndarray:
+        """[N] the row numbers of one epoch, as they are read."""
+        return order(len(self), seed, epoch)
+
     def take(self, numbers: np.ndarray, places: np.ndarray) -> Rows:
         """Of the rows of a global batch those that stand at `places`."""
         return self.gather(numbers[places])
@@ -275,21 +280,6 @@ def order(rows: int, seed: int, epoch: int) -> np.ndarray:
     return np.argsort(np.random.Philox(key=[seed, epoch]).random_raw(rows), kind="stable")
 
 
-def numbers_at(rows: int, positions: np.ndarray, *, seed: int) -> np.ndarray:
-    """Which of so many rows stand at these positions of the endless stream: rising, and maybe of several epochs."""
-    epochs, places = np.divmod(positions, rows)
-    numbers = np.empty(len(positions), np.int64)
-    for epoch in range(epochs[0], epochs[-1] + 1):
-        inside = epochs == epoch
-        numbers[inside] = order(rows, seed, epoch)[places[inside]]
-    return numbers
-
-
-def rows_at(table: RowTable, positions: np.ndarray, *, seed: int) -> Rows:
-    """The rows at these positions of the endless stream, see `numbers_at`."""
-    return table.gather(numbers_at(len(table), positions, seed=seed))
-
-
 class Table(Protocol[T_co]):
     """What batches are cut from; `RowTable` says what each part means."""
 
@@ -300,7 +290,19 @@ class Table(Protocol[T_co]):
 
     def __len__(self) -> int: ...
 
+    def order(self, seed: int, epoch: int, batch_rows: int) -> np.ndarray: ...
+
     def take(self, numbers: np.ndarray, places: np.ndarray) -> T_co: ...
+
+
+def numbers_at(table: Table, start: int, batch_rows: int, *, seed: int) -> np.ndarray:
+    """[batch_rows] the rows of the endless stream from `start` on, which may be of several epochs."""
+    epochs, places = np.divmod(start + np.arange(batch_rows), len(table))
+    numbers = np.empty(batch_rows, np.int64)
+    for epoch in range(epochs[0], epochs[-1] + 1):
+        inside = epochs == epoch
+        numbers[inside] = table.order(seed, epoch, batch_rows)[places[inside]]
+    return numbers
 
 
 def batches(
@@ -316,12 +318,11 @@ def batches(
     Raises:
       InputError: no rows.
     """
-    everywhere = np.arange(batch_rows)
-    places = everywhere if places is None else places
+    places = np.arange(batch_rows) if places is None else places
     if not len(table):
         raise InputError(table.if_empty)
     return (
-        table.take(numbers_at(len(table), start + everywhere, seed=seed), places)
+        table.take(numbers_at(table, start, batch_rows, seed=seed), places)
         for start in itertools.count(position, batch_rows)
     )
 

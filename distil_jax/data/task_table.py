@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
 
+from distil_jax.data import loader
 from distil_jax.structs import IGNORED, Batch
 
 _SHORTEST = 16  # columns of a batch; powers of two from here on are few shapes for XLA to compile
+_WINDOW = 50  # batches that are sorted together: of few the lengths would mix, and all would be alike in every epoch
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +27,7 @@ class TaskTable:
       labels: [N] int32; of a regression [N] float32; of tokens [N, L] int32, `IGNORED` where nothing is asked; of spans
         [N, 2] int32, where the answer begins and ends.
       pad_id: of the tokenizer.
+      by_length: whether the rows of a batch are of similar length.
     """
 
     input_ids: np.ndarray
@@ -31,6 +35,7 @@ class TaskTable:
     second: np.ndarray
     labels: np.ndarray
     pad_id: int
+    by_length: bool = field(default=False, kw_only=True)
     if_empty: ClassVar[str] = "There are no examples to train on: name others in task.train."
 
     def __len__(self) -> int:
@@ -40,6 +45,10 @@ class TaskTable:
     def filling(self) -> dict[str, float]:
         """What an empty row holds, by field, where that is not 0: no label, or that of a regression."""
         return {"input_ids": self.pad_id, "labels": 0.0 if self.labels.dtype == np.float32 else IGNORED}
+
+    def order(self, seed: int, epoch: int, batch_rows: int) -> np.ndarray:
+        """[N] the row numbers of one epoch, as they are read."""
+        return _similar(self, seed, epoch, batch_rows) if self.by_length else loader.order(len(self), seed, epoch)
 
     def take(self, numbers: np.ndarray, places: np.ndarray) -> Batch:
         """Of the rows of a global batch those that stand at `places`; all processes cut them to the same length."""
@@ -69,6 +78,22 @@ class TaskTable:
             token_type_ids=(real_BxL & (columns_L >= self.second[indices, None])).astype(np.int32),
             row_index=np.asarray(indices, np.int32),
         )
+
+
+@functools.lru_cache(maxsize=2)  # a batch may straddle two epochs
+def _similar(table: TaskTable, seed: int, epoch: int, batch_rows: int) -> np.ndarray:
+    """[N] a permutation whose batches hold rows of similar length, in random order.
+
+    The rows that share a batch with those of another epoch are left as they fall.
+    """
+    numbers = loader.order(len(table), seed, epoch)
+    first = min(-epoch * len(table) % batch_rows, len(table))  # they complete the batch that the last epoch began
+    last = first + (len(table) - first) // batch_rows * batch_rows
+    whole = numbers[first:last]
+    windows = np.split(whole, range(_WINDOW * batch_rows, len(whole), _WINDOW * batch_rows))
+    sorted_ = np.concatenate([window[np.argsort(table.lengths[window], kind="stable")] for window in windows])
+    shuffled = sorted_.reshape(-1, batch_rows)[loader.order(len(whole) // batch_rows, seed, epoch)]
+    return np.concatenate([numbers[:first], shuffled.ravel(), numbers[last:]])
 
 
 def padded(rows: Sequence[np.ndarray], length: int, fill: int) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,7 +66,7 @@ def read_task(task: TaskConfig, tokenizer_folder: Path, *, max_length: int) -> T
         dtype = np.float32 if task.kind == "regression" else np.int32
         return _texts_table(tokenizer, examples, max_length, dtype)
 
-    train, dev = table(splits.train), table(splits.dev)
+    train, dev = replace(table(splits.train), by_length=task.group_by_length), table(splits.dev)
     test = None if splits.test is None else table(splits.test)
     judged = (dev,) if test is None else (dev, test)
     return TaskData(train, dev, test, splits.label_names, _digest(train, dev), _digest(*judged))

@@ -22,7 +22,7 @@ from distil_jax.commands.bench.timing import Block, Measured
 from distil_jax.commands.flops import step_flops
 from distil_jax.commands.hardware import CHIPS
 from distil_jax.config import Config, ModelConfig, StepConfig
-from distil_jax.data.loader import RowTable, batches, open_rows, prefetch, read_manifest, rows_at
+from distil_jax.data.loader import RowTable, batches, numbers_at, open_rows, prefetch, read_manifest
 from distil_jax.models.encoder import init_params
 from distil_jax.objective.masking import most_targets
 from distil_jax.schema import build, require, set_value
@@ -188,7 +188,7 @@ def _peer_rounds(work: Work, peer_batching: str) -> list[list[list[batching.Padd
     """The sequences of the rows that our own side trains on: optimiser steps of micro-batches, dealt out to rounds."""
     accumulation, seed = work.step.accumulation, work.config.seed
     steps = work.rounds * work.steps
-    sequences = list(batching.unpack(rows_at(work.table, np.arange(steps * work.batch_rows), seed=seed)))
+    sequences = list(batching.unpack(work.table.gather(numbers_at(work.table, 0, steps * work.batch_rows, seed=seed))))
     micro_batches = batching.masked_batches(
         sequences,
         size=max(1, round(len(sequences) / (steps * accumulation))),
