@@ -442,7 +442,7 @@ def test_memory_and_open_files_stay_flat(workshop, tmp_path):
     grown = np.median(resident[late]) - np.median(resident[middle])
     print(f"{steps} steps: {np.median(resident[middle]):.0f} MiB in the third quarter, {grown:+.1f} in the fourth")
     assert grown < 8 + 0.15 * steps / 4 / 10, "MiB"  # 8: of so short a run as in CI, the heap has not settled
-    assert np.median(files[late]) <= np.median(files[middle]) + 1
+    assert min(files[late]) <= min(files[middle]) + 1  # the fewest: a save on its way has some open
 
 
 # Prepares a little, so that libraries and threads are there, and then the text in as much memory more as is given.
