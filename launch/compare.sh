@@ -25,5 +25,5 @@ if [[ ! -f "$folder/tasks/movies.toml" ]]; then  # the last file that is written
 fi
 "$PYTHON" -m distil_jax demo --output "$folder/students"
 "$PYTHON" -m distil_jax compare teacher=distil_jax/teacher "distilled=$folder/students/distilled-0" \
-  "undistilled=$folder/students/undistilled-0" --tasks "$folder"/tasks/*.toml --output "$folder" --distil --baseline \
-  "$@"
+  "undistilled=$folder/students/undistilled-0" --tasks "$folder"/tasks/*.toml --output "$folder" --baseline \
+  --distil distilled "$@"

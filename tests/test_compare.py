@@ -39,3 +39,9 @@ def test_names_are_told_apart(capsys, tmp_path):
     for models, said in ((("a/x", "b/x"), "Two models"), (("../=y", "z"), "cannot name")):
         assert cli.main(["compare", *models, "--tasks", "sst2", "--output", str(tmp_path / "out")]) == 2
         assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_only_students_learn_from_the_teacher(capsys, tmp_path):
+    words = ["compare", "a=distil_jax/teacher", "b=distil_jax/teacher", "--tasks", "sst2", "--output", str(tmp_path)]
+    assert cli.main([*words, "--distil", "a"]) == 2
+    assert "--distil names a, but the students are b." in capsys.readouterr().err

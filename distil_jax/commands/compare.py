@@ -37,7 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the runs (default: 0 1 2)")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="gets the runs, compare.md, .json and .png")
     parser.add_argument(
-        "--distil", action="store_true", help="students also learn from the logits of the fine-tuned teacher"
+        "--distil",
+        nargs="*",
+        metavar="NAME",
+        help="these students (default: all) also learn from the logits of the fine-tuned teacher, in runs of their own",
     )
     parser.add_argument(
         "--baseline",
@@ -60,7 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
             seeds=tuple(arguments.seeds),
             output=output,
             overrides=arguments.set,
-            distil=arguments.distil,
+            distil=list(models)[1:] if arguments.distil == [] else arguments.distil or (),
             baseline=arguments.baseline,
         )
         lines = tables(found)
@@ -80,7 +83,7 @@ def compare(
     seeds: tuple[int, ...],
     output: Path,
     overrides: Sequence[str] = (),
-    distil: bool = False,
+    distil: Sequence[str] = (),
     baseline: bool = False,
 ) -> Comparison:
     """Fine-tunes every model on every task with every seed, and measures the encoders.
@@ -91,7 +94,7 @@ def compare(
       seeds: one run each.
       output: gets TASK/MODEL/SEED, run folders; those that are finished are not run again.
       overrides: of every run's configuration.
-      distil: every other model is also fine-tuned with the fine-tuned teacher of the same seed.
+      distil: names of models that are also fine-tuned with the fine-tuned teacher of the same seed.
       baseline: adds a linear model of TF-IDF.
 
     Raises:
@@ -102,6 +105,9 @@ def compare(
     require(len(names) == len(tasks), "Two of the tasks have the same name, so a table could not tell them apart.")
     opened = {name: open_model(path) for name, path in models.items()}
     teacher = next(iter(models))
+    for name in distil:
+        students = [each for each in models if each != teacher]
+        require(name in students, f"--distil names {name}, but the students are {', '.join(students) or 'none'}.")
     configs = {name: load_task(task, [f"model.path={models[teacher]}", *overrides]) for name, task in names.items()}
     scores: dict[str, dict[str, list[float]]] = {}
     for task, config in configs.items():
@@ -109,7 +115,7 @@ def compare(
         for name, path in models.items():
             of_task = replace(config, model=replace(config.model, path=str(path)))
             scores[task][name] = [_score(of_task, seed, output / task / name / str(seed)) for seed in seeds]
-        for name in [each for each in models if distil and each != teacher]:
+        for name in distil:
             found = []
             for seed in seeds:
                 path = output / task / teacher / str(seed) / "model"
