@@ -163,6 +163,17 @@ def head_of(task: TaskConfig, start: StartConfig, model: ModelConfig, label_name
     return HeadConfig(kind, labels, dropout, names)
 
 
+def check_head(found: HeadConfig, wanted: HeadConfig, model: str) -> None:
+    """Refuses a model whose head is not that of a task: of another kind, with other labels or in another order."""
+    theirs, ours = (found.kind, found.labels), (wanted.kind, wanted.labels)
+    same_names = not (found.label_names and wanted.label_names) or found.label_names == wanted.label_names
+    require(
+        theirs == ours and same_names,
+        f"{model} answers another question ({' '.join(map(str, theirs))}: {', '.join(found.names[:5])}) than this task "
+        f"({' '.join(map(str, ours))}: {', '.join(wanted.names[:5])}): fine-tune it on the same task.",
+    )
+
+
 def task_encoder(start: StartConfig, model: ModelConfig, head: HeadConfig) -> ModelConfig:
     """The encoder under the head, with the dropout of fine-tuning."""
     dropped = replace(model, hidden_dropout=start.hidden_dropout, attention_dropout=start.attention_dropout)

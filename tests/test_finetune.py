@@ -104,6 +104,41 @@ def test_a_task_is_learnt_and_the_best_checkpoint_is_what_remains(finished, task
     assert f"{scores['test']['f1']:.4f}" in card and "text-classification" in card and "160 examples" in card
 
 
+def test_eval_judges_a_run_and_its_folder_as_the_run_did(finished, tasks, tmp_path, capsys):
+    found = json.loads((finished / "scores.json").read_text())
+    said = [
+        f"{split}: " + ", ".join(f"{name} {found[split][name]:.4f}" for name in ("accuracy", "f1", "loss"))
+        for split in ("dev", "test")
+    ]
+    turned = (tasks / "sequence.toml").read_text().replace('label_names = ["other", "cat"]', "")
+    (tmp_path / "unnamed.toml").write_text(turned)  # found in another order than the model has them
+    for model, task in ((finished, tasks / "sequence.toml"), (finished / "model", tmp_path / "unnamed.toml")):
+        assert cli.main(["eval", str(model), "--task", str(task)]) == 0
+        assert capsys.readouterr().out.splitlines() == said
+
+
+def test_eval_refuses_another_task_and_what_has_none(finished, tasks, workshop, tmp_path, capsys):
+    other = (tasks / "sequence.toml").read_text().replace('["other", "cat"]', '["cat", "other"]')
+    (tmp_path / "other.toml").write_text(other)
+    for words, said in (
+        ([finished / "model", "--task", tmp_path / "other.toml"], "answers another question"),
+        ([finished, "--task", tasks / "tokens.toml"], "answers another question"),
+        ([workshop / "teacher", "--task", tasks / "sequence.toml"], "has no head for a task"),
+        ([finished, "--task", tasks / "sequence.toml", "--data", "rows"], "leave them out"),
+        ([finished], "--task"),
+    ):
+        assert cli.main(["eval", *map(str, words)]) == 2
+        message = capsys.readouterr().err
+        assert said in message and message.count("\n") == 1
+
+
+def test_a_model_for_a_task_cannot_teach_words(finished, workshop, tmp_path, capsys):
+    words = ["train", "distilbert_base_uncased", "--set", f"teacher.path={finished / 'model'}"]
+    words += ["--set", f"data.path={workshop / 'rows'}", "--output", str(tmp_path / "run")]
+    assert cli.main(words) == 2
+    assert "is a model for a task, without the MLM head" in capsys.readouterr().err
+
+
 def test_the_model_answers_in_a_pipeline_as_it_was_judged(finished, tasks):
     pytest.importorskip("torch")
     from transformers import pipeline

@@ -1,9 +1,10 @@
-"""`distil-jax eval`: what the held-out text says of a run's student, or of any model folder."""
+"""`distil-jax eval`: what held-out text, or a task's examples, say of a run's student or of any model folder."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,23 @@ from jax.sharding import Mesh
 
 from distil_jax.commands.assemble import check_tokenizer, resolve_compute, token_weights, with_compute
 from distil_jax.commands.attention import settle_attention
+from distil_jax.commands.judge import Judge
 from distil_jax.commands.run_folder import Model, open_model
-from distil_jax.config import ComputeConfig, LossConfig, MaskingConfig, MeshConfig, OptimizerConfig, StepConfig
+from distil_jax.config import (
+    ComputeConfig,
+    LossConfig,
+    MaskingConfig,
+    MeshConfig,
+    OptimizerConfig,
+    StepConfig,
+)
 from distil_jax.data.loader import RowTable, held_out_batches, open_rows, read_manifest
+from distil_jax.data.tasks import read_task
 from distil_jax.io.metrics import perplexity, to_numbers
 from distil_jax.models.encoder import abstract_params, count_parameters
 from distil_jax.objective.masking import most_targets
-from distil_jax.schema import InputError
+from distil_jax.schema import InputError, require
+from distil_jax.task_config import StartConfig, TaskConfig, check_head, head_of, load_task
 from distil_jax.training.sharding import jit_eval, local_places, make_mesh, put_params, put_rows, shardings_of
 from distil_jax.training.state import TrainState, abstract_state, judged_state
 from distil_jax.training.step import mask_and_eval_step
@@ -31,6 +42,7 @@ _BATCH_TOKENS = 8192  # per device and call; the numbers do not depend on it
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `distil-jax eval`."""
     parser.add_argument("model", help="a run folder, a model folder or a hub id")
+    parser.add_argument("--task", help="of a model with a task's head: a name in configs/tasks, or a TOML file")
     parser.add_argument("--data", help="prepared rows (default for a run folder: the run's own)")
     parser.add_argument("--teacher", help="a model to compare with (default for a run folder: the run's own)")
     parser.add_argument("--step", type=int, help="of a run folder: this checkpoint, not the newest")
@@ -42,10 +54,15 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.rows < 0:
         raise InputError(f"--rows must not be negative, but is {arguments.rows}.")
     model = open_model(arguments.model, arguments.step)
+    if arguments.task:
+        named = [flag for flag in ("data", "teacher", "rows") if getattr(arguments, flag)]
+        require(not named, f"--{' and --'.join(named)} are of held-out text: leave them out beside --task.")
+        task = load_task(arguments.task, [f"model.path={arguments.model}"]).task
+        for split, numbers in evaluate_task(model, task).items():
+            print(f"{split}: " + ", ".join(f"{name} {number:.4f}" for name, number in numbers.items()))
+        return
     if model.head is not None:
-        raise InputError(
-            f"{arguments.model} is a task's model, which predicts no words: judge it with `distil-jax compare`."
-        )
+        raise InputError(f"{arguments.model} is a task's model, which predicts no words: judge it with --task TASK.")
     data, teacher = arguments.data, arguments.teacher
     if model.run is not None:
         data = data or model.run_config.data.path
@@ -108,6 +125,35 @@ def evaluate(model: Model, data: str | Path, *, teacher: Model | None = None, li
         batch_rows=mesh.size * max(1, _BATCH_TOKENS // manifest.sequence_length),
         limit=limit,
     )
+
+
+def evaluate_task(model: Model, task: TaskConfig) -> dict[str, dict[str, float]]:
+    """The metrics of a model with a task's head, as shares, on the task's "dev" and, where there are such, "test".
+
+    Args:
+      model: whose numbers; where the task does not say what its labels are called, they are the model's.
+      task: the examples and the metrics.
+
+    Raises:
+      InputError: a model without a head or with that of another task, or examples that cannot be read.
+    """
+    if model.head is None:
+        path = model.run or model.tokenizer
+        raise InputError(f"{path} has no head for a task: fine-tune it first, with `distil-jax finetune`.")
+    if not task.label_names and task.kind == model.head.kind:
+        task = replace(task, label_names=model.head.label_names)
+    length = min(task.max_length, model.config.max_positions)
+    data = read_task(task, model.tokenizer, max_length=length)
+    wanted = head_of(task, StartConfig(), model.config, data.label_names)
+    check_head(model.head, wanted, f"The model {model.run or model.tokenizer}")
+    mesh, compute = make_mesh(MeshConfig()), resolve_compute(ComputeConfig())
+    student = with_compute(model.config, compute)
+    step = StepConfig(student, optimizer=OptimizerConfig(steps=1), head=model.head)
+    step, _ = settle_attention(step, "auto", mesh, length)
+    params = put_params(model.params, shardings_of(abstract_state(step).replace(opt_state=None), mesh).params)
+    judge = Judge(task, step, mesh, data.label_names, mesh.size * max(1, _BATCH_TOKENS // length))
+    splits = {"dev": data.dev, "test": data.test}
+    return {name: judge.numbers(params, table) for name, table in splits.items() if table is not None}
 
 
 def held_out_numbers(

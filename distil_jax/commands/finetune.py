@@ -37,7 +37,7 @@ from distil_jax.io import huggingface
 from distil_jax.io.checkpoint import Checkpoints
 from distil_jax.models.heads import with_fresh_head
 from distil_jax.schema import InputError, require, to_dict
-from distil_jax.task_config import FinetuneConfig, head_of, load_task, task_encoder
+from distil_jax.task_config import FinetuneConfig, check_head, head_of, load_task, task_encoder
 from distil_jax.training.sharding import jit_step, make_mesh, shardings_of
 from distil_jax.training.state import abstract_state
 from distil_jax.training.step import train_step
@@ -184,14 +184,7 @@ def _check_teacher(teacher: Model, head: HeadConfig, start: Model) -> None:
         teacher.head is not None,
         f"The teacher {path} has no head for this task: fine-tune it first, with `distil-jax finetune`.",
     )
-    theirs, ours = (teacher.head.kind, teacher.head.labels), (head.kind, head.labels)
-    same_names = not (teacher.head.label_names and head.label_names) or teacher.head.label_names == head.label_names
-    if theirs != ours or not same_names:
-        raise InputError(
-            f"The teacher {path} answers another question ({' '.join(map(str, theirs))}: "
-            f"{', '.join(teacher.head.names[:5])}) than this task ({' '.join(map(str, ours))}: "
-            f"{', '.join(head.names[:5])}): fine-tune it on the same task."
-        )
+    check_head(teacher.head, head, f"The teacher {path}")
     if tokenizer_fingerprint(path) != tokenizer_fingerprint(start.tokenizer):
         raise InputError(
             f"The teacher {path} and the model {start.tokenizer} have different tokenizers: both need one."
@@ -216,4 +209,9 @@ def _resolved(config: FinetuneConfig, data: TaskData, head: HeadConfig, dtype: s
 def _about(config: FinetuneConfig, step: StepConfig, attention: str, data: TaskData) -> str:
     test = f", {len(data.test):,} to test" if data.test else ""
     examples = f"{len(data.train):,} examples to train on, {len(data.dev):,} to choose by{test}"
-    return f"{about_models(step, attention)}\n{examples}; {config.train.steps:,} steps of {config.train.batch_rows:,}"
+    full = (data.train.lengths == data.train.input_ids.shape[1]).mean()
+    cut = f"; {full:.1%} of them fill {config.task.max_length} tokens (task.max_length), where longer ones are cut"
+    return (
+        f"{about_models(step, attention)}\n{examples}{cut if full and config.task.kind != 'spans' else ''}; "
+        f"{config.train.steps:,} steps of {config.train.batch_rows:,}"
+    )

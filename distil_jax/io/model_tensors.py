@@ -13,7 +13,7 @@ from flax import traverse_util
 from distil_jax.config import HeadConfig, ModelConfig
 from distil_jax.io.config_json import BERT, SINUSOIDAL_KEY, from_json, model_type
 from distil_jax.io.name_table import HEAD, IGNORED, IGNORED_UNDER_HEAD, LEGACY, TASK_HEAD, TIED, Leaf, leaves
-from distil_jax.io.task_json import architecture, head_from_json
+from distil_jax.io.task_json import architecture, head_from_json, says_task
 from distil_jax.io.tensors import Tensor, read_json
 from distil_jax.schema import InputError
 from distil_jax.structs import sinusoidal_table
@@ -27,6 +27,11 @@ _ROUNDING = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 1e-2}
 def examine(folder: Path, opened: Mapping[str, Tensor]) -> tuple[ModelConfig, dict[str, Tensor]]:
     """The architecture, and the tensors under the names of the table, after every check."""
     values = read_json(folder / "config.json")
+    if says_task(values):
+        raise InputError(
+            f"{folder} is a model for a task, without the MLM head that predicts words: give the masked language model "
+            "it was made from, or let a student learn this task from it with `distil-jax finetune --teacher`."
+        )
     config = from_json(values, folder / "config.json")
     tensors = _plain_names(folder, opened, model_type(config), IGNORED)
     config = dataclasses.replace(
