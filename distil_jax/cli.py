@@ -36,6 +36,8 @@ _VERBS = {
 _MODULES = {"eval": "evaluate"}
 # Full, broken or read-only disks, and too many open files: whatever a command was about to do, this is not its mistake.
 _MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE)
+# A path that somebody named, and that cannot be what it was named for.
+_PATH_ERRORS = (errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,11 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except endings.Stopped as error:
         return _end(error, endings.STOPPED)
     except OSError as error:
-        if error.errno not in _MACHINE_ERRORS:
+        if error.errno not in _MACHINE_ERRORS and not (error.filename and error.errno in _PATH_ERRORS):
             raise
-        where = f" at {error.filename}" if error.filename else ""
-        sentence = f"The machine refused{where} ({error.strerror}): mend that and start again."
-        return _end(sentence, endings.MACHINE_FAILED)
+        return _refused(error)
     return 0
 
 
@@ -92,6 +92,14 @@ def _split(arguments: list[str]) -> tuple[str, list[str]]:
     parser.add_argument("verb", choices=list(_VERBS), metavar="VERB", help="what to do")
     chosen = parser.parse_args(arguments[:1]).verb
     return chosen, arguments[1:]
+
+
+def _refused(error: OSError) -> int:
+    if error.errno in _PATH_ERRORS:
+        sentence = f"{error.filename} cannot be used ({error.strerror}): name another, or change its rights."
+        return _end(sentence, endings.BAD_INPUT)
+    where = f" at {error.filename}" if error.filename else ""
+    return _end(f"The machine refused{where} ({error.strerror}): mend that and start again.", endings.MACHINE_FAILED)
 
 
 def _end(error: Exception | str, status: int) -> int:

@@ -331,6 +331,7 @@ class TrainConfig:
             require(getattr(self, name) >= 0, f"train.{name} must not be negative, but is {getattr(self, name)}.")
         most = f"train.batch_rows must be at most {_MOST_ROWS}, not {self.batch_rows}."
         require(self.batch_rows <= _MOST_ROWS, most)
+        require(self.epochs < 2**31, f"train.epochs must be a number below 2**31, not {self.epochs}.")
         require(
             (self.steps > 0) != (self.epochs > 0),
             f"Set either train.steps or train.epochs above 0 (steps is {self.steps}, epochs {self.epochs}).",
@@ -439,6 +440,16 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if not table_of(values, "teacher").get("path"):
         values["loss"] = {"kl": 0.0, "cosine": 0.0} | table_of(values, "loss")
         values["student"] = {"init": "random"} | table_of(values, "student")
+    settle_schedule(values, overrides)
     if not {"steps", "epochs"} & table_of(values, "train").keys():
         values["train"] = {"epochs": 3.0} | table_of(values, "train")
     return build(Config, values)
+
+
+def settle_schedule(values: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Where an override says how long a run is, in steps or in epochs, it replaces what the file says in the other."""
+    named, train = {override.partition("=")[0].strip() for override in overrides}, dict(table_of(values, "train"))
+    for one, other in (("steps", "epochs"), ("epochs", "steps")):
+        if f"train.{one}" in named and f"train.{other}" not in named and train.get(one):
+            train.pop(other, None)
+    values["train"] = train

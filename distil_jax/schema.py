@@ -8,11 +8,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import json
 import re
 import tomllib
 import types
 import typing
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 _LONGEST_SENTENCE = 1_500  # characters; ten tensors with their shapes have about a thousand
@@ -97,6 +99,11 @@ def table_of(values: Mapping[str, Any], name: str) -> dict[str, Any]:
     table = values.get(name, {})
     require(isinstance(table, dict), f"Config key {name} must be a table: write [{name}], then its keys.")
     return table
+
+
+def quoted(key: str, text: str | Path) -> str:
+    """An override that sets a key to this very text, whatever TOML would read in it: a folder may be called 42."""
+    return f"{key}={json.dumps(str(text), ensure_ascii=False)}"
 
 
 def set_value(values: dict[str, Any], override: str) -> None:

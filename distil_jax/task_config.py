@@ -18,6 +18,7 @@ from distil_jax.config import (
     TrainConfig,
     preset,
     read_toml,
+    settle_schedule,
 )
 from distil_jax.schema import build, may_change, require, set_value, table_of, to_dict
 
@@ -139,6 +140,7 @@ def load_task(name: str | Path, overrides: Sequence[str] = ()) -> FinetuneConfig
     values = read_toml(preset(name, "tasks"))
     for override in overrides:
         set_value(values, override)
+    settle_schedule(values, overrides)
     given = table_of(values, "train")
     schedule = {"epochs": 0.0} if "steps" in given else {}  # one of the two says how long
     values["train"] = to_dict(_TRAIN) | schedule | given
@@ -159,6 +161,8 @@ def head_of(task: TaskConfig, start: StartConfig, model: ModelConfig, label_name
     published = {"sequence": 0.2 if distil else 0.1, "tokens": 0.1, "spans": 0.1 if distil else 0.0}[kind]
     dropout = published if start.head_dropout is None else start.head_dropout
     labels = {"regression": 1, "spans": 2}.get(task.kind, len(label_names))
+    two = "f1" not in task.judges or labels == 2
+    require(two, f'The metric "f1" is of two labels, and this task has {labels}: set task.metrics to "macro_f1".')
     names = label_names if task.kind in ("sequence", "tokens") else ()
     return HeadConfig(kind, labels, dropout, names)
 

@@ -15,7 +15,7 @@ make_environment .
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
 folder="${1:-compared}"
 shift || true
-if [[ ! -f "$folder/tasks/movies.toml" ]]; then  # the last file that is written
+if [[ ! -f "$folder/tasks/movies.toml" || ( -n "${DISTIL_SST2:-}" && ! -f "$folder/tasks/sst2.toml" ) ]]; then
   packages="$(mktemp -d)"
   trap 'rm -rf "$packages"' EXIT
   # Read as archives, never installed: they want much beside them.

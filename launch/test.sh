@@ -3,9 +3,9 @@
 #
 #   launch/test.sh [PYTEST ARGUMENTS]
 #
-#   DISTIL_PYTHON, DISTIL_VENV: see environment.sh. Where PyTorch 2.13.0 has no build for that Python (or
-#   DISTIL_TORCH=no), the tests that compare with PyTorch skip visibly; where there is no libtpu (it needs Linux on
-#   x86-64, and no TPU), the one that compiles for a TPU does.
+#   DISTIL_PYTHON, DISTIL_VENV: see environment.sh. With DISTIL_TORCH=no, where PyTorch 2.13.0 has no build for that
+#   Python, the tests that compare with PyTorch skip visibly; where there is no libtpu (it needs Linux on x86-64, and
+#   no TPU), the one that compiles for a TPU does.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh

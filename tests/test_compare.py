@@ -41,7 +41,17 @@ def test_names_are_told_apart(capsys, tmp_path):
         assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-def test_only_students_learn_from_the_teacher(capsys, tmp_path):
-    words = ["compare", "a=distil_jax/teacher", "b=distil_jax/teacher", "--tasks", "sst2", "--output", str(tmp_path)]
-    assert cli.main([*words, "--distil", "a"]) == 2
-    assert "--distil names a, but the students are b." in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--distil", "a"], "--distil names a, but the students are b, b-distilled."),
+        (["--distil"], "b-distilled is where b learns from the teacher"),
+        (["--set", "seed=1"], "compare sets seed of every run itself"),
+        (["--set", "loss.soft=0.9"], "loss.soft is of students with a teacher: add --distil."),
+        (["--seeds", "1", "1"], "Each seed may be named once"),
+    ],
+)
+def test_what_would_be_ignored_or_mistaken_is_refused(capsys, tmp_path, words, said):
+    models = ["a=distil_jax/teacher", "b=distil_jax/teacher", "b-distilled=distil_jax/teacher"]
+    assert cli.main(["compare", *models, "--tasks", "sst2", "--output", str(tmp_path), *words]) == 2
+    assert said in capsys.readouterr().err

@@ -18,6 +18,7 @@ from distil_jax.models.encoder import count_parameters
 from distil_jax.models.student import choose_layers
 from distil_jax.objective.masking import most_targets
 from distil_jax.schema import InputError, build, differences, to_dict
+from distil_jax.task_config import load_task
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))  # those of tasks: test_tasks.py
 ABLATION = Path(__file__).parents[1] / "configs" / "ablation"
@@ -81,6 +82,21 @@ def test_bad_overrides(tmp_path, override):
 def test_overrides_win_and_are_typed(tmp_path):
     config = load(write(tmp_path, "[train]\nsteps = 5"), ["train.steps=7", "data.path=a/b", "student.layers=[1, 3]"])
     assert (config.train.steps, config.data.path, config.student.layers) == (7, "a/b", (1, 3))
+
+
+def test_how_long_a_run_is_can_be_said_in_the_other_unit(tmp_path):
+    for file, override, expected in (
+        ("epochs = 3", ["train.steps=7"], (7, 0)),
+        ("steps = 5", ["train.epochs=2"], (0, 2)),
+        ("steps = 5", ["train.steps=0", "train.epochs=2"], (0, 2)),
+        ("epochs = 3", ["train.steps=0"], (0, 3)),
+    ):
+        train = load(write(tmp_path, f"[train]\n{file}"), override).train
+        assert (train.steps, train.epochs) == expected
+    assert load_task("squad", ["model.path=x", "train.steps=7"]).train.steps == 7
+    for override in (["train.steps=7", "train.epochs=2"], ["train.epochs=inf"], ["train.epochs=nan"]):
+        with pytest.raises(InputError, match=r"train\.epochs"):
+            load(write(tmp_path, ""), override)
 
 
 def test_without_a_teacher_it_is_masked_lm_training(tmp_path):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from distil_jax.commands import demo as command
+from distil_jax.commands import speed
 from distil_jax.commands.demo import TEXT, _row, demo
 from distil_jax.commands.fill_mask import fill_mask
 from distil_jax.commands.run_folder import open_model
@@ -49,6 +50,28 @@ def test_several_seeds_are_shown_with_their_spread():
     each = [{"mlm": n, "accuracy": 0.5, "perplexity": 9.0, "agreement": 0.25} for n in (3.0, 3.2)]
     row = _row("student", ModelConfig(1000, 2, 64, 2, 128, 64), each, 1234.5, [60.0, 62.0])
     assert row[3:] == ["3.100 ± 0.141", "50.0 ± 0.0 %", "9.0 ± 0.0", "25.0 ± 0.0 %", "1,234", "61 ± 1 s"]
+
+
+def test_models_are_timed_as_this_machine_computes(finished_run, monkeypatch):
+    """Not as the machine that trained one of them did."""
+    model, timed = open_model(finished_run), []
+    hidden = speed._hidden
+
+    def noted(config, params, batch):
+        timed.append(config.dtype)
+        return hidden(config, params, batch)
+
+    monkeypatch.setattr(speed, "_hidden", noted)
+    from_a_gpu = replace(model, config=replace(model.config, dtype="bfloat16"))
+    encoder_seconds({"one": model, "other": from_a_gpu}, rows=1, length=16, repeats=1)
+    assert set(timed) == {"float32"}
+
+
+def test_what_a_killed_start_left_does_not_stop_the_next(text, tmp_path):
+    (tmp_path / ".rows.0123abcd").mkdir()
+    with pytest.raises(InputError, match=r"train\.steps"):  # further than the folder
+        demo(tmp_path, overrides=["train.steps=-1"], text=text)
+    assert not (tmp_path / ".rows.0123abcd").exists() and (tmp_path / "rows").is_dir()
 
 
 def test_another_folder_is_left_alone(tmp_path):

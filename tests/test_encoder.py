@@ -31,6 +31,17 @@ def test_parameter_counts_are_the_published_ones():
     assert count_parameters(ModelConfig(30_522)) == 109_514_298
 
 
+def test_padding_ids_are_the_same_to_models_of_any_precision(teacher_config, teacher_params, rows):
+    """A teacher in bfloat16 beside a student in float32: where their padding differed, mse would see nothing else."""
+    rounded = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), teacher_params)
+    biases = [
+        apply(replace(teacher_config, dtype=dtype), params, as_batch(rows)).head.bias
+        for dtype, params in (("float32", teacher_params), ("bfloat16", rounded))
+    ]
+    assert all(bias.dtype == jnp.float32 for bias in biases)
+    assert np.array_equal(biases[0][VOCAB:], biases[1][VOCAB:]) and len(biases[0]) > VOCAB
+
+
 def test_packed_equals_one_sequence_a_row(teacher_config, teacher_params, rows):
     packed = apply(teacher_config, teacher_params, as_batch(rows))
     segments = [(r, s) for r in range(len(rows.input_ids)) for s in range(1, rows.segment_ids[r].max() + 1)]

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 
 import jax
@@ -13,6 +14,7 @@ from conftest import run_numbers, same_leaves
 from distil_jax import cli
 from distil_jax.commands.judge import Judge
 from distil_jax.commands.run_folder import open_model
+from distil_jax.data.tokenizer import load_tokenizer
 from distil_jax.io import huggingface
 from distil_jax.io.metrics import MetricsWriter, read_metrics
 
@@ -41,8 +43,8 @@ train = "{folder}/spans.jsonl"
 text = ["question", "context"]
 label = "answers"
 dev_share = 0.3
-max_length = 24
-stride = 4
+max_length = 384
+stride = 128
 """
 QUICK = ("train.steps=4", "train.batch_rows=16", "train.tensorboard=false", "optimizer.learning_rate=1e-3")
 
@@ -100,6 +102,8 @@ def test_a_task_is_learnt_and_the_best_checkpoint_is_what_remains(finished, task
     assert scores["test"]["accuracy"] > 0.9 and set(scores["test"]) == {"accuracy", "f1", "loss"}
     _, head, params = huggingface.load_task(finished / "model")
     assert head.names == ("other", "cat") and same_leaves(params, model.params)
+    kept = {file.name for file in (finished / "tokenizer").iterdir()}
+    assert "tokenizer.json" in kept and "model.safetensors" not in kept  # the model it started from is not kept with it
     card = (finished / "model" / "README.md").read_text()
     assert f"{scores['test']['f1']:.4f}" in card and "text-classification" in card and "160 examples" in card
 
@@ -179,6 +183,7 @@ def test_a_run_that_was_stopped_ends_as_the_unbroken_one(finished, workshop, tas
         test.write_text(f"text,label\nthe cat sees the dog,{label}\n")
         assert finetune(workshop / "teacher", tasks / "sequence.toml", run, *LONG, f"task.test={test}") == 0
         found.append(json.loads((run / "scores.json").read_text())["test"]["accuracy"])
+        assert f"| test  |   {found[-1]:.4f}" in (run / "model" / "README.md").read_text()
     assert sorted(found) == [0, 1]
     # Other examples are another run.
     (tmp_path / "other.csv").write_text("text,label\n" + "the cat,cat\nthe dog,other\n" * 80)
@@ -226,9 +231,19 @@ def refusals(workshop, tasks):
     yield (teacher, sequence, "loss.soft=1"), {}, "teacher.path"
     yield (teacher, sequence, "task.metrics=['span_f1']"), {}, "span_f1"
     yield (teacher, sequence, "train.batch_rows=12"), {}, "train.batch_rows"
+    yield (teacher, tasks / "three.toml"), {}, '"f1" is of two labels, and this task has 3'
+    yield (tasks / "more_tokens", sequence), {}, "resize the model's embedding"
 
 
 def test_what_cannot_be_is_one_sentence_and_writes_nothing(finished, workshop, tasks, tmp_path, capsys):
+    (tasks / "three.csv").write_text("text,label\n" + "the cat,a\nthe dog,b\nthe bird,c\n" * 9)
+    (tasks / "three.toml").write_text(
+        f'[task]\ntrain = "{tasks}/three.csv"\ndev = "{tasks}/three.csv"\nmetrics = ["f1"]\n'
+    )
+    shutil.copytree(workshop / "teacher", tasks / "more_tokens")
+    tokenizer = load_tokenizer(workshop / "teacher")
+    tokenizer.add_tokens(["zyzzyva", "zyzzyvas"])
+    tokenizer.save_pretrained(tasks / "more_tokens")
     for number, (words, options, said) in enumerate(refusals(workshop, tasks)):
         output = tmp_path / str(number)
         assert finetune(*words[:2], output, *words[2:], **options) == 2, said
@@ -243,7 +258,7 @@ def test_the_runs_of_both_commands_are_told_apart(finished, finished_run, worksh
     assert cli.main(["train", str(workshop / "run.toml"), "--output", str(finished)]) == 2
     assert "another command" in capsys.readouterr().err
     assert cli.main(["eval", str(finished), "--data", str(workshop / "rows")]) == 2
-    assert "compare" in capsys.readouterr().err
+    assert "--task" in capsys.readouterr().err
     assert cli.main(["export", str(finished), str(tmp_path / "again")]) == 0
     assert same_leaves(huggingface.load_task(tmp_path / "again")[2], huggingface.load_task(finished / "model")[2])
 

@@ -61,7 +61,7 @@ def _task_card(model: Model) -> str:
     facts, config = model.facts, model.run_config
     task, loss, optimizer = config.task, config.loss, config.optimizer
     teacher = (
-        f", with `{Path(config.teacher.path).name}` as its teacher (weight {loss.soft:g} at temperature "
+        f", with `{_named(config.teacher.path)}` as its teacher (weight {loss.soft:g} at temperature "
         f"{loss.temperature:g}, {loss.task:g} on the labels)"
         if facts["teacher"]
         else ""
@@ -90,8 +90,15 @@ def _task_card(model: Model) -> str:
     scores = model.run / "scores.json"
     if scores.exists():
         found = json.loads(scores.read_text(encoding="utf-8"))
-        lines += ["## Scores", "", *_scores(found), ""]
+        if found["step"] == model.step:  # of another checkpoint they are not this model's
+            lines += ["## Scores", "", *_scores(found), ""]
     return "\n".join(lines)
+
+
+def _named(path: str) -> str:
+    """A model's name in its path, where RUN/model and compare's NAME/SEED/model say what it is further up."""
+    parts = [part for part in Path(path).parts if part != "model" and not part.isdigit()]
+    return parts[-1] if parts else path
 
 
 def _code(text: str) -> str:

@@ -14,10 +14,11 @@ from distil_jax.commands import processes
 from distil_jax.commands.baseline import baseline_scores
 from distil_jax.commands.comparison import Comparison, into_card, tables, write
 from distil_jax.commands.finetune import finetune
+from distil_jax.commands.program import keep_compiled
 from distil_jax.commands.run_folder import Model, open_model
 from distil_jax.commands.speed import encoder_seconds
 from distil_jax.models.encoder import count_parameters
-from distil_jax.schema import InputError, require
+from distil_jax.schema import InputError, quoted, require
 from distil_jax.task_config import FinetuneConfig, load_task
 
 _LENGTH = 128  # tokens a row of the timings, or as many positions as the smallest model has
@@ -49,7 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--cards", action="store_true", help="put the tables into README.md of the model folders named")
     parser.add_argument(
-        "--set", metavar="KEY=VALUE", action="append", default=[], help="override a config key of every run"
+        "--set",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="override a config key of every run; [loss] and [teacher], of the runs with a teacher",
     )
 
 
@@ -70,7 +75,7 @@ def run(arguments: argparse.Namespace) -> None:
         print("\n".join(["", *lines]))
         if processes.is_first():
             write(found, lines, output)
-            cards = [Path(path) / "README.md" for path in models.values() if arguments.cards]
+            cards = [Path(path).expanduser() / "README.md" for path in models.values() if arguments.cards]
             for card in filter(Path.is_file, cards):
                 into_card(card, lines)
         print(f"\nWrote {output / 'compare.md'}, {output / 'compare.json'} and {output / 'compare.png'}.")
@@ -100,17 +105,18 @@ def compare(
     Raises:
       InputError: a model or a task that cannot be used; runs that were finished before stay.
     """
-    require(len(set(seeds)) == len(seeds) > 0, f"Each seed may be named once, but they are {seeds}.")
-    names = {Path(task).stem: task for task in tasks}
-    require(len(names) == len(tasks), "Two of the tasks have the same name, so a table could not tell them apart.")
+    _check(models, tasks, seeds, overrides, distil)
+    teacher, names = next(iter(models)), {Path(task).stem: task for task in tasks}
     opened = {name: open_model(path) for name, path in models.items()}
-    teacher = next(iter(models))
-    for name in distil:
-        students = [each for each in models if each != teacher]
-        require(name in students, f"--distil names {name}, but the students are {', '.join(students) or 'none'}.")
-    configs = {name: load_task(task, [f"model.path={models[teacher]}", *overrides]) for name, task in names.items()}
+    plain = [override for override in overrides if not _of_a_teacher(override)]
+    start = quoted("model.path", models[teacher])
+    configs = {name: load_task(task, [start, *plain]) for name, task in names.items()}
+    keep_compiled(next(iter(configs.values())).compute, output)
     scores: dict[str, dict[str, list[float]]] = {}
     for task, config in configs.items():
+        linear = {}
+        if baseline and config.task.kind in ("sequence", "regression"):  # first: what it refuses, it refuses at once
+            linear[_BASELINE] = [baseline_scores(config.task)[config.task.judges[0]]] * len(seeds)
         scores[task] = {}
         for name, path in models.items():
             of_task = replace(config, model=replace(config.model, path=str(path)))
@@ -119,11 +125,11 @@ def compare(
             found = []
             for seed in seeds:
                 path = output / task / teacher / str(seed) / "model"
-                of_task = load_task(names[task], [f"model.path={models[name]}", f"teacher.path={path}", *overrides])
+                paths = [quoted("model.path", models[name]), quoted("teacher.path", path)]
+                of_task = load_task(names[task], [*paths, *overrides])
                 found.append(_score(of_task, seed, output / task / f"{name}-distilled" / str(seed)))
             scores[task][name + _DISTILLED] = found
-        if baseline and config.task.kind in ("sequence", "regression"):
-            scores[task][_BASELINE] = [baseline_scores(config.task)[config.task.judges[0]]] * len(seeds)
+        scores[task] |= linear
         jax.clear_caches()  # the programs of a task serve no other one, and hold memory
     length = min(_LENGTH, *(model.config.max_positions for model in opened.values()))
     return Comparison(
@@ -134,6 +140,33 @@ def compare(
         seeds=seeds,
         length=length,
     )
+
+
+def _check(
+    models: dict[str, str],
+    tasks: Sequence[str],
+    seeds: tuple[int, ...],
+    overrides: Sequence[str],
+    distil: Sequence[str],
+) -> None:
+    """Refuses what could not be told apart, or would be ignored."""
+    require(len(set(seeds)) == len(seeds) > 0, f"Each seed may be named once, but they are {seeds}.")
+    same = len({Path(task).stem for task in tasks}) < len(tasks)
+    require(not same, "Two of the tasks have the same name, so a table could not tell them apart.")
+    _, *students = models
+    for name in distil:
+        require(name in students, f"--distil names {name}, but the students are {', '.join(students) or 'none'}.")
+        taken = f"{name}-distilled"
+        require(taken not in models, f"{taken} is where {name} learns from the teacher: give that model another name.")
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        ours = key in ("seed", "model.path", "teacher.path")
+        require(not ours, f"compare sets {key} of every run itself: leave it out of --set.")
+        require(distil or not _of_a_teacher(override), f"{key} is of students with a teacher: add --distil.")
+
+
+def _of_a_teacher(override: str) -> bool:
+    return override.strip().startswith(("loss.", "teacher."))
 
 
 def _named(models: Sequence[str]) -> dict[str, str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from distil_jax.commands.assemble import check_tokenizer, resolve_compute, token_weights, with_compute
+from distil_jax.commands.assemble import check_tokenizer, check_vocabulary, resolve_compute, token_weights, with_compute
 from distil_jax.commands.attention import settle_attention
 from distil_jax.commands.judge import Judge
 from distil_jax.commands.run_folder import Model, open_model
@@ -30,7 +29,7 @@ from distil_jax.data.tasks import read_task
 from distil_jax.io.metrics import perplexity, to_numbers
 from distil_jax.models.encoder import abstract_params, count_parameters
 from distil_jax.objective.masking import most_targets
-from distil_jax.schema import InputError, require
+from distil_jax.schema import InputError, quoted, require
 from distil_jax.task_config import StartConfig, TaskConfig, check_head, head_of, load_task
 from distil_jax.training.sharding import jit_eval, local_places, make_mesh, put_params, put_rows, shardings_of
 from distil_jax.training.state import TrainState, abstract_state, judged_state
@@ -57,7 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.task:
         named = [flag for flag in ("data", "teacher", "rows") if getattr(arguments, flag)]
         require(not named, f"--{' and --'.join(named)} are of held-out text: leave them out beside --task.")
-        task = load_task(arguments.task, [f"model.path={arguments.model}"]).task
+        task = load_task(arguments.task, [quoted("model.path", arguments.model)]).task
         for split, numbers in evaluate_task(model, task).items():
             print(f"{split}: " + ", ".join(f"{name} {number:.4f}" for name, number in numbers.items()))
         return
@@ -131,8 +130,8 @@ def evaluate_task(model: Model, task: TaskConfig) -> dict[str, dict[str, float]]
     """The metrics of a model with a task's head, as shares, on the task's "dev" and, where there are such, "test".
 
     Args:
-      model: whose numbers; where the task does not say what its labels are called, they are the model's.
-      task: the examples and the metrics.
+      model: whose numbers.
+      task: the examples and the metrics; labels that it does not name may come in another order than the model's.
 
     Raises:
       InputError: a model without a head or with that of another task, or examples that cannot be read.
@@ -140,10 +139,11 @@ def evaluate_task(model: Model, task: TaskConfig) -> dict[str, dict[str, float]]
     if model.head is None:
         path = model.run or model.tokenizer
         raise InputError(f"{path} has no head for a task: fine-tune it first, with `distil-jax finetune`.")
-    if not task.label_names and task.kind == model.head.kind:
-        task = replace(task, label_names=model.head.label_names)
+    check_vocabulary(model.tokenizer, model.config)
     length = min(task.max_length, model.config.max_positions)
     data = read_task(task, model.tokenizer, max_length=length)
+    if not task.label_names and sorted(data.label_names) == sorted(model.head.label_names):
+        data = data.with_labels(model.head.label_names)
     wanted = head_of(task, StartConfig(), model.config, data.label_names)
     check_head(model.head, wanted, f"The model {model.run or model.tokenizer}")
     mesh, compute = make_mesh(MeshConfig()), resolve_compute(ComputeConfig())
@@ -166,6 +166,7 @@ def held_out_numbers(
     mesh: Mesh,
     batch_rows: int,
     limit: int = 0,
+    alive: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Means over the held-out rows: mlm, accuracy, perplexity, and kl and agreement with a teacher.
 
@@ -178,9 +179,11 @@ def held_out_numbers(
       mesh: where the rows go.
       batch_rows: rows per call of `step`.
       limit: only so many rows; 0: all.
+      alive: called with every batch.
     """
     sums, places = None, local_places(mesh, batch_rows)
     for rows in held_out_batches(table, batch_rows=batch_rows, limit=limit, places=places):
+        alive()
         metrics = step(state, teacher_params, put_rows(rows, mesh, batch_rows=batch_rows), weights)
         # Sums stay on the device: the host waits once, at the end.
         sums = metrics if sums is None else jax.tree.map(jnp.add, sums, metrics)

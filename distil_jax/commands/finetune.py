@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 
 from distil_jax.commands import processes
 from distil_jax.commands.assemble import (
+    check_vocabulary,
     in_dtype_of,
     place_teacher,
     resolve_compute,
@@ -25,6 +26,7 @@ from distil_jax.commands.assemble import (
     total_steps,
     with_compute,
 )
+from distil_jax.commands.card import card
 from distil_jax.commands.export import export
 from distil_jax.commands.judge import Judge
 from distil_jax.commands.loop import run_program
@@ -36,7 +38,7 @@ from distil_jax.data.tokenizer import fingerprint as tokenizer_fingerprint
 from distil_jax.io import huggingface
 from distil_jax.io.checkpoint import Checkpoints
 from distil_jax.models.heads import with_fresh_head
-from distil_jax.schema import InputError, require, to_dict
+from distil_jax.schema import InputError, quoted, require, to_dict
 from distil_jax.task_config import FinetuneConfig, check_head, head_of, load_task, task_encoder
 from distil_jax.training.sharding import jit_step, make_mesh, shardings_of
 from distil_jax.training.state import abstract_state
@@ -61,7 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Fine-tunes, and prints what the best checkpoint reaches."""
-    named = [f"model.path={arguments.model}", *([f"teacher.path={arguments.teacher}"] if arguments.teacher else [])]
+    named = [quoted("model.path", arguments.model)]
+    named += [quoted("teacher.path", arguments.teacher)] if arguments.teacher else []
     config = load_task(arguments.task, [*named, *arguments.set])
     if arguments.print_config:
         print(tomli_w.dumps(to_dict(config)), end="")
@@ -106,10 +109,11 @@ def finetune(config: FinetuneConfig, workdir: str | Path) -> dict[str, dict[str,
         draft = workdir / ".scores.json"
         draft.write_text(json.dumps(about | found, indent=1) + "\n", encoding="utf-8")
         os.replace(draft, workdir / "scores.json")
-        if not (workdir / "model").exists():
-            step = program.step_config
-            tokenizer = workdir / "tokenizer"
-            model = Model(step.student, params, tokenizer, head=step.head, run=workdir, step=best, facts=facts)
+        step = program.step_config
+        model = Model(step.student, params, workdir / "tokenizer", head=step.head, run=workdir, step=best, facts=facts)
+        if (workdir / "model").exists():
+            (workdir / "model" / "README.md").write_text(card(model), encoding="utf-8")
+        else:
             export(model, workdir / "model")
     processes.meet("the model is written")
     return found
@@ -135,6 +139,7 @@ def compile_task(config: FinetuneConfig) -> tuple[Program, Judge, TaskData]:
     teacher = open_model(config.teacher.path) if config.teacher.path and config.loss.needs_teacher else None
     models = [model for model in (start, teacher) if model is not None]
     length = min(config.task.max_length, *(model.config.max_positions for model in models))
+    check_vocabulary(start.tokenizer, start.config)
     data = read_task(config.task, start.tokenizer, max_length=length)
     head = head_of(config.task, config.model, start.config, data.label_names)
     compute = resolve_compute(config.compute)
@@ -170,7 +175,7 @@ def compile_task(config: FinetuneConfig) -> tuple[Program, Judge, TaskData]:
         others=(),
         batches=batches_on(mesh, lambda: data.train, config),
         rows_of=partial(rows_of, lambda: data.train, batch_rows, config.seed),
-        held_out=lambda state: judge.numbers(state.params, data.dev, limit=config.train.eval_rows),
+        held_out=lambda state, alive: judge.numbers(state.params, data.dev, limit=config.train.eval_rows, alive=alive),
         score=lambda numbers: -numbers[config.task.judges[0]],
         state_sharding=state_sharding,
         first_state=lambda: first_state(step, config.seed, first, state_sharding),
@@ -197,7 +202,13 @@ def _resolved(config: FinetuneConfig, data: TaskData, head: HeadConfig, dtype: s
     every = config.train.eval_every or max(1, round(len(data.train) / config.train.batch_rows))
     return replace(
         config,
-        task=replace(config.task, label_names=data.label_names, metrics=config.task.judges, max_length=length),
+        task=replace(
+            config.task,
+            label_names=data.label_names,
+            metrics=config.task.judges,
+            max_length=length,
+            stride=min(config.task.stride, length - 1) if config.task.kind == "spans" else config.task.stride,
+        ),
         model=replace(config.model, head_dropout=head.dropout),
         teacher=replace(config.teacher, dtype=dtype if config.teacher.dtype == "auto" else config.teacher.dtype),
         optimizer=replace(config.optimizer, steps=config.optimizer.steps or steps),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -39,18 +40,22 @@ class Judge:
         self._label_names = np.array(label_names)
         self._eval = jit_eval(task_eval_step, mesh, abstract_state(step).replace(opt_state=None), None)
 
-    def numbers(self, params: Any, table: TaskTable, *, limit: int = 0) -> dict[str, float]:
+    def numbers(
+        self, params: Any, table: TaskTable, *, limit: int = 0, alive: Callable[[], None] = lambda: None
+    ) -> dict[str, float]:
         """The metrics, as shares, and the mean loss.
 
         Args:
           params: on the mesh.
           table: the examples.
           limit: only so many; 0: all, and always all of spans, whose examples have several rows.
+          alive: called with every batch.
         """
         limit = 0 if self._task.kind == "spans" else limit
         state, sums, found = judged_state(self._step, params), None, []
         places = local_places(self._mesh, self._batch_rows)
         for batch in held_out_batches(table, batch_rows=self._batch_rows, limit=limit, places=places):
+            alive()
             metrics, logits = self._eval(state, None, put_rows(batch, self._mesh, batch_rows=self._batch_rows))
             sums = metrics if sums is None else jax.tree.map(jnp.add, sums, metrics)
             found.append(logits)  # fetched at the end: the host waits once

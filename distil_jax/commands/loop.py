@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,8 @@ def run_program(
     """
     workdir = Path(workdir)
     program = processes.together(lambda: _ready(make, workdir))  # nobody writes before everybody has looked
-    config = program.config.train
-    processes.agree(f"{program.step_config} {program.identity}")
+    run, config = program.config, program.config.train
+    processes.agree(f"{program.step_config} {program.identity} {run.seed} {config} {run.mesh} {resume_step}")
     with contextlib.ExitStack() as stack:
         if processes.is_first():
             processes.together(lambda: stack.enter_context(folder_lock(workdir)))
@@ -63,19 +63,35 @@ def run_program(
         processes.meet("the metrics are as of this step")
         stack.enter_context(contextlib.closing(writer))
         try:
-            return _loop(program, state, checkpoints, writer)
+            with _memory_named():
+                return _loop(program, state, checkpoints, writer)
         except jax.errors.JaxRuntimeError as error:
-            reason = " ".join(str(error).split())[:400]
-            if "RESOURCE_EXHAUSTED" in reason:
-                raise InputError(
-                    f"The devices have too little memory ({reason}): lower train.tokens_per_device, which changes no "
-                    "number, or spread the run over more of them with mesh.fsdp."
-                ) from error
-            failure = MachineFailed(f"A device or another process of this run failed ({reason}): start the run again.")
+            failure = MachineFailed(
+                f"A device or another process of this run failed ({_short(error)}): start the run again."
+            )
             processes.leave(failure)
             raise failure from error
 
 
+@contextlib.contextmanager
+def _memory_named() -> Iterator[None]:
+    """Says of a device that has too little memory what to do about it."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise InputError(
+            f"The devices have too little memory ({_short(error)}): lower train.tokens_per_device, which changes no "
+            "number, or spread the run over more of them with mesh.fsdp."
+        ) from error
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:400]
+
+
+@_memory_named()
 def _ready(make: Callable[[], Program], workdir: Path) -> Program:
     """Everything that can be refused, before anything is written."""
     run_folder.check(workdir)
@@ -84,6 +100,7 @@ def _ready(make: Callable[[], Program], workdir: Path) -> Program:
     return program
 
 
+@_memory_named()
 def _begin(program: Program, checkpoints: Checkpoints, resume_step: int | None) -> TrainState:
     step = run_folder.choose(checkpoints, resume_step)
     if step is None:
@@ -112,7 +129,7 @@ def _loop(program: Program, state: TrainState, checkpoints: Checkpoints, writer:
     ):
         disk = DiskTrouble(checkpoints, writer, progress)
         if start == 0:
-            patience.look(program.score(_evaluate(program, state, progress, 0)))
+            patience.look(program.score(_evaluate(program, state, progress, watchdog, 0)))
         for step in range(start + 1, config.steps + 1):
             watchdog.alive()
             profiler.before(step)
@@ -122,8 +139,7 @@ def _loop(program: Program, state: TrainState, checkpoints: Checkpoints, writer:
             last, stopping, score = step == config.steps, stop.requested(step), None
             evaluated = last or (config.eval_every > 0 and step % config.eval_every == 0)
             if evaluated:
-                watchdog.alive()
-                numbers = _evaluate(program, state, progress, step)
+                numbers = _evaluate(program, state, progress, watchdog, step)
                 score = program.score(numbers)
                 patience.look(score)
                 last = last or patience.is_over
@@ -211,10 +227,12 @@ def _finite(params: Any) -> jax.Array:
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params)]))
 
 
-def _evaluate(program: Program, state: TrainState, progress: Progress, step: int) -> dict[str, float]:
+def _evaluate(
+    program: Program, state: TrainState, progress: Progress, watchdog: Watchdog, step: int
+) -> dict[str, float]:
     progress.flush()
     with progress.paused():
-        numbers = program.held_out(state)
+        numbers = program.held_out(state, watchdog.alive)
     progress.held_out(step, numbers)
     return numbers
 

@@ -36,7 +36,7 @@ class Program:
       others: what a step takes after the batch.
       batches: from the steps done so far, every following batch on the mesh.
       rows_of: the numbers of the rows that a step trains on.
-      held_out: what the held-out examples say of a state.
+      held_out: what the held-out examples say of a state; the function it is given is called with every batch.
       score: of these numbers; the lower the better.
       state_sharding: where a state lives.
       first_state: makes the one before the first step, there.
@@ -54,7 +54,7 @@ class Program:
     others: tuple[Any, ...]
     batches: Callable[[int], Iterator[Any]]
     rows_of: Callable[[int], list[int]]
-    held_out: Callable[[TrainState], dict[str, float]]
+    held_out: Callable[[TrainState, Callable[[], None]], dict[str, float]]
     score: Callable[[dict[str, Any]], float]
     state_sharding: Any
     first_state: Callable[[], TrainState]

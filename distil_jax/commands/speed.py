@@ -10,8 +10,9 @@ from statistics import median
 import jax
 import numpy as np
 
+from distil_jax.commands.assemble import resolve_compute, with_compute
 from distil_jax.commands.run_folder import Model
-from distil_jax.config import ModelConfig
+from distil_jax.config import ComputeConfig, ModelConfig
 from distil_jax.models.encoder import MaskedLm
 from distil_jax.structs import Batch
 
@@ -19,7 +20,8 @@ from distil_jax.structs import Batch
 def encoder_seconds(models: Mapping[str, Model], *, rows: int, length: int, repeats: int = 15) -> dict[str, float]:
     """The median seconds of a call of each encoder, without vocabulary or head, on full rows.
 
-    Models take turns, so that whatever else the machine does meets all of them.
+    Models take turns, so that whatever else the machine does meets all of them; each computes as this machine would,
+    and not as that which trained it.
 
     Args:
       models: by name; all with at least `length` positions.
@@ -31,7 +33,7 @@ def encoder_seconds(models: Mapping[str, Model], *, rows: int, length: int, repe
         ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (rows, length))
         body = {part: tree for part, tree in model.params.items() if part in ("embeddings", "layers")}
         encode = jax.jit(_hidden, static_argnums=0)
-        config = replace(model.config, mlm_head=False, pooler=False)
+        config = with_compute(replace(model.config, mlm_head=False, pooler=False), resolve_compute(ComputeConfig()))
         batch, params = Batch.from_padded(ids, np.ones_like(ids), ids), jax.device_put(body)
         calls[name] = lambda encode=encode, config=config, params=params, batch=batch: encode(config, params, batch)
     for call in calls.values():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def compile_run(parts: Parts) -> Program:
     eval_step = jit_eval(mask_and_eval_step, mesh, state_shapes, shapes)
     batch_rows = config.train.batch_rows
 
-    def held_out(state: TrainState) -> dict[str, float]:
+    def held_out(state: TrainState, alive: Callable[[], None]) -> dict[str, float]:
         return held_out_numbers(
             eval_step,
             state,
@@ -77,6 +78,7 @@ def compile_run(parts: Parts) -> Program:
             mesh=mesh,
             batch_rows=batch_rows // parts.step.accumulation,
             limit=config.train.eval_rows,
+            alive=alive,
         )
 
     state_sharding = shardings_of(state_shapes, mesh)

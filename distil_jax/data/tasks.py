@@ -42,6 +42,21 @@ class TaskData:
     digest: str
     judged: str
 
+    def with_labels(self, names: tuple[str, ...]) -> TaskData:
+        """The same, its labels numbered in the order of these names, which must be the same ones."""
+        if not names:
+            return self
+        places = np.array([names.index(name) for name in self.label_names], np.int32)
+
+        def renumbered(table: TaskTable | None) -> TaskTable | None:
+            if table is None:
+                return None
+            asked = table.labels != IGNORED
+            return replace(table, labels=np.where(asked, places[np.where(asked, table.labels, 0)], IGNORED))
+
+        tables = {name: renumbered(getattr(self, name)) for name in ("train", "dev", "test")}
+        return replace(self, **tables, label_names=names)
+
 
 def read_task(task: TaskConfig, tokenizer_folder: Path, *, max_length: int) -> TaskData:
     """Reads and tokenises all examples of a task.

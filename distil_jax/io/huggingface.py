@@ -6,6 +6,7 @@ Nothing is guessed: every tensor is known by name and shape, from the one name t
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -180,6 +181,7 @@ def _write(
     """The folder appears whole or not at all."""
     copies = _tokenizer_files(Path(tokenizer)) if tokenizer is not None else []
 
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
@@ -188,7 +190,10 @@ def _write(
     except OSError as error:
         raise InputError(f"Cannot write {folder}: {error.strerror}.") from error
     try:
-        save_file(tensors, draft / SINGLE, metadata={"format": "pt"})
+        try:
+            save_file(tensors, draft / SINGLE, metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk, in words of its own
+            raise OSError(errno.EIO, str(error), str(folder)) from error
         (draft / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         shutil.copymode(draft / "config.json", draft / SINGLE)  # safetensors makes its file private
         if card is not None:

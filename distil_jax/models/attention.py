@@ -45,12 +45,14 @@ def attend(
       segment_ids: [B, L].
       dropout_rate: share of the attention probabilities set to zero.
       seeds: [B] of `row_seeds`; None: nothing is dropped. Every implementation drops the same ones.
-      implementation: see `choose_attention`.
+      implementation: see `choose_attention`; XLA's is taken for rows that a kernel does not take, as the short batches
+        of a task are.
 
     Returns:
       [B, L, H, K] in the dtype of `value`.
     """
-    if implementation != "xla":
+    _, length, heads, head_size = query.shape
+    if implementation != "xla" and _KERNELS[implementation].obstacle(heads, head_size, length) is None:
         if seeds is None:
             dropout_rate, seeds = 0.0, jnp.zeros(len(segment_ids), jnp.uint32)
         return _with_kernel(implementation, dropout_rate, query, key, value, segment_ids, seeds)

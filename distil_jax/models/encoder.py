@@ -147,8 +147,10 @@ class MlmHead(nn.Module):
         features_BxLxD = dense(config, config.hidden_size, "transform", "embed", "features")(hidden_BxLxD)
         features_BxLxD = _norm(config, "norm")(_ACTIVATIONS[config.activation](features_BxLxD))
         bias_V = self.param("bias", _zeros("vocab"), (config.padded_vocab_size,), jnp.float32)
-        # The one place where padding ids are told from real ones: no loss has to know of them.
-        bias_V = jnp.where(jnp.arange(config.padded_vocab_size) < config.vocab_size, bias_V, PADDING_LOGIT)
+        # The one place where padding ids are told from real ones: no loss has to know of them. In float32 for a teacher
+        # in bfloat16 too: rounded, the two models' padding would differ by millions.
+        is_word_V = jnp.arange(config.padded_vocab_size) < config.vocab_size
+        bias_V = jnp.where(is_word_V, bias_V.astype(jnp.float32), PADDING_LOGIT)
         return features_BxLxD, Head(kernel=words_VxD, bias=bias_V)
 
 

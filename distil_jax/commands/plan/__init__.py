@@ -19,7 +19,7 @@ from distil_jax.data.loader import Manifest, read_manifest
 from distil_jax.io.config_json import from_json
 from distil_jax.io.tensors import local_folder, read_json
 from distil_jax.objective.masking import most_targets
-from distil_jax.schema import InputError
+from distil_jax.schema import InputError, require
 
 # The published teachers of the presets: BERT-base with so many ids. They are planned for without being downloaded.
 _BERT_BASE = {
@@ -55,7 +55,11 @@ def run(arguments: argparse.Namespace) -> None:
         raise InputError("--slices goes with --topology; in a sweep write 2*v5e:4x4 for two slices.")
     one = f"{arguments.slices}*{arguments.topology}" if arguments.slices != 1 else arguments.topology
     machines = [_topology(name) for name in (arguments.sweep or one).split(",")]
+    finite = arguments.tokens is None or 0 < arguments.tokens < 1e18
+    require(finite, f"--tokens must be a number above 0, not {arguments.tokens}.")
     workload = read_workload(load(arguments.config, arguments.set), arguments.sequence_length, arguments.tokens)
+    if arguments.output:  # before minutes are spent on what belongs there
+        Path(arguments.output).mkdir(parents=True, exist_ok=True)
     jobs = [workload.job(*machine) for machine in machines]
     found = []
     for job in jobs:

@@ -86,7 +86,6 @@ def sweep(workload: Workload, pairs: Pairs) -> list[str]:
 
 def write(workload: Workload, pairs: Pairs, lines: list[str], folder: Path) -> Path:
     """Writes plan.md, and plan.png for several topologies; returns the page's path."""
-    folder.mkdir(parents=True, exist_ok=True)
     page = ["# Plan", *lines]
     if len(pairs) > 1:
         _draw(workload, pairs, folder / "plan.png")
