@@ -183,7 +183,7 @@ def test_a_run_that_was_stopped_ends_as_the_unbroken_one(finished, workshop, tas
         test.write_text(f"text,label\nthe cat sees the dog,{label}\n")
         assert finetune(workshop / "teacher", tasks / "sequence.toml", run, *LONG, f"task.test={test}") == 0
         found.append(json.loads((run / "scores.json").read_text())["test"]["accuracy"])
-        assert f"| test  |   {found[-1]:.4f}" in (run / "model" / "README.md").read_text()
+        assert f"| test     |   {found[-1]:.4f} |" in (run / "model" / "README.md").read_text()
     assert sorted(found) == [0, 1]
     # Other examples are another run.
     (tmp_path / "other.csv").write_text("text,label\n" + "the cat,cat\nthe dog,other\n" * 80)
