@@ -359,7 +359,7 @@ def test_in_bfloat16_the_logits_are_float32_and_close(kind: str) -> None:
 def test_a_task_folder_is_no_encoder_folder_and_the_other_way_round(tmp_path: Path) -> None:
     config, head = encoder(2), HEADS["tokens"]
     huggingface.save_task(tmp_path / "task", config, head, random_task_params(config, head))
-    with pytest.raises(InputError, match=r"classifier\.weight is unexpected"):
+    with pytest.raises(InputError, match="is a model for a task"):
         huggingface.load(tmp_path / "task")
     huggingface.save(tmp_path / "plain", config, trained(config))
     assert "architectures = ['BertForMaskedLM'], which is no task's model" in refusal(tmp_path / "plain")
