@@ -68,7 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def program() -> NoReturn:
     """`main` as a process of its own: where the machine failed, an orderly end might wait for what failed."""
-    keep_freed_memory()
+    if sys.argv[1:2] != ["prepare"]:  # it takes no steps, and the threads of its tokenizer would wait for each other
+        keep_freed_memory()
     status = main()
     if status == endings.MACHINE_FAILED:
         sys.stdout.flush()
