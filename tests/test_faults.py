@@ -286,7 +286,7 @@ def test_a_full_disk_stops_no_training_and_loses_no_checkpoint(workshop, tmp_pat
 
 
 def test_a_write_that_fails_in_the_middle_of_a_save(workshop, tmp_path, long_run):
-    """Files may not grow beyond 60 KiB: there is room, the save begins, and its largest file, of 80 or more, breaks off."""
+    """Files may not grow beyond 60 KiB: there is room, the save begins, and its largest file, of 80, breaks off."""
     run, settings = tmp_path / "run", ("train.steps=6", "train.checkpoint_every=3")
     limited = ("bash", "-c", 'ulimit -f 60; exec "$@"', "bash")
     ((stdout, stderr),) = done(train(workshop, run, *settings, before=limited), 4)
