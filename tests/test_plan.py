@@ -97,7 +97,7 @@ def test_the_roof_is_the_slowest_limit():
 
 @pytest.fixture
 def compiled_as(monkeypatch):
-    """Replaces the compiler by a rule: (job) -> peak GiB a chip."""
+    """Replaces the compiler by a rule: (job) -> peak GiB per chip."""
 
     def use(peak):
         def compile_for(job):
@@ -144,7 +144,7 @@ def test_what_does_not_fit_is_refused_with_the_smallest_change(compiled_as, caps
     compiled_as(lambda job: 16.5 if job.config.train.accumulation == 0 else peak(job))
     assert cli.main([*SMALL, "--topology", "v5e:2x2", "--sequence-length", "128"]) == 2
     said = capsys.readouterr()
-    assert "NO: 16.5 GiB a chip, which has 16" in said.out
+    assert "NO: 16.5 GiB per chip, which has 16" in said.out
     assert said.err.endswith(advice + "\n") and said.err.count("\n") == 1
 
 

@@ -150,11 +150,9 @@ def _held_out(model: Model) -> list[str]:
         return ["This run has no evaluation up to this step."]
     names = [name for name in found[-1] if name not in ("step", "kind")]
     rows = [found[0], found[-1]] if len(found) > 1 else found
-    numbers = [" | ".join(f"{row.get(name, math.nan):.4f}" for name in names) for row in rows]
+    cells = [(f"{row['step']:,}", *(f"{row.get(name, math.nan):.4f}" for name in names)) for row in rows]
     return [
-        "| step | " + " | ".join(names) + " |",
-        "|---:" * (len(names) + 1) + "|",
-        *(f"| {row['step']:,} | {shown} |" for row, shown in zip(rows, numbers, strict=True)),
+        *table(("step", *names), cells, texts=0),
         "",
         "mlm is the cross entropy at the masked positions, kl (temperature 1) and agreement compare with the teacher "
         "there.",

@@ -24,7 +24,7 @@ def name(job: Job) -> str:
 
 def memory(compiled: Compiled) -> str:
     """What it takes of a chip's memory, in words."""
-    return f"{compiled.peak / _GIB:.1f} GiB a chip, which has {chip_of(compiled).memory / _GIB:.0f}"
+    return f"{compiled.peak / _GIB:.1f} GiB per chip, which has {chip_of(compiled).memory / _GIB:.0f}"
 
 
 def single(workload: Workload, job: Job, compiled: Compiled) -> list[str]:
@@ -65,8 +65,8 @@ def single(workload: Workload, job: Job, compiled: Compiled) -> list[str]:
 
 def sweep(workload: Workload, pairs: Pairs) -> list[str]:
     """Several topologies, a line each."""
-    head = ("topology", "chips", "hosts", "micro-batches", "GiB a chip", "fits", "products", "HBM", "links", "network")
-    head = (*head, "step >=", "roof", "tokens/s <=", "the run >=", "chip-hours >=")
+    head = ("topology", "chips", "hosts", "micro-batches", "GiB per chip", "fits", "products", "HBM", "links")
+    head = (*head, "network", "step >=", "roof", "tokens/s <=", "the run >=", "chip-hours >=")
     rows = []
     for job, compiled in pairs:
         row = [name(job), f"{compiled.chips}", f"{compiled.hosts}", f"{compiled.accumulation}"]
