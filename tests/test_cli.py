@@ -179,6 +179,7 @@ NOT_A_CONFIG = {
     "--set train.steps": ["section.key=value"],
 }
 IMPOSSIBLE = {
+    "--set train.steps=2 --set train.epochs=2": ["train.steps", "train.epochs"],
     "--set train.steps=0": ["train.steps", "train.epochs"],
     "--set student.layers=[0,1,2]": ["3", "student.num_layers", "2"],
     "--set student.layers=[0,9]": ["layers 0 to 3", "9"],

@@ -247,7 +247,7 @@ def test_a_source_of_spans(tmp_path):
         record(f"question {n}", f"context {n // 4} says yes", "yes", len(f"context {n // 4} says ")) for n in range(200)
     ]
     task = replace(TASK, train=write(tmp_path / "a.jsonl", records), dev_share=0.3)
-    data = read_task(task, EMBEDDED_TEACHER, max_length=32)
+    data = read_task(task, EMBEDDED_TEACHER, vocab_size=6144, max_length=32)
     assert isinstance(data.train, SpanTable) and data.label_names == ()
     assert not {*data.train.contexts} & {*data.dev.contexts}  # a context falls on one side with all its questions
     assert len(data.train) + len(data.dev) == 200

@@ -68,7 +68,7 @@ def text_task(tmp_path, records, **settings) -> TaskConfig:
 
 
 def tables(task, length=24):
-    data = read_task(task, EMBEDDED_TEACHER, max_length=length)
+    data = read_task(task, EMBEDDED_TEACHER, vocab_size=6144, max_length=length)
     return data.train, data.dev
 
 
@@ -87,7 +87,9 @@ def test_rows_are_those_of_transformers(tmp_path, tokenizer, fields, length):
         {"premise": a, "hypothesis": b, "label": n % 2} for n, (a, b) in enumerate(zip(first, second, strict=True))
     ]
     path = write(tmp_path / "dev.jsonl", records)
-    data = read_task(TaskConfig(train=path, dev=path, text=fields), EMBEDDED_TEACHER, max_length=length)
+    data = read_task(
+        TaskConfig(train=path, dev=path, text=fields), EMBEDDED_TEACHER, vocab_size=6144, max_length=length
+    )
     batch = data.train.gather(np.arange(80))
     expected = load_tokenizer(EMBEDDED_TEACHER)(
         first, *([second] if len(fields) == 2 else []), truncation=True, max_length=length, padding="max_length"
@@ -118,7 +120,7 @@ def test_the_first_token_of_a_word_has_its_label(tmp_path, tokenizer, length):
     records = [{"words": each, "tags": tags} for each, tags in zip(words, labels, strict=True)]
     path = write(tmp_path / "a.jsonl", records)
     task = TaskConfig("tokens", train=path, dev=path, text=("words",), label="tags", label_names=tuple(names))
-    table = read_task(task, EMBEDDED_TEACHER, max_length=length).train
+    table = read_task(task, EMBEDDED_TEACHER, vocab_size=6144, max_length=length).train
     expected = load_tokenizer(EMBEDDED_TEACHER)(
         words, is_split_into_words=True, truncation=True, max_length=length, padding="max_length"
     )
@@ -304,7 +306,9 @@ def test_the_digest_is_that_of_what_trains_and_judges(tmp_path):
     records = [{"text": f"text {n}", "label": n % 2} for n in range(50)]
 
     def digest(records, **settings):
-        return read_task(text_task(tmp_path, records, **settings), EMBEDDED_TEACHER, max_length=24).digest
+        return read_task(
+            text_task(tmp_path, records, **settings), EMBEDDED_TEACHER, vocab_size=6144, max_length=24
+        ).digest
 
     first = digest(records)
     assert digest(records) == first and len(first) == 64
@@ -510,4 +514,4 @@ def test_words_need_one_label_each(tmp_path, record, message):
 
 def test_rows_too_short_for_a_task_are_refused():
     with pytest.raises(InputError, match="A row of 7 tokens is too short"):
-        read_task(TaskConfig(train="x.csv"), EMBEDDED_TEACHER, max_length=7)
+        read_task(TaskConfig(train="x.csv"), EMBEDDED_TEACHER, vocab_size=6144, max_length=7)

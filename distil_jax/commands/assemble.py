@@ -26,14 +26,13 @@ from distil_jax.config import (
 )
 from distil_jax.data.loader import Manifest, RowTable, Split, open_rows, read_manifest, token_counts
 from distil_jax.data.tokenizer import fingerprint as tokenizer_fingerprint
-from distil_jax.data.tokenizer import load_tokenizer
 from distil_jax.io import huggingface
 from distil_jax.io.tensors import local_folder
 from distil_jax.models.encoder import init_params
 from distil_jax.models.heads import abstract_model
 from distil_jax.models.student import choose_layers, student_from_teacher
 from distil_jax.objective.masking import masking_weights, most_targets
-from distil_jax.schema import InputError, require
+from distil_jax.schema import InputError
 from distil_jax.training.sharding import check_mesh, make_mesh, put_params, shard_count, shardings_of
 
 
@@ -197,16 +196,6 @@ def check_tokenizer(folder: Path, model: ModelConfig, manifest: Manifest) -> Non
             f"The rows were prepared with another tokenizer than that of the model {folder}: prepare them with "
             f"`--tokenizer {folder}`."
         )
-
-
-def check_vocabulary(folder: Path, model: ModelConfig) -> None:
-    """Refuses a tokenizer with more tokens than its model has rows for."""
-    tokens = len(load_tokenizer(folder))
-    require(
-        tokens <= model.vocab_size,
-        f"The tokenizer in {folder} has {tokens:,} tokens, but the model knows {model.vocab_size:,}: resize the "
-        "model's embedding, or take the tokenizer that belongs to it.",
-    )
 
 
 def teacher_compute(teacher: TeacherConfig, compute: ComputeConfig) -> ComputeConfig:

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from distil_jax.commands.assemble import check_tokenizer, check_vocabulary, resolve_compute, token_weights, with_compute
+from distil_jax.commands.assemble import check_tokenizer, resolve_compute, token_weights, with_compute
 from distil_jax.commands.attention import settle_attention
-from distil_jax.commands.judge import Judge
+from distil_jax.commands.judge import Judge, in_words
 from distil_jax.commands.run_folder import Model, open_model
 from distil_jax.config import (
     ComputeConfig,
@@ -57,8 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
         named = [flag for flag in ("data", "teacher", "rows") if getattr(arguments, flag)]
         require(not named, f"--{' and --'.join(named)} are of held-out text: leave them out beside --task.")
         task = load_task(arguments.task, [quoted("model.path", arguments.model)]).task
-        for split, numbers in evaluate_task(model, task).items():
-            print(f"{split}: " + ", ".join(f"{name} {number:.4f}" for name, number in numbers.items()))
+        print(in_words(evaluate_task(model, task)))
         return
     if model.head is not None:
         raise InputError(f"{arguments.model} is a task's model, which predicts no words: judge it with --task TASK.")
@@ -139,9 +138,8 @@ def evaluate_task(model: Model, task: TaskConfig) -> dict[str, dict[str, float]]
     if model.head is None:
         path = model.run or model.tokenizer
         raise InputError(f"{path} has no head for a task: fine-tune it first, with `distil-jax finetune`.")
-    check_vocabulary(model.tokenizer, model.config)
     length = min(task.max_length, model.config.max_positions)
-    data = read_task(task, model.tokenizer, max_length=length)
+    data = read_task(task, model.tokenizer, vocab_size=model.config.vocab_size, max_length=length)
     if not task.label_names and sorted(data.label_names) == sorted(model.head.label_names):
         data = data.with_labels(model.head.label_names)
     wanted = head_of(task, StartConfig(), model.config, data.label_names)
@@ -152,8 +150,7 @@ def evaluate_task(model: Model, task: TaskConfig) -> dict[str, dict[str, float]]
     step, _ = settle_attention(step, "auto", mesh, length)
     params = put_params(model.params, shardings_of(abstract_state(step).replace(opt_state=None), mesh).params)
     judge = Judge(task, step, mesh, data.label_names, mesh.size * max(1, _BATCH_TOKENS // length))
-    splits = {"dev": data.dev, "test": data.test}
-    return {name: judge.numbers(params, table) for name, table in splits.items() if table is not None}
+    return judge.splits(params, data)
 
 
 def held_out_numbers(

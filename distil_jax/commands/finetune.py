@@ -17,7 +17,6 @@ from jax.experimental import multihost_utils
 
 from distil_jax.commands import processes
 from distil_jax.commands.assemble import (
-    check_vocabulary,
     in_dtype_of,
     place_teacher,
     resolve_compute,
@@ -28,7 +27,7 @@ from distil_jax.commands.assemble import (
 )
 from distil_jax.commands.card import card
 from distil_jax.commands.export import export
-from distil_jax.commands.judge import Judge
+from distil_jax.commands.judge import Judge, in_words
 from distil_jax.commands.loop import run_program
 from distil_jax.commands.program import Program, about_models, batches_on, first_state, keep_compiled, rows_of
 from distil_jax.commands.run_folder import Model, choose, open_model, restore
@@ -72,8 +71,7 @@ def run(arguments: argparse.Namespace) -> None:
     output = Path(arguments.output)
     with processes.one_voice():
         keep_compiled(config.compute, output)
-        for split, numbers in finetune(config, output).items():
-            print(f"{split}: " + ", ".join(f"{name} {number:.4f}" for name, number in numbers.items()))
+        print(in_words(finetune(config, output)))
         print(f"Done. {output / 'model'} is the best checkpoint as a folder that transformers opens.")
 
 
@@ -102,8 +100,7 @@ def finetune(config: FinetuneConfig, workdir: str | Path) -> dict[str, dict[str,
             return found
         params = restore(checkpoints, best, program.step_config, program.state_sharding).params
         facts = checkpoints.facts(best)
-    splits = {"dev": data.dev, "test": data.test}
-    found = {name: judge.numbers(params, table) for name, table in splits.items() if table is not None}
+    found = judge.splits(params, data)
     params = multihost_utils.process_allgather(params, tiled=True)  # of several processes none has all of them
     if processes.is_first():
         draft = workdir / ".scores.json"
@@ -139,8 +136,7 @@ def compile_task(config: FinetuneConfig) -> tuple[Program, Judge, TaskData]:
     teacher = open_model(config.teacher.path) if config.teacher.path and config.loss.needs_teacher else None
     models = [model for model in (start, teacher) if model is not None]
     length = min(config.task.max_length, *(model.config.max_positions for model in models))
-    check_vocabulary(start.tokenizer, start.config)
-    data = read_task(config.task, start.tokenizer, max_length=length)
+    data = read_task(config.task, start.tokenizer, vocab_size=start.config.vocab_size, max_length=length)
     head = head_of(config.task, config.model, start.config, data.label_names)
     compute = resolve_compute(config.compute)
     student = with_compute(task_encoder(config.model, start.config, head), compute)

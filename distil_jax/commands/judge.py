@@ -14,6 +14,7 @@ from distil_jax.config import StepConfig
 from distil_jax.data.loader import held_out_batches
 from distil_jax.data.spans import answers
 from distil_jax.data.task_table import TaskTable
+from distil_jax.data.tasks import TaskData
 from distil_jax.objective.scores import scores
 from distil_jax.structs import IGNORED
 from distil_jax.task_config import TaskConfig
@@ -63,6 +64,11 @@ class Judge:
         logits = [row for batch in jax.device_get(found) for row in batch][:rows]
         return {**self._scores(logits, table), "loss": float(sums["loss"].value())}
 
+    def splits(self, params: Any, data: TaskData) -> dict[str, dict[str, float]]:
+        """`numbers` of the task's "dev" and, where there are such examples, "test"."""
+        tables = {"dev": data.dev, "test": data.test}
+        return {name: self.numbers(params, table) for name, table in tables.items() if table is not None}
+
     def _scores(self, logits: list[np.ndarray], table: TaskTable) -> dict[str, float]:
         metrics, labels = self._task.judges, table.labels[: len(logits)]
         if self._task.kind == "regression":
@@ -78,3 +84,11 @@ class Judge:
             return scores(metrics, said, true)
         starts, ends = ([row[:, end] for row in logits] for end in (0, 1))
         return scores(metrics, answers(table, starts, ends, self._task.max_answer), table.references)
+
+
+def in_words(found: dict[str, dict[str, float]]) -> str:
+    """What `Judge.splits` returns, one line a split."""
+    return "\n".join(
+        f"{split}: " + ", ".join(f"{name} {number:.4f}" for name, number in numbers.items())
+        for split, numbers in found.items()
+    )

@@ -20,7 +20,7 @@ from distil_jax.commands.program import Program
 from distil_jax.config import Config, HeadConfig, LossConfig, ModelConfig, StepConfig, read_toml
 from distil_jax.io import huggingface
 from distil_jax.io.checkpoint import Checkpoints
-from distil_jax.io.tensors import TOKENIZER_FILES, local_folder
+from distil_jax.io.tensors import local_folder, tokenizer_files
 from distil_jax.schema import InputError, build, differences, require, to_dict
 from distil_jax.task_config import FinetuneConfig
 from distil_jax.training.state import TrainState, init_state
@@ -119,9 +119,9 @@ def begin(folder: Path, program: Program) -> None:
     try:
         # Kept with the run, so that it can be exported when the data is gone.
         (folder / "tokenizer").mkdir(exist_ok=True)
-        for name in (*TOKENIZER_FILES, "config.json"):
-            if (program.tokenizer / name).is_file():
-                shutil.copyfile(program.tokenizer / name, folder / "tokenizer" / name)
+        for file in (*tokenizer_files(program.tokenizer), program.tokenizer / "config.json"):
+            if file.is_file():  # what `transformers` reads beside a tokenizer, where there is one
+                shutil.copyfile(file, folder / "tokenizer" / file.name)
         draft = folder / ".config.toml"
         draft.write_text(tomli_w.dumps(to_dict(program.config)), encoding="utf-8")
         os.replace(draft, folder / "config.toml")

@@ -28,12 +28,12 @@ def encoder_seconds(models: Mapping[str, Model], *, rows: int, length: int, repe
       rows, length: of the batch.
       repeats: calls of each that are timed, after one that is not.
     """
-    calls = {}
+    calls, compute = {}, resolve_compute(ComputeConfig())
     for name, model in models.items():
         ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (rows, length))
         body = {part: tree for part, tree in model.params.items() if part in ("embeddings", "layers")}
         encode = jax.jit(_hidden, static_argnums=0)
-        config = with_compute(replace(model.config, mlm_head=False, pooler=False), resolve_compute(ComputeConfig()))
+        config = with_compute(replace(model.config, mlm_head=False, pooler=False), compute)
         batch, params = Batch.from_padded(ids, np.ones_like(ids), ids), jax.device_put(body)
         calls[name] = lambda encode=encode, config=config, params=params, batch=batch: encode(config, params, batch)
     for call in calls.values():

@@ -58,19 +58,26 @@ class TaskData:
         return replace(self, **tables, label_names=names)
 
 
-def read_task(task: TaskConfig, tokenizer_folder: Path, *, max_length: int) -> TaskData:
+def read_task(task: TaskConfig, tokenizer_folder: Path, *, vocab_size: int, max_length: int) -> TaskData:
     """Reads and tokenises all examples of a task.
 
     Args:
       task: its sources, fields and labels.
       tokenizer_folder: of the model.
+      vocab_size: tokens that the model knows.
       max_length: tokens of a row: the least of `task.max_length` and the model's positions.
 
     Raises:
-      InputError: as `read_splits`, no tokenizer in the folder, or rows too short for two texts.
+      InputError: as `read_splits`, no tokenizer in the folder, one with more tokens than the model has rows for, or
+        rows too short for two texts.
     """
     require(max_length >= _SHORTEST_ROW, f"A row of {max_length} tokens is too short for a task: choose another model.")
     tokenizer = load_tokenizer(tokenizer_folder)
+    require(
+        len(tokenizer) <= vocab_size,
+        f"The tokenizer in {tokenizer_folder} has {len(tokenizer):,} tokens, but the model knows {vocab_size:,}: "
+        "resize the model's embedding, or take the tokenizer that belongs to it.",
+    )
     splits = read_splits(task)
 
     def table(examples: list[Example]) -> TaskTable:

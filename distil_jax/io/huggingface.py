@@ -24,7 +24,7 @@ from distil_jax.io.config_json import to_json
 from distil_jax.io.model_tensors import Params, examine, examine_task, file_tensors
 from distil_jax.io.name_table import leaves
 from distil_jax.io.task_json import head_to_json, says_task
-from distil_jax.io.tensors import SINGLE, TOKENIZER_FILES, local_folder, open_tensors, read_json
+from distil_jax.io.tensors import SINGLE, local_folder, open_tensors, read_json, tokenizer_files
 from distil_jax.schema import InputError
 
 
@@ -156,13 +156,6 @@ def fingerprint(params: Params) -> str:
     return digest.hexdigest()
 
 
-def _tokenizer_files(folder: Path) -> list[Path]:
-    files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
-    if not {"tokenizer.json", "vocab.txt"} & {file.name for file in files}:
-        raise InputError(f"{folder} holds no tokenizer: give a folder with tokenizer.json or vocab.txt.")
-    return files
-
-
 def _check_target(folder: str | Path, dtype: str) -> None:
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -179,7 +172,7 @@ def _write(
     card: str | None,
 ) -> None:
     """The folder appears whole or not at all."""
-    copies = _tokenizer_files(Path(tokenizer)) if tokenizer is not None else []
+    copies = tokenizer_files(Path(tokenizer)) if tokenizer is not None else []
 
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
