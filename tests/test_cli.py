@@ -217,7 +217,7 @@ SOMETHING_ELSE_THERE = {
     "--output {b}/file/run": ["{b}/file/run"],
     "eval {b}/foreign --data {w}/rows": ["{b}/foreign"],
     "export {b}/foreign {o}": ["{b}/foreign"],
-    "export {w}/teacher {b}/used": ["{b}/used", "not empty"],
+    "export {w}/teacher {b}/used": ["{b}/used", "not an empty folder"],
     "export {w}/teacher {b}/file/out": ["{b}/file"],
     "report {b}/foreign": ["{b}/foreign"],
     "report {w}/teacher": ["{w}/teacher"],

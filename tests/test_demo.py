@@ -68,10 +68,10 @@ def test_models_are_timed_as_this_machine_computes(finished_run, monkeypatch):
 
 
 def test_what_a_killed_start_left_does_not_stop_the_next(text, tmp_path):
-    (tmp_path / ".rows.0123abcd").mkdir()
+    (tmp_path / ".rows.unfinished-0123abcd").mkdir()
     with pytest.raises(InputError, match=r"train\.steps"):  # further than the folder
         demo(tmp_path, overrides=["train.steps=-1"], text=text)
-    assert not (tmp_path / ".rows.0123abcd").exists() and (tmp_path / "rows").is_dir()
+    assert not (tmp_path / ".rows.unfinished-0123abcd").exists() and (tmp_path / "rows").is_dir()
 
 
 def test_another_folder_is_left_alone(tmp_path):

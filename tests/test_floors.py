@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 HOUSE = Path(__file__).parents[1] / "distil_jax"
-GROUND = {"schema", "config", "task_config", "structs"}
+GROUND = {"schema", "config", "task_config", "structs", "files"}
 BELOW = {
     "models": set(),
     "objective": set(),

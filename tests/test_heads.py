@@ -431,6 +431,6 @@ def test_weights_that_are_not_the_heads_are_refused(tmp_path: Path) -> None:
         huggingface.save_task(tmp_path / "new", config, head, params | {"mlm": trained(config)["mlm"]})
     with pytest.raises(InputError, match=r"head/classifier/bias is \[3\] and should be \[4\]"):
         huggingface.save_task(tmp_path / "new", config, replace(head, labels=4), params)
-    with pytest.raises(InputError, match="not empty"):
+    with pytest.raises(InputError, match="not an empty folder"):
         huggingface.save_task(tmp_path / "model", config, head, params)
     assert not (tmp_path / "new").exists()

@@ -551,11 +551,11 @@ def test_a_folder_in_use_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     huggingface.save(tmp_path / "model", BERT, random_params(BERT))  # empty: lawful
     before = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
-    with pytest.raises(InputError, match="not empty"):
+    with pytest.raises(InputError, match="not an empty folder"):
         huggingface.save(tmp_path / "model", BERT, random_params(BERT, seed=1))
     assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="not empty"):
+    with pytest.raises(InputError, match="not an empty folder"):
         huggingface.save(tmp_path / "file", BERT, random_params(BERT))
     assert {path.name for path in tmp_path.iterdir()} == {"model", "file"}
 

@@ -7,7 +7,6 @@ student of half its layers trained with and without that teacher from the same b
 from __future__ import annotations
 
 import argparse
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -78,11 +77,9 @@ def demo(
     """
     began = time.monotonic()
     rows = output / "rows"
-    left = set(output.glob(f".{rows.name}.????????"))  # of starts that were killed while they prepared the rows
+    left = set(output.glob(f".{rows.name}.unfinished-*"))  # of starts that were killed while they prepared the rows
     if output.exists() and not (output.is_dir() and (rows.exists() or left.issuperset(output.iterdir()))):
         raise InputError(f"{output} holds something other than a demonstration: name a new folder with --output.")
-    for folder in left:
-        shutil.rmtree(folder)
     if not rows.exists():
         _title("Text, from the docstrings of the installed packages")
         print(prepare_rows(text, rows))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -34,6 +33,7 @@ from distil_jax.commands.run_folder import Model, choose, open_model, restore
 from distil_jax.config import HeadConfig, StepConfig
 from distil_jax.data.tasks import TaskData, read_task
 from distil_jax.data.tokenizer import fingerprint as tokenizer_fingerprint
+from distil_jax.files import write_whole
 from distil_jax.io import huggingface
 from distil_jax.io.checkpoint import Checkpoints
 from distil_jax.models.heads import with_fresh_head
@@ -103,9 +103,7 @@ def finetune(config: FinetuneConfig, workdir: str | Path) -> dict[str, dict[str,
     found = judge.splits(params, data)
     params = multihost_utils.process_allgather(params, tiled=True)  # of several processes none has all of them
     if processes.is_first():
-        draft = workdir / ".scores.json"
-        draft.write_text(json.dumps(about | found, indent=1) + "\n", encoding="utf-8")
-        os.replace(draft, workdir / "scores.json")
+        write_whole(workdir / "scores.json", json.dumps(about | found, indent=1) + "\n")
         step = program.step_config
         model = Model(step.student, params, workdir / "tokenizer", head=step.head, run=workdir, step=best, facts=facts)
         if (workdir / "model").exists():

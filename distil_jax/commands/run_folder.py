@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import sys
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from distil_jax import __version__
 from distil_jax.commands import processes
 from distil_jax.commands.program import Program
 from distil_jax.config import Config, HeadConfig, LossConfig, ModelConfig, StepConfig, read_toml
+from distil_jax.files import write_whole
 from distil_jax.io import huggingface
 from distil_jax.io.checkpoint import Checkpoints
 from distil_jax.io.tensors import local_folder, tokenizer_files
@@ -122,9 +122,7 @@ def begin(folder: Path, program: Program) -> None:
         for file in (*tokenizer_files(program.tokenizer), program.tokenizer / "config.json"):
             if file.is_file():  # what `transformers` reads beside a tokenizer, where there is one
                 shutil.copyfile(file, folder / "tokenizer" / file.name)
-        draft = folder / ".config.toml"
-        draft.write_text(tomli_w.dumps(to_dict(program.config)), encoding="utf-8")
-        os.replace(draft, folder / "config.toml")
+        write_whole(folder / "config.toml", tomli_w.dumps(to_dict(program.config)))
     except OSError as error:
         raise InputError(f"Cannot write the run folder {folder}: {error.strerror or error}.") from error
 

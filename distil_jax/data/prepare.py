@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import json
 import re
-import secrets
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -24,6 +23,7 @@ from distil_jax.data import corpus
 from distil_jax.data.loader import FORMAT, SPLITS, Manifest, Split, StoredFile
 from distil_jax.data.packing import Ids, Packer, RowWriter
 from distil_jax.data.tokenizer import encode, fingerprint, load_tokenizer, train_tokenizer
+from distil_jax.files import check_free, whole_folder
 from distil_jax.schema import InputError, to_dict
 
 if TYPE_CHECKING:
@@ -72,22 +72,10 @@ def prepare(config: PrepareConfig, output: str | Path, *, progress: Progress = l
     Raises:
       InputError: a source, tokenizer or output folder that cannot be used, or no row to train on or to hold out.
     """
-    output = Path(output).absolute()
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise InputError(f"{output} exists and is not an empty folder: choose another output, or remove it.")
+    check_free(output)
     corpus.expand(config.sources)  # a mistyped path is told before anything is written or loaded
-    # A sibling, so that the last step is one rename: a folder of that name is always whole.
-    folder = output.with_name(f".{output.name}.{secrets.token_hex(4)}")
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise InputError(f"Cannot write {output}: {error.strerror}.") from error
-    try:
-        manifest = _write_folder(config, folder, progress)
-        folder.replace(output)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    return manifest
+    with whole_folder(output) as folder:
+        return _write_folder(config, folder, progress)
 
 
 def _write_folder(config: PrepareConfig, folder: Path, progress: Progress) -> Manifest:

@@ -9,9 +9,7 @@ import dataclasses
 import errno
 import hashlib
 import json
-import os
 import shutil
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +18,7 @@ import numpy as np
 from flax import traverse_util
 
 from distil_jax.config import HeadConfig, ModelConfig
+from distil_jax.files import check_free, whole_folder
 from distil_jax.io.config_json import to_json
 from distil_jax.io.model_tensors import Params, examine, examine_task, file_tensors
 from distil_jax.io.name_table import leaves
@@ -157,9 +156,7 @@ def fingerprint(params: Params) -> str:
 
 
 def _check_target(folder: str | Path, dtype: str) -> None:
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} exists and is not empty: choose another folder, or remove it first.")
+    check_free(folder)
     if dtype not in ("float32", "float16"):
         raise InputError(f'Models are saved in "float32" or "float16", not in {dtype!r}: choose one of these.')
 
@@ -171,18 +168,12 @@ def _write(
     tokenizer: str | Path | None,
     card: str | None,
 ) -> None:
-    """The folder appears whole or not at all."""
     copies = tokenizer_files(Path(tokenizer)) if tokenizer is not None else []
 
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        draft.mkdir(parents=True)
-    except OSError as error:
-        raise InputError(f"Cannot write {folder}: {error.strerror}.") from error
-    try:
+    with whole_folder(folder) as draft:
         try:
             save_file(tensors, draft / SINGLE, metadata={"format": "pt"})
         except SafetensorError as error:  # a full disk, in words of its own
@@ -193,6 +184,3 @@ def _write(
             (draft / "README.md").write_text(card, encoding="utf-8")
         for file in copies:
             shutil.copyfile(file, draft / file.name)
-        os.replace(draft, folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import jax
 
+from distil_jax.files import write_whole
 from distil_jax.schema import InputError, require
 from distil_jax.structs import Metrics
 
@@ -49,9 +49,7 @@ class MetricsWriter:
             return
         path = self.folder / "metrics.jsonl"
         kept = [line for line in read_metrics(folder) if line["step"] <= step] if step else []
-        draft = path.with_name(".metrics.jsonl")  # a kill here loses no line
-        draft.write_text("".join(map(_dumps, kept)), encoding="utf-8")
-        os.replace(draft, path)
+        write_whole(path, "".join(map(_dumps, kept)))  # a kill here loses no line
         self._lines = path.open("ab", buffering=0)
         self._events = _event_writer(self.folder / "tensorboard", step) if tensorboard else None
 

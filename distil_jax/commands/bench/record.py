@@ -18,6 +18,7 @@ import jax
 from distil_jax import __version__
 from distil_jax.commands import markdown
 from distil_jax.commands.bench.timing import Measured
+from distil_jax.files import write_whole
 from distil_jax.schema import InputError, require
 
 KEPT = Path(__file__).parent / "results"
@@ -90,7 +91,7 @@ def check_output(path: str | None) -> None:
 
 def write(path: str | Path, values: dict[str, Any]) -> None:
     """Writes a record as JSON."""
-    Path(path).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    write_whole(Path(path), json.dumps(values, indent=1) + "\n")
 
 
 def read(path: str | Path) -> dict[str, Any]:
