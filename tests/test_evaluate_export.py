@@ -17,7 +17,7 @@ from distil_jax.commands.evaluate import evaluate
 from distil_jax.commands.export import export
 from distil_jax.commands.fill_mask import fill_mask
 from distil_jax.commands.run_folder import open_model
-from distil_jax.data.loader import read_manifest
+from distil_jax.data.manifest import read_manifest
 from distil_jax.data.tokenizer import fingerprint, load_tokenizer
 from distil_jax.io import huggingface
 from distil_jax.io.metrics import read_metrics

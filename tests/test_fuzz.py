@@ -39,6 +39,7 @@ from distil_jax.commands import report
 from distil_jax.config import Config, HeadConfig, ModelConfig, load
 from distil_jax.data import corpus, loader, tokenizer
 from distil_jax.data.examples import read_splits
+from distil_jax.data.manifest import SPLITS, verify
 from distil_jax.io import huggingface
 from distil_jax.io.checkpoint import Checkpoints
 from distil_jax.io.metrics import read_metrics
@@ -438,8 +439,8 @@ def rows(workshop, scratch) -> Path:
 
 def check_rows(folder: Path) -> None:
     """Whatever opens gives rows that a model can take."""
-    manifest = parse(loader.verify, folder)
-    for split in loader.SPLITS:
+    manifest = parse(verify, folder)
+    for split in SPLITS:
         table = parse(loader.open_rows, folder, split)
         if table is None:
             continue

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from distil_jax.data import loader
-from distil_jax.data.loader import FORMAT, Manifest, RowTable, StoredFile
+from distil_jax.data.loader import RowTable
+from distil_jax.data.manifest import FORMAT, Manifest, StoredFile, read_manifest, verify
 from distil_jax.data.packing import RowWriter
 from distil_jax.schema import InputError
 
@@ -171,7 +172,7 @@ def edit(folder: Path, **changes) -> None:
 
 
 def test_a_sound_folder_reads(folder):
-    manifest = loader.read_manifest(folder)
+    manifest = read_manifest(folder)
     assert (manifest.train.rows, manifest.held_out.rows) == (ROWS, HELD_OUT)
     assert manifest.files[0].path == "train/input_ids.npy"
     assert json.loads((folder / "manifest.json").read_text()) == json.loads(json.dumps(asdict(manifest)))
@@ -179,7 +180,7 @@ def test_a_sound_folder_reads(folder):
 
 def test_a_damaged_manifest_is_named(folder, tmp_path):
     with pytest.raises(InputError, match=r"Cannot read .*nowhere.manifest\.json .*distil-jax prepare"):
-        loader.read_manifest(tmp_path / "nowhere")
+        read_manifest(tmp_path / "nowhere")
     text = (folder / "manifest.json").read_text()
     for damaged, message in (
         (text[:-30], "is damaged"),
@@ -191,7 +192,7 @@ def test_a_damaged_manifest_is_named(folder, tmp_path):
     ):
         (folder / "manifest.json").write_text(damaged)
         with pytest.raises(InputError, match=message):
-            loader.read_manifest(folder)
+            read_manifest(folder)
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "train/../../secret", "..\\secret"])
@@ -200,7 +201,7 @@ def test_no_path_leaves_the_folder(folder, name):
     files = json.loads((folder / "manifest.json").read_text())["files"]
     edit(folder, files=[*files, {"path": name, "bytes": 1, "header": 0, "sha256": ""}])
     with pytest.raises(InputError, match="outside the folder"):
-        loader.verify(folder)
+        verify(folder)
 
 
 def test_damaged_files_are_named(folder):
@@ -254,11 +255,11 @@ def test_a_manifest_that_cannot_be_is_refused(folder):
     ):
         (folder / "manifest.json").write_text(json.dumps(values | changes))
         with pytest.raises(InputError, match=message):
-            loader.read_manifest(folder)
+            read_manifest(folder)
 
 
 def test_token_counts_are_those_of_the_vocabulary(folder):
-    manifest = loader.read_manifest(folder)
+    manifest = read_manifest(folder)
     counts = loader.token_counts(folder, manifest)
     assert np.array_equal(counts, np.load(folder / "token_counts.npy"))
     np.save(folder / "token_counts.npy", counts[:-1])
@@ -268,13 +269,13 @@ def test_token_counts_are_those_of_the_vocabulary(folder):
 
 def test_verify_reads_every_byte(folder):
     with pytest.raises(InputError, match=r"token_counts\.npy has changed"):  # the fixture's hash is not real
-        loader.verify(folder)
+        verify(folder)
     path = folder / "held_out" / "input_ids.npy"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
     with pytest.raises(InputError, match=r"held_out.input_ids\.npy has changed"):
-        loader.verify(folder)
+        verify(folder)
 
 
 def test_prefetch_gives_the_same_items():

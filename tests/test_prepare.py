@@ -17,6 +17,7 @@ import pytest
 from distil_jax.commands import prepare as command
 from distil_jax.data import docstrings, loader
 from distil_jax.data.corpus import Piece
+from distil_jax.data.manifest import SPLITS, read_manifest, verify
 from distil_jax.data.packing import Packer
 from distil_jax.data.prepare import PrepareConfig, chunks, prepare
 from distil_jax.data.tokenizer import fingerprint, load_tokenizer, train_tokenizer
@@ -102,7 +103,7 @@ def test_rows_hold_exactly_the_sequences(tmp_path, tokenizer, sequence, sizes):
     assert manifest.counts["documents"] == len(documents)
     assert manifest.counts["sequences"] == len(everything)
     assert manifest.counts["tokens"] == sum(map(len, everything))
-    assert loader.verify(tmp_path / "rows") == manifest
+    assert verify(tmp_path / "rows") == manifest
     counted = np.bincount([token for ids in expected["train"] for token in ids], minlength=manifest.vocab_size)
     assert np.array_equal(np.load(tmp_path / "rows" / "token_counts.npy"), counted)
 
@@ -186,11 +187,11 @@ def test_the_split_is_by_document_and_does_not_depend_on_the_rest(tmp_path, toke
             ),
             folders[name],
         )
-    train, held_out = (set(sequences_of(folders["a.txt"], split)) for split in loader.SPLITS)
+    train, held_out = (set(sequences_of(folders["a.txt"], split)) for split in SPLITS)
     assert not train & held_out
     assert set(sequences_of(folders["twice.txt"], "train")) == train
     assert set(sequences_of(folders["twice.txt"], "held_out")) == held_out
-    words = [{ids[1:6] for ids in sequences_of(folders["b.jsonl"], split)} for split in loader.SPLITS]
+    words = [{ids[1:6] for ids in sequences_of(folders["b.jsonl"], split)} for split in SPLITS]
     assert {ids[1:6] for ids in train} <= words[0]
     assert {ids[1:6] for ids in held_out} <= words[1]
 
@@ -208,7 +209,7 @@ def test_held_out_docstrings_are_never_trained_on(tmp_path, monkeypatch, tokeniz
     config = PrepareConfig(sources=("docstrings",), tokenizer=str(tokenizer), held_out=0.85, sequence_length=64)
     manifest = prepare(config, tmp_path / "rows")
     docstrings.paragraphs.cache_clear()
-    train, held_out = (sequences_of(tmp_path / "rows", split) for split in loader.SPLITS)
+    train, held_out = (sequences_of(tmp_path / "rows", split) for split in SPLITS)
     assert len(held_out) > 5
     assert not set(train) & set(held_out)
     assert manifest.counts["sequences"] == len({*train, *held_out}) == len(train) + len(held_out)
@@ -486,7 +487,7 @@ def test_the_command_tells_what_became_of_the_text(tmp_path, tokenizer, capsys):
         )
     )
     text = capsys.readouterr().out
-    manifest = loader.read_manifest(tmp_path / "rows")
+    manifest = read_manifest(tmp_path / "rows")
     assert "documents   60" in text
     assert f"{manifest.counts['sequences']} kept" in text
     assert f"{manifest.counts['dropped_short']} too short" in text

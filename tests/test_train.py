@@ -26,7 +26,7 @@ from distil_jax.commands.assemble import assemble
 from distil_jax.commands.run_folder import open_model
 from distil_jax.config import Config as RunConfig
 from distil_jax.config import load
-from distil_jax.data.loader import read_manifest
+from distil_jax.data.manifest import read_manifest
 from distil_jax.data.prepare import PrepareConfig, prepare
 from distil_jax.io import huggingface
 from distil_jax.io.checkpoint import Checkpoints

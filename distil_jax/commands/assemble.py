@@ -24,7 +24,8 @@ from distil_jax.config import (
     TeacherConfig,
     TrainConfig,
 )
-from distil_jax.data.loader import Manifest, RowTable, Split, open_rows, read_manifest, token_counts
+from distil_jax.data.loader import RowTable, open_rows, token_counts
+from distil_jax.data.manifest import Manifest, Split, read_manifest
 from distil_jax.data.tokenizer import fingerprint as tokenizer_fingerprint
 from distil_jax.io import huggingface
 from distil_jax.io.tensors import local_folder

@@ -17,7 +17,7 @@ import numpy as np
 from distil_jax.commands import processes, run_folder
 from distil_jax.commands.guards import InUse, folder_lock
 from distil_jax.config import Config, LossConfig, MaskingConfig, MeshConfig, ModelConfig, OptimizerConfig, StepConfig
-from distil_jax.data.loader import verify as verify_rows
+from distil_jax.data.manifest import verify as verify_rows
 from distil_jax.io.checkpoint import Checkpoints
 from distil_jax.schema import InputError
 from distil_jax.structs import Rows

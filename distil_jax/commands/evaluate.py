@@ -24,7 +24,8 @@ from distil_jax.config import (
     OptimizerConfig,
     StepConfig,
 )
-from distil_jax.data.loader import RowTable, held_out_batches, open_rows, read_manifest
+from distil_jax.data.loader import RowTable, held_out_batches, open_rows
+from distil_jax.data.manifest import read_manifest
 from distil_jax.data.tasks import read_task
 from distil_jax.io.metrics import perplexity, to_numbers
 from distil_jax.models.encoder import abstract_params, count_parameters

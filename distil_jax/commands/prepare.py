@@ -14,7 +14,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from distil_jax.data.corpus import size_in_bytes
-from distil_jax.data.loader import Manifest
+from distil_jax.data.manifest import Manifest
 from distil_jax.data.prepare import PrepareConfig, Progress, prepare
 
 LOG_SECONDS = 30.0  # between progress lines where there is no terminal

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from distil_jax.data.loader import SplitCounts, StoredFile
+from distil_jax.data.manifest import SplitCounts, StoredFile
 
 OPEN_ROWS = 1024  # rows that a sequence may still join
 FLUSH_ROWS = 1024  # rows written at a time

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from distil_jax.data import corpus
-from distil_jax.data.loader import FORMAT, SPLITS, Manifest, Split, StoredFile
+from distil_jax.data.manifest import FORMAT, SPLITS, Manifest, Split, StoredFile
 from distil_jax.data.packing import Ids, Packer, RowWriter
 from distil_jax.data.tokenizer import encode, fingerprint, load_tokenizer, train_tokenizer
 from distil_jax.files import check_free, whole_folder

@@ -22,7 +22,8 @@ from distil_jax.commands.bench.timing import Block, Measured
 from distil_jax.commands.flops import step_flops
 from distil_jax.commands.hardware import CHIPS
 from distil_jax.config import Config, ModelConfig, StepConfig
-from distil_jax.data.loader import RowTable, batches, numbers_at, open_rows, prefetch, read_manifest
+from distil_jax.data.loader import RowTable, batches, numbers_at, open_rows, prefetch
+from distil_jax.data.manifest import read_manifest
 from distil_jax.models.encoder import init_params
 from distil_jax.objective.masking import most_targets
 from distil_jax.schema import build, require, set_value

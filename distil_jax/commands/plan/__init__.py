@@ -15,7 +15,7 @@ from distil_jax.commands.assemble import resolve_compute, student_model, teacher
 from distil_jax.commands.plan import show
 from distil_jax.commands.plan.aot import Compiled, Job, compile_for
 from distil_jax.config import Config, ModelConfig, StepConfig, StudentConfig, load
-from distil_jax.data.loader import Manifest, read_manifest
+from distil_jax.data.manifest import Manifest, read_manifest
 from distil_jax.io.config_json import from_json
 from distil_jax.io.tensors import local_folder, read_json
 from distil_jax.objective.masking import most_targets

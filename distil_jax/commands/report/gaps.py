@@ -11,7 +11,8 @@ from distil_jax.commands.assemble import check_tokenizer
 from distil_jax.commands.fill_mask import fill_mask
 from distil_jax.commands.report.page import Block, Paragraph, Table
 from distil_jax.commands.run_folder import Model, open_model, read_config
-from distil_jax.data.loader import open_rows, positions, read_manifest
+from distil_jax.data.loader import open_rows, positions
+from distil_jax.data.manifest import read_manifest
 from distil_jax.data.tokenizer import load_tokenizer
 from distil_jax.io import huggingface
 from distil_jax.schema import InputError, require
