@@ -57,6 +57,29 @@ def test_what_was_saved_comes_back(two):
             assert same_leaves(checkpoints.restore(step, shapes(arrays(step))), arrays(step))
 
 
+@pytest.mark.parametrize(("columns", "programs"), [(range(1, 9), 0), ([2**18], 8)])  # 1 MiB for each of 8 devices
+def test_only_large_arrays_are_written_in_slices(tmp_path, columns, programs):
+    """Each slice of each shape is a program that XLA compiles before the first save goes on."""
+    mesh = jax.sharding.Mesh(jax.devices(), ("data",))
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    tree = jax.device_put({str(n): np.arange(8 * n, dtype=np.float32).reshape(8, n) for n in columns}, everywhere)
+    compiled = []
+
+    def listen(event, seconds, **about):
+        compiled.extend([event] * event.endswith("backend_compile_duration"))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    with contextlib.closing(Checkpoints(tmp_path, keep=1)) as checkpoints:
+        try:
+            checkpoints.save(1, tree, FACTS)
+        finally:
+            jax.monitoring.unregister_event_duration_listener(listen)
+        checkpoints.wait()
+        abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), tree)
+        assert same_leaves(checkpoints.restore(1, abstract), tree)
+    assert len(compiled) == programs
+
+
 def truncate(path):
     path.write_bytes(path.read_bytes()[:-1])
 

@@ -37,6 +37,9 @@ _LARGEST_MANIFEST = 64 * 2**20  # bytes; a real one has some thousand
 _ROOM = 1.25  # free bytes that a save needs for each byte of its arrays
 # What a disk, its file system and the layers above them raise; anything else is a mistake in the program.
 _DISK_FAILURES = (OSError, ValueError, RuntimeError, KeyError)
+# Of an array that several devices hold, each writes a slice, and Orbax compiles a program for every one: before the
+# first save of 80 small shapes on 8 devices that took 38 s, and 0.2 s where slices below this many bytes are not cut.
+_LEAST_SLICE = 2**20
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,9 @@ class Checkpoints:
     def __init__(self, folder: str | Path, *, keep: int | None = None) -> None:
         self._folder, self._keep = Path(folder).absolute(), keep
         self._first = jax.process_index() == 0
-        self._checkpointer = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
+        arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_LEAST_SLICE)
+        handlers = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+        self._checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=handlers))
         self._sealer, self._sealing = ThreadPoolExecutor(1, thread_name_prefix="checkpoint"), None
         self.failure: str | None = None
         if keep is not None:
@@ -181,7 +186,7 @@ class Checkpoints:
         draft = self._folder / f".saving-{step}"
         try:
             self._make(draft, sum(leaf.nbytes for leaf in jax.tree.leaves(arrays)))
-            self._checkpointer.save(draft / _ARRAYS, args=ocp.args.StandardSave(arrays))
+            self._checkpointer.save(draft / _ARRAYS, args=ocp.args.PyTreeSave(arrays))
         except _DISK_FAILURES as error:
             self._fail(step, error)
             return
@@ -221,9 +226,8 @@ class Checkpoints:
                 f"and should be {wanted.get(name, 'absent')}: use the configuration it was written with."
             )
         try:
-            return self._checkpointer.restore(
-                self._folder / str(step) / _ARRAYS, args=ocp.args.StandardRestore(abstract)
-            )
+            asked = ocp.args.PyTreeRestore(abstract, ocp.checkpoint_utils.construct_restore_args(abstract))
+            return self._checkpointer.restore(self._folder / str(step) / _ARRAYS, args=asked)
         except _DISK_FAILURES as error:
             raise self._damaged(step, " ".join(str(error).split())[:500]) from error
 
