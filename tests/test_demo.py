@@ -33,7 +33,8 @@ def text(tmp_path_factory):
 
 def test_the_whole_path_and_that_a_second_call_goes_on(text, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(command, "encoder_seconds", partial(encoder_seconds, repeats=1))
-    overrides = ["train.steps=4", "train.eval_every=2", "train.batch_rows=8", "train.log_every=2", "compute.unroll=no"]
+    overrides = ["train.steps=4", "train.eval_every=2", "train.eval_rows=16", "train.batch_rows=8", "train.log_every=2"]
+    overrides += ["compute.unroll=no"]
     numbers = demo(tmp_path / "demo", overrides=overrides, text=text)
     shown = capsys.readouterr().out
     for name in ("teacher", "student, untrained", "student, distilled", "student, no teacher"):

@@ -20,9 +20,8 @@ from distil_jax.training.step import mask_and_eval_step, mask_and_train_step
 KEY = jax.random.key(7)
 
 
-def on_mesh(mesh_config, config, student_params, teacher_params):
-    sizes = (mesh_config.data, mesh_config.fsdp, mesh_config.tensor)
-    mesh = make_mesh(mesh_config, None if -1 in sizes else jax.devices()[: np.prod(sizes)])
+def on_mesh(sizes, config, student_params, teacher_params):
+    mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: np.prod(sizes)])
     state_shapes, teacher_shapes = abstract_state(config), abstract_params(config.teacher)
     make = jax.jit(lambda p: init_state(KEY, config, params=p), out_shardings=shardings_of(state_shapes, mesh))
     teacher = jax.device_put(teacher_params, shardings_of(teacher_shapes, mesh))
@@ -51,13 +50,13 @@ def alone(step_config, student_params, teacher_params, rows, weights):
 
 @pytest.mark.parametrize(
     ("sizes", "accumulation"),
-    [((8, 1, 1), 1), ((8, 1, 1), 2), ((4, 2, 1), 2), ((2, 2, 2), 2), ((1, 8, 1), 1), ((1, 1, 4), 1), ((1, 2, -1), 1)],
+    [((8, 1, 1), 2), ((4, 2, 1), 2), ((2, 2, 2), 2), ((1, 8, 1), 1), ((1, 1, 4), 1)],
 )
 def test_sharded_equals_one_device(
     step_config, student_params, teacher_params, rows, weights, alone, sizes, accumulation
 ):
     config = replace(step_config, accumulation=accumulation)
-    mesh, state, teacher, compiled = on_mesh(MeshConfig(*sizes), config, student_params, teacher_params)
+    mesh, state, teacher, compiled = on_mesh(sizes, config, student_params, teacher_params)
     step, losses = compiled(jit_step, mask_and_train_step), []
     for _ in range(5):
         state, metrics = step(state, teacher, put_rows(rows, mesh), weights)
@@ -70,7 +69,7 @@ def test_sharded_equals_one_device(
 
 
 def test_sharded_evaluation_equals_one_device(step_config, student_params, teacher_params, rows, weights):
-    mesh, state, teacher, compiled = on_mesh(MeshConfig(4, 2, 1), step_config, student_params, teacher_params)
+    mesh, state, teacher, compiled = on_mesh((4, 2, 1), step_config, student_params, teacher_params)
     found = compiled(jit_eval, mask_and_eval_step)(state, teacher, put_rows(rows, mesh), weights)
     here = init_state(KEY, step_config, params=student_params)
     expected = jax.jit(mask_and_eval_step)(here, teacher_params, rows, weights)
@@ -99,6 +98,14 @@ def test_the_work_is_shared_and_gradients_are_exchanged_once(step_config, studen
     assert set(pieces.exchanged) <= {"all-reduce", "reduce-scatter", "all-gather"}
     assert pieces.exchanged["all-gather"] <= 1.05 * 4 * (parameters + taught)
     assert sum(pieces.exchanged.values()) <= 1.05 * 4 * (2 * parameters + taught)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "found"),
+    [((-1, 1, 1), (8, 1, 1)), ((-1, 2, 2), (2, 2, 2)), ((1, 2, -1), (1, 2, 4)), ((8, -1, 1), (8, 1, 1))],
+)
+def test_one_axis_takes_the_devices_that_are_left(sizes, found):
+    assert make_mesh(MeshConfig(*sizes)).devices.shape == found
 
 
 @pytest.mark.parametrize("sizes", [(3, 1, 1), (-1, 3, 1), (16, 1, 1)])
