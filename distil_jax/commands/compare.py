@@ -116,6 +116,7 @@ def compare(
     for task, config in configs.items():
         linear = {}
         if baseline and config.task.kind in ("sequence", "regression"):  # first: what it refuses, it refuses at once
+            print(f"\n== {task}: {_BASELINE}", flush=True)
             linear[_BASELINE] = [baseline_scores(config.task)[config.task.judges[0]]] * len(seeds)
         scores[task] = {}
         for name, path in models.items():
