@@ -13,6 +13,8 @@ from pathlib import Path
 
 from distil_jax.schema import InputError
 
+_UNFINISHED = ".unfinished-"  # between the name of a folder and a random end
+
 
 def check_free(folder: str | Path) -> None:
     """Raises `InputError` where there is something that is not an empty folder."""
@@ -26,6 +28,11 @@ def write_whole(path: Path, text: str) -> None:
     draft = path.with_name(f".{path.name}")
     draft.write_text(text, encoding="utf-8")
     draft.replace(path)
+
+
+def unfinished(folder: Path) -> list[Path]:
+    """The folders beside this one in which `whole_folder` is writing it, or was when its process was killed."""
+    return list(folder.parent.glob(f".{glob.escape(folder.name)}{_UNFINISHED}*"))
 
 
 @contextlib.contextmanager
@@ -42,11 +49,10 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
     """
     folder = Path(folder).absolute()
     check_free(folder)
-    name = f".{folder.name}.unfinished-"
-    for left in folder.parent.glob(f"{glob.escape(name)}*"):
-        with contextlib.suppress(OSError), _locked(left):  # OSError: it is in use, or locks are unknown there
+    for left in unfinished(folder):
+        with contextlib.suppress(OSError), _locked(left):  # in use, locks are unknown there, or not ours to remove
             shutil.rmtree(left)
-    draft = folder.with_name(name + secrets.token_hex(4))
+    draft = folder.with_name(f".{folder.name}{_UNFINISHED}{secrets.token_hex(4)}")
     try:
         draft.mkdir(parents=True)
     except OSError as error:

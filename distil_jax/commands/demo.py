@@ -25,6 +25,7 @@ from distil_jax.commands.speed import encoder_seconds
 from distil_jax.commands.train import train
 from distil_jax.config import EMBEDDED_TEACHER, ModelConfig, load
 from distil_jax.data.prepare import PrepareConfig
+from distil_jax.files import unfinished
 from distil_jax.io.metrics import read_metrics
 from distil_jax.models.encoder import count_parameters
 from distil_jax.schema import InputError
@@ -77,8 +78,8 @@ def demo(
     """
     began = time.monotonic()
     rows = output / "rows"
-    left = set(output.glob(f".{rows.name}.unfinished-*"))  # of starts that were killed while they prepared the rows
-    if output.exists() and not (output.is_dir() and (rows.exists() or left.issuperset(output.iterdir()))):
+    left = unfinished(rows)  # by starts that were killed while they prepared the rows
+    if output.exists() and not (output.is_dir() and (rows.exists() or set(left).issuperset(output.iterdir()))):
         raise InputError(f"{output} holds something other than a demonstration: name a new folder with --output.")
     if not rows.exists():
         _title("Text, from the docstrings of the installed packages")
