@@ -50,7 +50,7 @@ def alone(step_config, student_params, teacher_params, rows, weights):
 
 @pytest.mark.parametrize(
     ("sizes", "accumulation"),
-    [((8, 1, 1), 2), ((4, 2, 1), 2), ((2, 2, 2), 2), ((1, 8, 1), 1), ((1, 1, 4), 1)],
+    [((8, 1, 1), 1), ((8, 1, 1), 2), ((4, 2, 1), 2), ((2, 2, 2), 2), ((1, 8, 1), 1), ((1, 1, 4), 1)],
 )
 def test_sharded_equals_one_device(
     step_config, student_params, teacher_params, rows, weights, alone, sizes, accumulation
