@@ -191,4 +191,5 @@ def test_devices_micro_batches_and_padding_change_no_number(head, change):
 
     (losses, expected), (found, trained) = train("nothing"), train(change)
     np.testing.assert_allclose(found, losses, rtol=1e-5)
-    assert_params_close(trained, expected)
+    # So does one on all starts, and one on all ends, of spans.
+    assert_params_close(trained, expected, without_gradient=["head/classifier/bias"] if head is SPANS else ())
