@@ -40,6 +40,14 @@ def test_products_in_loops_count_as_often_as_they_run():
     assert costs_of(lambda x: x @ x.T, x).flops == 2 * 6 * 6 * 4
 
 
+def test_of_a_choice_one_branch_counts():
+    x = jnp.ones((64, 64))
+    product = 2 * 64**3
+    two = costs_of(lambda choose, x: jax.lax.cond(choose, lambda: x @ x, lambda: x), True, x)
+    three = costs_of(lambda number, x: jax.lax.switch(number, [lambda: x, lambda: x @ x @ x, lambda: x @ x]), 1, x)
+    assert (two.flops, three.flops) == (product, 2 * product)
+
+
 def test_a_batch_axis_that_a_tpu_writes_as_a_dilated_window():
     """Attention scores [8, 12, 512, 512] over 64, as libtpu 0.0.42 writes them."""
     text = """

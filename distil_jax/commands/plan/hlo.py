@@ -87,9 +87,12 @@ class Program:
 
     @cached_property
     def costs(self) -> Costs:
-        """Of the whole program, loops included."""
+        """Of the whole program, loops included, and of a choice the branch that moves the most."""
+        return self._costs(self.entry)
+
+    def _costs(self, entry: str) -> Costs:
         costs = Costs()
-        for name, times in self._executed(self.entry, 1):
+        for name, times in self._executed(entry, 1):
             computation = self.computations[name]
             for instruction in computation.values():
                 costs.flops += times * self._flops(computation, instruction)
@@ -104,9 +107,13 @@ class Program:
             if instruction.opcode == "while":
                 body, condition = instruction.calls("body")[0], instruction.calls("condition")[0]
                 yield from self._executed(body, times * self._trips(instruction, condition))
-            elif instruction.opcode in ("call", "async-start", "conditional"):
-                keys = ("to_apply", "calls", "true_computation", "false_computation")
-                for called in instruction.calls(*keys):
+            elif instruction.opcode == "conditional":
+                branches = instruction.calls("true_computation", "false_computation")
+                if listed := re.search(r"branch_computations=\{([^}]*)\}", instruction.text):
+                    branches = _NAME.findall(listed[1])
+                yield from self._executed(max(branches, key=lambda each: self._costs(each).hbm_bytes), times)
+            elif instruction.opcode in ("call", "async-start"):
+                for called in instruction.calls("to_apply", "calls"):
                     yield from self._executed(called, times)
 
     def _trips(self, loop: Instruction, condition: str) -> int:
