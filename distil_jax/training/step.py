@@ -58,9 +58,18 @@ def train_step(state: TrainState, teacher_params: Any, batch: Batch) -> tuple[Tr
     config = state.config
     norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-    updates, opt_state = make_optimizer(config.optimizer).update(gradients, state.opt_state, state.params)
-    updated, before = (optax.apply_updates(state.params, updates), opt_state), (state.params, state.opt_state)
-    params, opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, before)
+
+    def updated() -> tuple[Any, Any]:
+        updates, opt_state = make_optimizer(config.optimizer).update(gradients, state.opt_state, state.params)
+        return optax.apply_updates(state.params, updates), opt_state
+
+    before = state.params, state.opt_state
+    params, opt_state = jax.lax.platform_dependent(
+        # A branch writes over the donated state. TPUs do that without one, and libtpu plans more traffic with it. XLA for
+        # CPUs does not: that took 7 % more time for BERT-base's step of 8 x 128 on two cores, and 0.17 GiB.
+        cpu=lambda: jax.lax.cond(finite, updated, lambda: before),
+        default=lambda: jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated(), before),
+    )
     numbers = {
         "loss": loss,
         "gradient_norm": norm,
