@@ -68,9 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def program() -> NoReturn:
     """`main` as a process of its own: where the machine failed, an orderly end might wait for what failed."""
-    # `prepare` takes no steps, and the threads of its tokenizer would wait for each other; beside `bench` PyTorch would
-    # have what its users do not have.
-    if sys.argv[1:2] not in (["prepare"], ["bench"]):
+    # Where texts are tokenised and no steps taken, the threads of the tokenizer would wait for each other.
+    if sys.argv[1:2] != ["prepare"] and sys.argv[1:3] != ["bench", "data"]:
         keep_freed_memory()
     status = main()
     if status == endings.MACHINE_FAILED:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,7 +18,8 @@ import pytest
 from conftest import LENGTH, MASK, VOCAB, packed_rows, random_params
 
 from distil_jax import cli
-from distil_jax.commands.bench import batching, record
+from distil_jax.commands.bench import batching, peers, record
+from distil_jax.commands.endings import MachineFailed
 from distil_jax.config import LossConfig, MaskingConfig
 from distil_jax.models.encoder import MaskedLm
 from distil_jax.objective.distillation import distill_loss
@@ -192,11 +196,40 @@ def test_masked_batches_keep_what_they_mask():
 
 # Where it runs
 
+LEFT_ALONE = """
+import os
+import signal
+
+from distil_jax.commands.bench import peers
+
+if __name__ == "__main__":
+    with peers.pytorch() as make:
+        print(make.args[0].submit(os.getpid).result(), flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_pytorchs_process_does_not_outlive_ours(tmp_path):
+    (tmp_path / "left_alone.py").write_text(LEFT_ALONE)
+    done = subprocess.run([sys.executable, tmp_path / "left_alone.py"], capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    began = time.monotonic()
+    while Path("/proc", done.stdout.strip()).exists():
+        assert time.monotonic() - began < 60
+        time.sleep(0.1)
+
+
+def test_pytorchs_process_may_fail():
+    with peers.pytorch() as make, pytest.raises(MachineFailed, match="was ended from outside"):
+        make.args[0].submit(os._exit, 9)
+        make("Peer")
+
 
 def test_it_runs_where_none_of_the_edge_libraries_is_installed(tmp_path):
     """As on a GPU machine that has JAX, flax and optax alone."""
     file = tmp_path / "found.json"
     code = f"""
+import importlib.util
 import sys
 class Blocked:
     def find_spec(self, name, *_):
@@ -206,6 +239,7 @@ sys.meta_path.insert(0, Blocked())
 from distil_jax import cli
 from distil_jax.commands.bench import data, inference, loss, step
 assert cli.main(["bench", *{SMALL_STEP}, "--output", {str(file)!r}]) == 0
+importlib.util.find_spec = lambda name: None
 assert cli.main(["bench", *{SMALL_STEP}, "--peer", "torch"]) == 2
 assert not set({EDGES}) & set(sys.modules)
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -16,7 +17,7 @@ from distil_jax.commands.attention import settle_attention
 from distil_jax.commands.bench import peers, timing
 from distil_jax.commands.bench.peers import OURS
 from distil_jax.commands.bench.step import random_params
-from distil_jax.commands.bench.timing import Call, Measured
+from distil_jax.commands.bench.timing import Measured, Timed
 from distil_jax.config import ComputeConfig, MeshConfig, ModelConfig, StepConfig, StudentConfig
 from distil_jax.models.encoder import MaskedLm, layers_apart
 from distil_jax.schema import require
@@ -41,7 +42,7 @@ def run(arguments: argparse.Namespace) -> Measured:
       InputError: numbers that are none, rows longer than the shape's, or a peer that cannot run here.
     """
     timing.positive(calls=arguments.calls, rounds=arguments.rounds)
-    torch, _ = peers.load(arguments.peer, ("eager",))
+    beside = peers.read(arguments.peer, ("eager",))
     shape, compute = peers.shape_model(arguments.shape), resolve_compute(ComputeConfig(dtype=arguments.dtype))
     student = with_compute(student_model(StudentConfig(), shape, shape.vocab_size), compute)
     both, one = StepConfig(student, with_compute(shape, compute)), make_mesh(MeshConfig(), jax.devices()[:1])
@@ -54,16 +55,17 @@ def run(arguments: argparse.Namespace) -> Measured:
             )
             step, _ = settle_attention(both, "auto", one, length)
             models = {"teacher": step.teacher, "student": step.student}
-            calls = {(OURS, name): encoder_call(model, batch, length) for name, model in models.items()}
-            if torch:
-                make = partial(torch.encoder_call, torch.device_for(jax.default_backend()))
-                calls |= {("torch", name): make(model, batch, length) for name, model in models.items()}
-            found = timing.medians(calls, times=arguments.calls, rounds=arguments.rounds)
+            calls = {(OURS, name): encoder(model, batch, length) for name, model in models.items()}
+            with contextlib.ExitStack() as stack:
+                if beside:
+                    make = partial(stack.enter_context(peers.pytorch()), "encoder", jax.default_backend())
+                    calls |= {("torch", name): make(model, batch, length) for name, model in models.items()}
+                found = timing.medians(calls, times=arguments.calls, rounds=arguments.rounds)
             lines += [{"batch": batch, "length": length} | line for line in _lines(found)]
     return Measured(lines)
 
 
-def encoder_call(model: ModelConfig, batch: int, length: int) -> Call:
+def encoder(model: ModelConfig, batch: int, length: int) -> Timed:
     """A call that sends full rows [batch, length] through the encoder; random parameters in the compute dtype.
 
     Where layers are unrolled, on CPUs, each has arrays of its own.
@@ -75,7 +77,7 @@ def encoder_call(model: ModelConfig, batch: int, length: int) -> Call:
     ids = np.random.default_rng(0).integers(5, model.vocab_size, (batch, length))
     rows = jax.device_put(Batch.from_padded(ids, np.ones_like(ids), ids))
     encode = jax.jit(lambda params, rows: MaskedLm(model).apply({"params": params}, rows).hidden)
-    return lambda: jax.block_until_ready(encode(params, rows))
+    return Timed(lambda: jax.block_until_ready(encode(params, rows)))
 
 
 def _lines(found: Mapping[tuple[str, str], list[float]]) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from distil_jax.commands.assemble import resolve_compute
 from distil_jax.commands.bench import record, timing
-from distil_jax.commands.bench.timing import Measured
+from distil_jax.commands.bench.timing import Measured, Timed
 from distil_jax.config import ComputeConfig, LossConfig
 from distil_jax.objective.fused import fused_loss
 from distil_jax.objective.vocabulary import dense_loss
@@ -112,7 +112,7 @@ def measure(job: Job, *, calls: int, rounds: int) -> dict[str, Any]:
     plans = {kind: program.memory_analysis().temp_size_in_bytes for kind, program in programs.items()}
     fitting = {kind: program for kind, program in programs.items() if plans[kind] < room}
     found = timing.medians(
-        {kind: lambda program=program: jax.block_until_ready(program(*arguments)) for kind, program in fitting.items()},
+        {kind: Timed(lambda each=each: jax.block_until_ready(each(*arguments))) for kind, each in fitting.items()},
         times=calls,
         rounds=rounds,
     )

@@ -1,8 +1,9 @@
 """The same work in PyTorch: the original's step, and what `torch.compile` and a fused loss make of it.
 
-The one file that imports torch and transformers. Models are those of `transformers`, with SDPA attention and random
-weights. Masking, batching and copies to the device are done before the clock starts, and no loss is read on the host:
-the original does all of that inside its loop, so leaving it out speaks for the peer.
+The one file that imports torch and transformers, and it is imported in the process of `peers.pytorch` alone. Models are
+those of `transformers`, with SDPA attention and random weights. Masking, batching and copies to the device are done
+before the clock starts, and no loss is read on the host: the original does all of that inside its loop, so leaving it
+out speaks for the peer.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForMaskedLM
 
 from distil_jax.commands.bench.batching import Padded
-from distil_jax.commands.bench.timing import Block, Call
+from distil_jax.commands.bench.timing import Block, Timed
 from distil_jax.config import LossConfig, ModelConfig, StepConfig
 from distil_jax.io.config_json import to_json
-from distil_jax.schema import InputError
+from distil_jax.schema import require
 from distil_jax.structs import IGNORED
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -40,15 +41,14 @@ Steps = Sequence[Sequence[TorchBatch]]  # optimiser steps, each of micro-batches
 
 
 def device_for(platform: str) -> torch.device:
-    """The device that competes with JAX's on a platform.
+    """The device that competes with JAX's "cpu" or "gpu".
 
     Raises:
-      InputError: there is none.
+      InputError: this PyTorch knows no GPU.
     """
     if platform == "cpu":
         return torch.device("cpu")
-    if platform != "gpu" or not torch.cuda.is_available():
-        raise InputError(f"JAX computes on a {platform}, where this PyTorch cannot: leave --peer out.")
+    require(torch.cuda.is_available(), "JAX computes on a GPU, where this PyTorch cannot: leave --peer out.")
     torch.set_float32_matmul_precision("high")  # TF32, which is JAX's default too
     return torch.device("cuda")
 
@@ -60,15 +60,6 @@ def build_model(config: ModelConfig) -> nn.Module:
     return AutoModelForMaskedLM.from_config(values, attn_implementation="sdpa")
 
 
-def build_peers(
-    variants: Sequence[str], step: StepConfig, rounds: Sequence[Sequence[Sequence[Padded]]], device: torch.device
-) -> dict[str, Peer]:
-    """A peer for each variant; all of them share one copy of the batches."""
-    torch.compiler.reset()  # what other settings compiled counts towards a limit, above which nothing is compiled
-    placed = [[[put(batch, device) for batch in batches] for batches in steps] for steps in rounds]
-    return {f"torch:{variant}": Peer(variant, step, placed, device) for variant in variants}
-
-
 def put(batch: Padded, device: torch.device) -> TorchBatch:
     """The batch on the device, as PyTorch wants its indices."""
     return TorchBatch(*(torch.from_numpy(array.astype(np.int64)).to(device) for array in batch))
@@ -78,15 +69,19 @@ class Peer:
     """One variant of the step, with models, optimiser and batches, compiled and warm.
 
     Args:
+      platform: as JAX calls it.
       variant: "eager", the original's step; "compile", the same under `torch.compile`, without the gathers, which
         would break its graph; "fused", compiled too, with a loss that never holds all logits.
       step: of our own side, every choice of which is followed.
-      rounds: the optimiser steps of every round.
-      device: from `device_for`.
+      rounds: the optimiser steps of every round, each of micro-batches.
     """
 
-    def __init__(self, variant: str, step: StepConfig, rounds: Sequence[Steps], device: torch.device) -> None:
-        self._rounds, self._device, config = rounds, device, step.optimizer
+    def __init__(
+        self, platform: str, variant: str, step: StepConfig, rounds: Sequence[Sequence[Sequence[Padded]]]
+    ) -> None:
+        device, config = device_for(platform), step.optimizer
+        rounds = [[[put(batch, device) for batch in batches] for batches in steps] for steps in rounds]
+        self._device, self._rounds = device, rounds
         self._peak, before = None, torch.cuda.memory_allocated() if device.type == "cuda" else 0
         self._mixed, self._clip = step.student.dtype == "bfloat16", config.clip
         self._teacher = build_model(step.teacher).to(device, _DTYPES[step.teacher.dtype]).eval().requires_grad_(False)
@@ -96,7 +91,7 @@ class Peer:
         self._optimizer = torch.optim.AdamW(parameters, **rates, weight_decay=config.weight_decay, fused=True)
         shapes = {batch.input_ids.shape for steps in rounds for batches in steps for batch in batches}
         self._loss = partial(loss_function(variant, dynamic=len(shapes) > 1), loss=step.loss)
-        self.compile_seconds = self._run(rounds[0][:1]).seconds
+        self._compile_seconds = self._run(rounds[0][:1]).seconds
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         self._run(rounds[0])
@@ -110,6 +105,10 @@ class Peer:
     def latencies(self) -> list[float]:
         """Seconds of each step of the first round, waiting after each."""
         return [self._run([micro_batches]).seconds for micro_batches in self._rounds[0]]
+
+    def compile_seconds(self) -> float:
+        """What the first step took."""
+        return self._compile_seconds
 
     def peak(self) -> tuple[int | None, str | None]:
         """The most bytes of the device that a round's tensors took, and who says so; nobody counts on a CPU."""
@@ -267,8 +266,9 @@ def _cosine(encoded: Encoded, real: Tensor) -> Tensor:
     return (apart * real).sum() / real.sum()
 
 
-def encoder_call(device: torch.device, config: ModelConfig, batch: int, length: int) -> Call:
+def encoder(platform: str, config: ModelConfig, batch: int, length: int) -> Timed:
     """A call that sends full rows through `BertModel` or `DistilBertModel`."""
+    device = device_for(platform)
     model = build_model(config).base_model.to(device, _DTYPES[config.dtype]).eval()
     ids = torch.randint(5, config.vocab_size, (batch, length), device=device)
     mask = torch.ones_like(ids)
@@ -278,12 +278,12 @@ def encoder_call(device: torch.device, config: ModelConfig, batch: int, length: 
             model(input_ids=ids, attention_mask=mask)
         _wait(device)
 
-    return call
+    return Timed(call)
 
 
-def products(device: torch.device, rows: int, width: int, inner: int, dtype: str, pairs: int) -> Call:
-    """A call that computes what `timing.products` does, on a device."""
-    shapes = (rows, width), (width, inner), (inner, width)
+def products(platform: str, rows: int, width: int, inner: int, dtype: str, pairs: int) -> Timed:
+    """A call that computes what `timing.products` does."""
+    device, shapes = device_for(platform), ((rows, width), (width, inner), (inner, width))
     x, up, down = (torch.randn(shape, device=device).to(_DTYPES[dtype]) for shape in shapes)
     up, down = up * width**-0.5, down * inner**-0.5
 
@@ -293,4 +293,4 @@ def products(device: torch.device, rows: int, width: int, inner: int, dtype: str
             y = (y @ up) @ down
         _wait(device)
 
-    return call
+    return Timed(call)

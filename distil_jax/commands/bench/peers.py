@@ -1,18 +1,28 @@
-"""Who is compared with whom: the shapes of models, and the PyTorch peers, imported only where they are asked for."""
+"""Who is compared with whom: the shapes of models, and the process in which the PyTorch peers compute."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.util
+import multiprocessing
 import os
-from collections.abc import Sequence
-from types import ModuleType
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from multiprocessing import get_context
+from typing import Any
 
 import jax
 
+from distil_jax.commands.endings import MachineFailed
 from distil_jax.config import EMBEDDED_TEACHER, ModelConfig
 from distil_jax.io.config_json import from_json
 from distil_jax.io.tensors import read_json
-from distil_jax.schema import InputError, require
+from distil_jax.schema import require
 
 OURS = "distil_jax"
 
@@ -39,28 +49,72 @@ def shape_model(shape: str) -> ModelConfig:
     return ModelConfig(vocab_size=90, num_layers=2, hidden_size=32, num_heads=4, intermediate_size=48, max_positions=64)
 
 
-def load(text: str | None, known: Sequence[str]) -> tuple[ModuleType | None, list[str]]:
-    """What --peer names: the module `peer_torch`, if it is needed, and the variants; `torch` alone is the eager one.
+def read(text: str | None, known: Sequence[str]) -> list[str]:
+    """The variants that --peer names; `torch` alone is the eager one.
 
     Raises:
-      InputError: an unknown peer, PyTorch or `transformers` not installed, or several GPUs.
+      InputError: an unknown peer, PyTorch or `transformers` not installed, or no device on which both can compute.
     """
     words = [] if text is None else ["torch:eager" if word == "torch" else word for word in text.split(",")]
     choices = [f"torch:{variant}" for variant in known]
     for word in words:
         require(word in choices, f"There is no peer {word!r} here: choose of {', '.join(choices)}.")
-    if not words:
-        return None, []
-    # JAX must not take three quarters of a GPU for itself; read when it first looks for devices.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    one = jax.default_backend() == "cpu" or jax.device_count() == 1
-    require(one, "A peer computes on one GPU: show JAX no more than one (CUDA_VISIBLE_DEVICES=0).")
-    try:
-        from distil_jax.commands.bench import peer_torch
-    except ModuleNotFoundError as error:
-        if error.name not in ("torch", "transformers"):
-            raise
-        raise InputError(
-            f"--peer needs torch and transformers, and {error.name} is not installed: pip install 'distil-jax[torch]'."
-        ) from error
-    return peer_torch, [word.partition(":")[2] for word in words]
+    if words:
+        for name in ("torch", "transformers"):
+            missing = f"and {name} is not installed: pip install 'distil-jax[torch]'."
+            require(importlib.util.find_spec(name) is not None, f"--peer needs torch and transformers, {missing}")
+        # JAX must not take three quarters of a GPU for itself; read when it first looks for devices.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+        platform = jax.default_backend()
+        require(platform in ("cpu", "gpu"), f"PyTorch cannot compute on a {platform}: leave --peer out.")
+        one = platform == "cpu" or jax.device_count() == 1
+        require(one, "A peer computes on one GPU: show JAX no more than one (CUDA_VISIBLE_DEVICES=0).")
+    return [word.partition(":")[2] for word in words]
+
+
+@contextlib.contextmanager
+def pytorch() -> Iterator[Callable[..., Elsewhere]]:
+    """A process of PyTorch's own, as its users have one: no threads, heap or settings of one library touch the other's.
+
+    Yields:
+      `make(name, *arguments)`: what a class or function of `peer_torch` gives there; it ends with the process.
+    """
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_end_with_parent) as process:
+        yield partial(Elsewhere, process)
+
+
+class Elsewhere:
+    """Something that `peer_torch` made in another process; its methods are called from here, one at a time."""
+
+    def __init__(self, process: Executor, name: str, *arguments: Any) -> None:
+        self._process = process
+        self._number = self._wait(_make, name, arguments)
+
+    def __getattr__(self, method: str) -> Callable[..., Any]:
+        return lambda *arguments: self._wait(_call, self._number, method, arguments)
+
+    def _wait(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return self._process.submit(function, *arguments).result()
+        except BrokenProcessPool as error:
+            raise MachineFailed("PyTorch's process was ended from outside, as for want of memory.") from error
+
+
+_made: list[Any] = []  # in PyTorch's process
+
+
+def _end_with_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # without a word of its own
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def _make(name: str, arguments: Sequence[Any]) -> int:
+    from distil_jax.commands.bench import peer_torch
+
+    _made.append(getattr(peer_torch, name)(*arguments))
+    return len(_made) - 1
+
+
+def _call(number: int, method: str, arguments: Sequence[Any]) -> Any:
+    return getattr(_made[number], method)(*arguments)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -17,8 +17,8 @@ from jax.sharding import Mesh
 
 from distil_jax.commands import assemble
 from distil_jax.commands.bench import batching, peers, timing
-from distil_jax.commands.bench.peers import OURS
-from distil_jax.commands.bench.timing import Block, Measured
+from distil_jax.commands.bench.peers import OURS, Elsewhere
+from distil_jax.commands.bench.timing import Block, Measured, Timed
 from distil_jax.commands.flops import step_flops
 from distil_jax.commands.hardware import CHIPS
 from distil_jax.config import Config, ModelConfig, StepConfig
@@ -31,9 +31,6 @@ from distil_jax.structs import Rows
 from distil_jax.training.sharding import lower_step, make_mesh, put_rows, shard_count, shardings_of
 from distil_jax.training.state import abstract_state, init_state
 from distil_jax.training.step import mask_and_train_step
-
-if TYPE_CHECKING:
-    from distil_jax.commands.bench.peer_torch import Peer
 
 _SPECIAL = 5  # the first ids, which synthetic rows leave out; [MASK] is the last of them
 _SYNTHETIC_BATCHES = 8  # different ones; they come round again
@@ -70,24 +67,27 @@ def run(arguments: argparse.Namespace) -> Measured:
     """
     timing.positive(batch_rows=arguments.batch_rows, rounds=arguments.rounds)
     require(arguments.steps >= 2, f"--steps must be at least 2, not {arguments.steps}.")
-    torch, variants = peers.load(arguments.peer, ("eager", "compile", "fused"))
+    variants = peers.read(arguments.peer, ("eager", "compile", "fused"))
     works = {rate: read_work(arguments, rate) for rate in timing.numbers("--dropout", arguments.dropout, float)}
     first = next(iter(works.values()))
     makers = {OURS: timing.products}
-    if torch:
-        _check_comparable(first)
-        makers["torch"] = partial(torch.products, torch.device_for(jax.default_backend()))
     student, pieces = first.step.student, first.step.accumulation * shard_count(first.mesh)
     rows = first.batch_rows * first.length // pieces
-    products = timing.product_rates(makers, rows, student.hidden_size, student.intermediate_size, student.dtype)
+    with contextlib.ExitStack() as stack:
+        if variants:
+            _check_comparable(first)
+            makers["torch"] = partial(stack.enter_context(peers.pytorch()), "products", jax.default_backend())
+        products = timing.product_rates(makers, rows, student.hidden_size, student.intermediate_size, student.dtype)
     lines = []
     for rate, work in works.items():
-        with contextlib.closing(Ours(work)) as ours:
-            sides: dict[str, Ours | Peer] = {OURS: ours}
-            if torch:
-                rounds, device = _peer_rounds(work, arguments.peer_batching), torch.device_for(jax.default_backend())
+        with contextlib.ExitStack() as stack:
+            sides: dict[str, Ours | Elsewhere] = {OURS: stack.enter_context(contextlib.closing(Ours(work)))}
+            if variants:
+                # Anew for every rate: what other settings compiled counts towards a limit of PyTorch's.
+                make = partial(stack.enter_context(peers.pytorch()), "Peer", jax.default_backend())
                 loss = replace(work.step.loss, chunk=arguments.peer_chunk or work.step.loss.chunk)
-                sides |= torch.build_peers(variants, replace(work.step, loss=loss), rounds, device)
+                step, rounds = replace(work.step, loss=loss), _peer_rounds(work, arguments.peer_batching)
+                sides |= {f"torch:{variant}": make(variant, step, rounds) for variant in variants}
             lines += [{"dropout": rate} | line for line in _measure(work, sides, products[OURS])]
     return Measured(lines, products)
 
@@ -218,7 +218,7 @@ class Ours:
         began = time.perf_counter()
         lowered = lower_step(mask_and_train_step, mesh, state, teacher, (work.batch_rows, work.length))
         self._step = lowered.compile()
-        self.compile_seconds = time.perf_counter() - began
+        self._compile_seconds = time.perf_counter() - began
         key, self._teacher = jax.random.key(0), None
         self._state = jax.jit(partial(init_state, config=step), out_shardings=shardings_of(state, mesh))(key)
         if teacher is not None:
@@ -234,7 +234,11 @@ class Ours:
 
     def latencies(self) -> list[float]:
         """Seconds of each of a block's steps, waiting after each."""
-        return timing.seconds(lambda: self._run(self._rows, 1), self._work.steps)
+        return Timed(lambda: self._run(self._rows, 1)).seconds(self._work.steps)
+
+    def compile_seconds(self) -> float:
+        """What XLA took."""
+        return self._compile_seconds
 
     def peak(self) -> tuple[int, str]:
         """The most bytes in use on a device, and who says so.
@@ -279,7 +283,7 @@ def _device_peak() -> int:
     return max((device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices())
 
 
-def _measure(work: Work, sides: dict[str, Ours | Peer], product_rate: float) -> Iterator[dict[str, Any]]:
+def _measure(work: Work, sides: dict[str, Ours | Elsewhere], product_rate: float) -> Iterator[dict[str, Any]]:
     """A line for each side, our own first."""
     blocks = timing.alternate({name: side.block for name, side in sides.items()}, work.rounds)
     rates = {name: [block.tokens / block.seconds for block in found] for name, found in blocks.items()}
@@ -296,7 +300,7 @@ def _measure(work: Work, sides: dict[str, Ours | Peer], product_rate: float) -> 
             "real_tokens_share": float(np.mean([block.tokens / block.positions for block in blocks[name]])),
             "peak_gib": peak and peak / 2**30,
             "peak_said_by": source,
-            "compile_s": side.compile_seconds,
+            "compile_s": side.compile_seconds(),
             **(_efficiency(work, blocks[name], product_rate) if name == OURS else {}),
         }
 

@@ -53,22 +53,28 @@ def alternate(sides: Mapping[str, Callable[[int], T]], rounds: int) -> dict[str,
     return found
 
 
-def medians(calls: Mapping[str, Call], *, times: int, rounds: int) -> dict[str, list[float]]:
+@dataclass(frozen=True)
+class Timed:
+    """A call, with the clock in the process in which it runs."""
+
+    call: Call
+
+    def seconds(self, times: int) -> list[float]:
+        """Of each of so many calls."""
+        found = []
+        for _ in range(times):
+            began = time.perf_counter()
+            self.call()
+            found.append(time.perf_counter() - began)
+        return found
+
+
+def medians(calls: Mapping[str, Timed], *, times: int, rounds: int) -> dict[str, list[float]]:
     """Milliseconds of each call, the median of `times` in each round, in alternation."""
     for call in calls.values():
-        call()  # compiled and warm
-    sides = {name: lambda _, call=call: 1e3 * float(np.median(seconds(call, times))) for name, call in calls.items()}
+        call.seconds(1)  # compiled and warm
+    sides = {name: lambda _, call=call: 1e3 * float(np.median(call.seconds(times))) for name, call in calls.items()}
     return alternate(sides, rounds)
-
-
-def seconds(call: Call, times: int) -> list[float]:
-    """Of each of so many calls."""
-    found = []
-    for _ in range(times):
-        began = time.perf_counter()
-        call()
-        found.append(time.perf_counter() - began)
-    return found
 
 
 def spread(name: str, values: Sequence[float], below: Sequence[float] | None = None) -> dict[str, float]:
@@ -77,18 +83,18 @@ def spread(name: str, values: Sequence[float], below: Sequence[float] | None = N
     return {name: float(np.median(values)), f"{name}_lowest": min(values), f"{name}_highest": max(values)}
 
 
-def products(rows: int, width: int, inner: int, dtype: str, pairs: int) -> Call:
+def products(rows: int, width: int, inner: int, dtype: str, pairs: int) -> Timed:
     """A call of XLA: `pairs` times [rows, width] x [width, inner], and back."""
     shapes = ((rows, width), (width, inner), (inner, width))
     keys = jax.random.split(jax.random.key(0), len(shapes))
     x, up, down = (jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True))
     up, down = up * width**-0.5, down * inner**-0.5  # values keep their size: infinities have another speed
     chain = jax.jit(lambda x, up, down: jax.lax.fori_loop(0, pairs, lambda _, x: (x @ up) @ down, x))
-    return lambda: jax.block_until_ready(chain(x, up, down))
+    return Timed(lambda: jax.block_until_ready(chain(x, up, down)))
 
 
 def product_rates(
-    makers: Mapping[str, Callable[..., Call]], rows: int, width: int, inner: int, dtype: str
+    makers: Mapping[str, Callable[..., Timed]], rows: int, width: int, inner: int, dtype: str
 ) -> dict[str, float]:
     """TFLOP/s of each library's bare matrix products: the floor of whatever is built of them."""
     # Enough of them that on an accelerator they are not lost in their dispatch.
