@@ -65,8 +65,8 @@ def train_step(state: TrainState, teacher_params: Any, batch: Batch) -> tuple[Tr
 
     before = state.params, state.opt_state
     params, opt_state = jax.lax.platform_dependent(
-        # A branch writes over the donated state. TPUs do that without one, and libtpu plans more traffic with it. XLA for
-        # CPUs does not: that took 7 % more time for BERT-base's step of 8 x 128 on two cores, and 0.17 GiB.
+        # A branch writes over the donated state. XLA for CPUs does not without one: that took BERT-base's step of
+        # 8 x 128 on two cores 7 % more time, and 0.17 GiB. libtpu does, and plans more traffic for a branch.
         cpu=lambda: jax.lax.cond(finite, updated, lambda: before),
         default=lambda: jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated(), before),
     )
