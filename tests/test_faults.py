@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -375,6 +376,38 @@ def test_another_clock_and_another_name_change_nothing(workshop, tmp_path, long_
 def test_few_file_descriptors_are_one_clear_error(workshop, tmp_path):
     ((_, stderr),) = done(train(workshop, tmp_path / "run", before=("sh", "-c", 'ulimit -n 10; exec "$@"', "sh")), 4)
     assert "Too many open files" in stderr
+
+
+HALF_OPEN = """
+import asyncio
+import gc
+import socket
+import sys
+
+from distil_jax.io import orbax_noise
+
+if sys.argv[1] == "silent":
+    orbax_noise.silence()
+
+def refuse():
+    raise OSError(24, "Too many open files")
+
+socket.socketpair = refuse
+try:
+    asyncio.new_event_loop()
+except OSError:
+    pass
+gc.collect()
+"""
+
+
+def test_an_event_loop_that_could_not_be_opened_says_nothing_more():
+    def said(how):
+        command = [sys.executable, "-c", HALF_OPEN, how]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stderr
+
+    assert "_ssock" in said("as usual")
+    assert said("silent") == ""
 
 
 def test_no_secret_of_the_environment_is_written_anywhere(workshop, tmp_path, monkeypatch, capfd):
