@@ -50,8 +50,9 @@ class Instruction:
     text: str  # what follows the operands
 
     def calls(self, *keys: str) -> list[str]:
-        """The computations that it names under these keys."""
-        return [name for key in keys for name in re.findall(rf"\b{key}=%?([\w.\-]+)", self.text)]
+        """The computations that it names under these keys, alone or in a list."""
+        named = [each for key in keys for each in re.findall(rf"\b{key}=(%?[\w.\-]+|\{{[^}}]*\}})", self.text)]
+        return [name for each in named for name in re.findall(r"[\w.\-]+", each)]
 
 
 @dataclass
@@ -108,9 +109,7 @@ class Program:
                 body, condition = instruction.calls("body")[0], instruction.calls("condition")[0]
                 yield from self._executed(body, times * self._trips(instruction, condition))
             elif instruction.opcode == "conditional":
-                branches = instruction.calls("true_computation", "false_computation")
-                if listed := re.search(r"branch_computations=\{([^}]*)\}", instruction.text):
-                    branches = _NAME.findall(listed[1])
+                branches = instruction.calls("branch_computations", "true_computation", "false_computation")
                 yield from self._executed(max(branches, key=lambda each: self._costs(each).hbm_bytes), times)
             elif instruction.opcode in ("call", "async-start"):
                 for called in instruction.calls("to_apply", "calls"):
