@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -56,10 +55,9 @@ def run(arguments: argparse.Namespace) -> Measured:
             step, _ = settle_attention(both, "auto", one, length)
             models = {"teacher": step.teacher, "student": step.student}
             calls = {(OURS, name): encoder(model, batch, length) for name, model in models.items()}
-            with contextlib.ExitStack() as stack:
+            with peers.pytorch() as make:
                 if beside:
-                    make = partial(stack.enter_context(peers.pytorch()), "encoder", jax.default_backend())
-                    calls |= {("torch", name): make(model, batch, length) for name, model in models.items()}
+                    calls |= {("torch", name): make("encoder", model, batch, length) for name, model in models.items()}
                 found = timing.medians(calls, times=arguments.calls, rounds=arguments.rounds)
             lines += [{"batch": batch, "length": length} | line for line in _lines(found)]
     return Measured(lines)

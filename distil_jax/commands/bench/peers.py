@@ -77,7 +77,8 @@ def pytorch() -> Iterator[Callable[..., Elsewhere]]:
     """A process of PyTorch's own, as its users have one: no threads, heap or settings of one library touch the other's.
 
     Yields:
-      `make(name, *arguments)`: what a class or function of `peer_torch` gives there; it ends with the process.
+      `make(name, *arguments)`: what a class or function of `peer_torch` gives there for the platform on which JAX
+        computes. The first one starts the process, with which all of them end.
     """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_end_with_parent) as process:
         yield partial(Elsewhere, process)
@@ -88,7 +89,7 @@ class Elsewhere:
 
     def __init__(self, process: Executor, name: str, *arguments: Any) -> None:
         self._process = process
-        self._number = self._wait(_make, name, arguments)
+        self._number = self._wait(_make, name, (jax.default_backend(), *arguments))
 
     def __getattr__(self, method: str) -> Callable[..., Any]:
         return lambda *arguments: self._wait(_call, self._number, method, arguments)

@@ -73,21 +73,20 @@ def run(arguments: argparse.Namespace) -> Measured:
     makers = {OURS: timing.products}
     student, pieces = first.step.student, first.step.accumulation * shard_count(first.mesh)
     rows = first.batch_rows * first.length // pieces
-    with contextlib.ExitStack() as stack:
+    with peers.pytorch() as make:
         if variants:
             _check_comparable(first)
-            makers["torch"] = partial(stack.enter_context(peers.pytorch()), "products", jax.default_backend())
+            makers["torch"] = partial(make, "products")
         products = timing.product_rates(makers, rows, student.hidden_size, student.intermediate_size, student.dtype)
     lines = []
     for rate, work in works.items():
-        with contextlib.ExitStack() as stack:
-            sides: dict[str, Ours | Elsewhere] = {OURS: stack.enter_context(contextlib.closing(Ours(work)))}
+        # A process for every rate: what other settings compiled counts towards a limit of PyTorch's.
+        with contextlib.closing(Ours(work)) as ours, peers.pytorch() as make:
+            sides: dict[str, Ours | Elsewhere] = {OURS: ours}
             if variants:
-                # Anew for every rate: what other settings compiled counts towards a limit of PyTorch's.
-                make = partial(stack.enter_context(peers.pytorch()), "Peer", jax.default_backend())
                 loss = replace(work.step.loss, chunk=arguments.peer_chunk or work.step.loss.chunk)
                 step, rounds = replace(work.step, loss=loss), _peer_rounds(work, arguments.peer_batching)
-                sides |= {f"torch:{variant}": make(variant, step, rounds) for variant in variants}
+                sides |= {f"torch:{variant}": make("Peer", variant, step, rounds) for variant in variants}
             lines += [{"dropout": rate} | line for line in _measure(work, sides, products[OURS])]
     return Measured(lines, products)
 
