@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from distil_jax.data import corpus, docstrings
+from distil_jax.data import corpus, docstrings, sources
 from distil_jax.schema import InputError
 
 
@@ -47,7 +47,7 @@ def test_counts(tmp_path):
     counts: Counter[str] = Counter()
     file = write(tmp_path / "a.txt", TEXT)
     read(file, counts=counts)
-    assert counts == {"documents": 3, "bytes": len(TEXT.encode())}
+    assert counts == Counter(documents=3, bytes=len(TEXT.encode()))
     assert corpus.size_in_bytes([str(file)]) == len(TEXT.encode())
     assert corpus.size_in_bytes([str(file), "docstrings"]) is None
 
@@ -143,9 +143,9 @@ def test_data_sets(tmp_path):
     [
         ("a.jsonl", '{"text": "x"}\n\n{"text": \n', "a.jsonl line 3 is not JSON"),
         pytest.param("a.jsonl", "[" * 100_000, "a.jsonl line 1 is not JSON", id="deeper than Python reads"),
-        ("a.jsonl", '{"body": "x", "title": "y"}\n', r"record 1 has no field 'text'.*\(body, title\)"),
+        ("a.jsonl", '{"body": "x", "title": "y"}\n', r"line 1 has no field 'text'.*\(body, title\)"),
         ("a.jsonl", '{"text": null}\n', "must be text, and is NoneType"),
-        ("a.json", '["x"]\n', "record 1 is a list"),
+        ("a.json", '["x"]\n', "line 1 is a list"),
     ],
 )
 def test_broken_records_are_named(tmp_path, name, data, message):
@@ -163,7 +163,7 @@ def test_sources_that_are_not_there(tmp_path, monkeypatch):
     def refuse(*arguments):
         raise PermissionError(13, "Permission denied", str(file))
 
-    monkeypatch.setattr(corpus, "open", refuse, raising=False)  # the tests may run as root, who may read anything
+    monkeypatch.setattr(sources, "open", refuse, raising=False)  # the tests may run as root, who may read anything
     with pytest.raises(InputError, match=r"Cannot read .*a\.txt: Permission denied"):
         read(file)
 

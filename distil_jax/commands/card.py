@@ -165,6 +165,8 @@ def _text(data: dict[str, Any]) -> list[str]:
         f"The text: {sources}. Held out by a hash of each document: {data['held_out_tokens']:,} tokens, never trained "
         "on in this run."
     ]
+    if lost := _left_out(data.get("counts", {})):  # older runs do not know
+        lines += ["", f"Of it {lost}."]
     if "docstrings" in data["sources"]:
         lines += [
             "",
@@ -175,6 +177,21 @@ def _text(data: dict[str, Any]) -> list[str]:
             "repeat each other.",
         ]
     return lines
+
+
+def _left_out(counts: dict[str, int]) -> str:
+    """What of the text became no row, or was cut."""
+    said = {
+        "cut_sequences": "sequences longer than a row were cut into several",
+        "dropped_short": "sequences were dropped as too short",
+        "dropped_unknown": "sequences were dropped as mostly unknown words",
+        "invalid_lines": "lines were skipped as not UTF-8",
+        "left_out_files": "files of its folders were left out",
+        "empty_files": "files held no text",
+        "empty_records": "records were empty",
+        "unnamed_fields": "rows held something in fields without a name, which was left out",
+    }
+    return ", ".join(f"{counts[name]:,} {text}" for name, text in said.items() if counts.get(name))
 
 
 def _plain_card(model: Model) -> str:

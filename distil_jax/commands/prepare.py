@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from distil_jax.data.corpus import size_in_bytes
+from distil_jax.data.corpus import FOLDER_SUFFIXES, size_in_bytes
 from distil_jax.data.manifest import Manifest
 from distil_jax.data.prepare import PrepareConfig, Progress, prepare
 
@@ -25,8 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "sources",
         nargs="+",
-        help="text, JSONL or Parquet files, folders or globs of them, hub:NAME[:CONFIG[:SPLIT]] for a data set of the "
-        "Hugging Face hub, or the word docstrings: English from the docstrings of installed packages",
+        help="text, JSONL, CSV or Parquet files, also compressed (.gz, .bz2, .xz), folders or globs of them, "
+        "hub:NAME[:CONFIG[:SPLIT]] for a data set of the Hugging Face hub, or the word docstrings: English from the "
+        "docstrings of installed packages",
     )
     parser.add_argument("--output", required=True, metavar="FOLDER", help="what to write; must be new or empty")
     vocabulary = parser.add_mutually_exclusive_group(required=True)
@@ -45,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--held-out", None, "share of the documents that is not trained on"),
         ("--document", ("block", "file", "line"), "of a text file: lines between blank lines, a file, a line"),
         ("--sequence", ("line", "document"), "tokenise each line, or the lines of a document, as one"),
-        ("--text-field", None, "the field of JSONL, Parquet and hub records that holds the text"),
+        ("--text-field", None, "the field of JSONL, CSV, Parquet and hub records that holds the text"),
         ("--min-tokens", None, "drop shorter sequences; [CLS] and [SEP] count"),
         ("--max-unknown", None, "drop sequences with this share of unknown words"),
     ):
@@ -102,8 +103,22 @@ def summary(manifest: Manifest, seconds: float) -> str:
             f"sequences   {count['sequences']:,} kept; {count['cut_sequences']:,} longer than a row were cut",
             f"dropped     {count['dropped_short']:,} too short, {count['dropped_unknown']:,} mostly unknown words",
             f"skipped     {count['invalid_lines']:,} lines that are not UTF-8",
+            *_passed_over(count),
             f"tokens      {count['tokens']:,}, of a vocabulary of {manifest.vocab_size:,}",
             f"rows        {train.rows:,} to train on, {held_out.rows:,} held out; {filled:.1%} of {length} tokens used",
             f"time        {seconds:.1f} s, {count['tokens'] / seconds:,.0f} tokens/s",
         )
     )
+
+
+def _passed_over(count: Counter[str]) -> list[str]:
+    """What is seldom there, and is said where it is."""
+    others = f"other suffixes than {', '.join(FOLDER_SUFFIXES)}, or hidden"
+    said = (
+        ("left out", "left_out_files", f"files of the folders ({others})"),
+        ("named twice", "repeated_files", "files, which are read once"),
+        ("empty", "empty_files", "files without text"),
+        ("empty", "empty_records", "records whose text is empty"),
+        ("unnamed", "unnamed_fields", "rows with something in a field that the first line does not name"),
+    )
+    return [f"{word:<12}{count[name]:,} {text}" for word, name, text in said if count[name]]

@@ -94,6 +94,7 @@ def compile_run(parts: Parts) -> Program:
             "tokens": manifest.train.tokens,
             "held_out_tokens": manifest.held_out.tokens,
             "sources": list(manifest.settings["sources"]),
+            "counts": dict(manifest.counts),
         },
         about=_about(parts),
         mesh=mesh,

@@ -1,12 +1,11 @@
 """Text sources as one stream of pieces, in bounded memory.
 
-A source is a text, JSONL or Parquet file, a folder or glob of such files, `hub:NAME[:CONFIG[:SPLIT]]` for anything
-that the `datasets` library can stream, or the word `docstrings`.
+A source is a text, JSONL, CSV or Parquet file, also compressed (gzip, bzip2, xz), a folder or glob of such files,
+`hub:NAME[:CONFIG[:SPLIT]]` for anything that the `datasets` library can stream, or the word `docstrings`.
 """
 
 from __future__ import annotations
 
-import codecs
 import glob
 import hashlib
 import itertools
@@ -16,7 +15,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from distil_jax.data import docstrings
-from distil_jax.data.records import JSON_SUFFIXES, SURROGATE, json_records, open_stream, stream_records
+from distil_jax.data.records import SURROGATE, open_stream, stream_records, table_records
+from distil_jax.data.sources import decoded, file_lines, json_records, kind_of, suffix_of
 from distil_jax.schema import InputError
 
 Document = Literal["block", "file", "line"]
@@ -39,33 +39,55 @@ def is_held_out(key: bytes, fraction: float) -> bool:
     return int.from_bytes(key) < fraction * 2**64
 
 
-def expand(sources: Sequence[str]) -> list[str]:
+def expand(sources: Sequence[str], counts: Counter[str] | None = None) -> list[str]:
     """The files that folders and globs stand for, in a fixed order; `docstrings` and `hub:` stay as they are.
+
+    Args:
+      counts: `left_out_files`, those of folders that are hidden or have another suffix, and `repeated_files`, those
+        that are named a second time, also through a link, are added up here.
 
     Raises:
       InputError: a source that does not exist, or a folder without text.
     """
+    counts = Counter() if counts is None else counts
     found: list[str] = []
     for source in sources:
         path = Path(source)
-        if source == "docstrings" or source.startswith("hub:") or path.is_file():
+        if _is_name(source) or path.is_file():
             found.append(source)
         elif path.is_dir():
-            files = [file for file in path.rglob("[!.]*") if file.suffix in FOLDER_SUFFIXES and file.is_file()]
-            if not files:
-                raise InputError(f"The folder {source} holds no {', '.join(FOLDER_SUFFIXES)}: name files or a glob.")
-            found += sorted(map(str, files))
+            found += _files_of(path, counts)
         elif files := [name for name in glob.glob(source, recursive=True) if Path(name).is_file()]:
             found += sorted(files)
         else:
             raise InputError(f"There is no file, folder or match {source!r}: check it (hub data sets are hub:NAME).")
-    return list(dict.fromkeys(found))
+    once: dict[object, str] = {}
+    for source in found:
+        once.setdefault(source if _is_name(source) else Path(source).resolve(), source)
+    counts["repeated_files"] += len(found) - len(once)
+    return list(once.values())
+
+
+def _is_name(source: str) -> bool:
+    return source == "docstrings" or source.startswith("hub:")
+
+
+def _files_of(folder: Path, counts: Counter[str]) -> list[str]:
+    files = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]  # linked folders: not read
+    hidden = {path for path in files if any(part.startswith(".") for part in path.relative_to(folder).parts)}
+    read = [path for path in files if path not in hidden and path.is_file() and suffix_of(path.name) in FOLDER_SUFFIXES]
+    if not read:
+        others = ", ".join(sorted({path.suffix or path.name for path in files})[:5])
+        but = f", but {others}" if others else ""
+        raise InputError(f"The folder {folder} holds no {', '.join(FOLDER_SUFFIXES)}{but}: name files or a glob.")
+    counts["left_out_files"] += len(files) - len(read)
+    return sorted(map(str, read))
 
 
 def size_in_bytes(sources: Sequence[str]) -> int | None:
     """What `counts["bytes"]` of `read` will end at; None where nobody knows."""
     files = expand(sources)
-    if all(Path(file).is_file() and not file.endswith(".parquet") for file in files):
+    if all(not _is_name(file) and kind_of(file) != "parquet" for file in files):
         return sum(Path(file).stat().st_size for file in files)
     return None
 
@@ -77,26 +99,36 @@ def read(
 
     Args:
       document: what one document of a text file is: a block of lines between blank lines, a file, or a line. Records
-        of JSONL, Parquet and hub data sets are documents.
+        of JSONL, CSV, Parquet and hub data sets are documents.
       text_field: the field of such records that holds the text.
-      counts: `documents`, `invalid_lines` (not UTF-8, skipped) and `bytes` (of text and JSONL files) are added up here.
+      counts: added up here are `documents`; `bytes` of all files but Parquet; `invalid_lines`, skipped because they are
+        not UTF-8, or hold NUL or half a character; `empty_records`, whose text is empty; `empty_files`, which hold no
+        document; and those of `expand`.
 
     Raises:
       InputError: a source that cannot be read, a broken record, or no such field in it.
     """
-    for source in expand(sources):
-        if source == "docstrings":
-            pieces: Iterable[Piece] = _docstring_pieces()
-        elif source.startswith("hub:") or source.endswith(".parquet"):
-            pieces = _pieces(_record_lines(source, stream_records(source, open_stream(source)), text_field, counts))
-        elif source.endswith(JSON_SUFFIXES):
-            records = json_records(source, _file_lines(source, counts), counts)
-            pieces = _pieces(_record_lines(source, records, text_field, counts))
-        else:
-            pieces = _pieces(_text_lines(source, document, counts))
-        for piece in pieces:
+    for source in expand(sources, counts):
+        before = counts["documents"]
+        for piece in _pieces_of(source, document, text_field, counts):
             counts["documents"] += piece.starts_document
             yield piece
+        counts["empty_files"] += counts["documents"] == before
+
+
+def _pieces_of(source: str, document: Document, text_field: str, counts: Counter[str]) -> Iterable[Piece]:
+    if source == "docstrings":
+        return _docstring_pieces()
+    kind = "hub" if source.startswith("hub:") else kind_of(source)
+    if kind == "text":
+        return _pieces(_text_lines(source, document, counts))
+    if kind == "json":
+        records: Iterable[tuple[str, Any]] = json_records(source, counts)
+    elif kind in ("csv", "tsv"):
+        records = table_records(source, kind, counts)
+    else:
+        records = ((f"record {number}", record) for number, record in stream_records(source, open_stream(source)))
+    return _pieces(_record_lines(source, records, text_field, counts))
 
 
 def _key(text: str) -> bytes:
@@ -142,33 +174,9 @@ def _docstring_pieces() -> Iterator[Piece]:
         yield from _document(key, texts)
 
 
-def _file_lines(path: str, counts: Counter[str], longest: int = -1) -> Iterator[bytes]:
-    """The lines of a file; one beyond `longest` bytes comes in parts, cut at a space or between characters."""
-    rest = b""
-    try:
-        with open(path, "rb") as file:
-            while line := rest + file.readline(longest - len(rest) if longest > 0 else -1):
-                cut = len(line)
-                if cut == longest and not line.endswith(b"\n"):
-                    # Without a space, before the last byte that does not continue a UTF-8 character.
-                    starts = (i for i in range(longest - 1, longest - 5, -1) if line[i] & 0xC0 != 0x80)
-                    cut = line.rfind(b" ") if b" " in line[1:] else next(starts, longest)
-                line, rest = line[:cut], line[cut:]
-                counts["bytes"] += cut
-                yield line
-    except OSError as error:
-        raise InputError(f"Cannot read {path}: {error.strerror}.") from error
-
-
 def _text_lines(path: str, document: Document, counts: Counter[str]) -> Iterator[str]:
-    for number, raw in enumerate(_file_lines(path, counts, LONGEST_LINE)):
-        if number == 0 and raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            raise InputError(f"{path} is UTF-16: convert it to UTF-8 (iconv -f UTF-16 -t UTF-8).")
-        try:
-            line = raw.removeprefix(codecs.BOM_UTF8 if number == 0 else b"").decode().strip()
-        except UnicodeDecodeError:
-            counts["invalid_lines"] += 1
-            continue
+    for _, text in decoded(path, file_lines(path, counts, LONGEST_LINE), counts):
+        line = text.strip()
         if line or document == "block":
             yield line
         if document == "line":
@@ -177,10 +185,10 @@ def _text_lines(path: str, document: Document, counts: Counter[str]) -> Iterator
 
 
 def _record_lines(
-    source: str, records: Iterable[tuple[int, Any]], text_field: str, counts: Counter[str]
+    source: str, records: Iterable[tuple[str, Any]], text_field: str, counts: Counter[str]
 ) -> Iterator[str]:
-    for number, record in records:
-        where = f"{source} record {number}"
+    for place, record in records:
+        where = f"{source} {place}"
         if not isinstance(record, dict):
             raise InputError(f"{where} is a {type(record).__name__}: each must be an object with named fields.")
         if text_field not in record:
@@ -191,6 +199,7 @@ def _record_lines(
         text = record[text_field]
         if not isinstance(text, str):
             raise InputError(f"{where}: the field {text_field!r} must be text, and is {type(text).__name__}.")
+        counts["empty_records"] += not text.strip()
         for line in text.split("\n"):
             if SURROGATE.search(line):
                 counts["invalid_lines"] += 1

@@ -199,13 +199,26 @@ def _check_rows(config: PrepareConfig, train_rows: int, held_out_rows: int, coun
             f"No sequence is left to train on: of {counts['documents']} documents, {counts['dropped_short']} sequences "
             f"are shorter than {config.min_tokens} tokens, {counts['dropped_unknown']} have {config.max_unknown:.0%} "
             f"unknown words or more, {counts['sequences']} are held out, and {counts['invalid_lines']} lines are not "
-            "UTF-8: give more text, lower --min-tokens, or choose smaller documents (--document line)."
+            f"UTF-8: {_advice(config, counts)}."
         )
     if config.held_out and not held_out_rows:
         raise InputError(
             f"No sequence is held out: {config.held_out:.2%} of {counts['documents']} documents left none, so raise "
             "--held-out, choose smaller documents (--document line), or ask for none (--held-out 0)."
         )
+
+
+def _advice(config: PrepareConfig, counts: Counter[str]) -> str:
+    """What helps where nothing is left to train on: by what took the most."""
+    causes = ("dropped_short", "dropped_unknown", "sequences", "invalid_lines")
+    most = max(causes, key=counts.__getitem__)
+    lines = "join the lines of a document (--sequence document), or " if config.sequence == "line" else ""
+    return {
+        "dropped_short": f"{lines}lower --min-tokens",
+        "dropped_unknown": "take a tokenizer that knows the language of the text, or look whether it is text at all",
+        "sequences": "give more text, lower --held-out, or choose smaller documents (--document line)",
+        "invalid_lines": "convert the text to UTF-8",
+    }[most]
 
 
 def _stored(folder: Path, path: Path) -> StoredFile:

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import csv
 import difflib
-import json
+import glob
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from distil_jax.data.sources import JSON_SUFFIXES, decoded, file_lines, json_records, kind_of
 from distil_jax.schema import InputError, require
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
 
-JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 SUFFIXES = (".csv", ".tsv", *JSON_SUFFIXES, ".parquet")
 _LARGEST_FIELD = 1 << 24  # characters
+_MARK = "\ufeff"  # how a file of UTF-8 may begin, also one that was put under another
+_TAB = "\t"
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which JSON can escape and UTF-8 cannot hold
 
 
@@ -30,34 +31,36 @@ class Records(NamedTuple):
     Attributes:
       rows: where each record stands (`reviews.csv line 3`), for messages, and the record; JSON may hold anything.
       class_names: of the fields whose numbers the source itself names, those names in their order.
+      counts: what was passed over so far; see `table_records`.
     """
 
     rows: Iterator[tuple[str, Any]]
     class_names: dict[str, tuple[str, ...]]
+    counts: Counter[str]
 
 
 def read_records(source: str) -> Records:
     """Opens a source; its records are read as they are asked for.
 
     Args:
-      source: a file, known by its suffix, or `hub:NAME[:CONFIG[:SPLIT]]`. CSV is quoted in the standard way and TSV not
-        at all, as GLUE's files are, whose texts hold single quotes; the first line of both names the fields.
+      source: a file, also compressed, known by its first bytes and its suffix, or `hub:NAME[:CONFIG[:SPLIT]]`. CSV is
+        quoted in the standard way and TSV not at all, as GLUE's files are, whose texts hold single quotes; the first
+        line of both names the fields.
 
     Raises:
       InputError: a source that cannot be read; also while it is read, with the line that is wrong.
     """
-    if source.startswith("hub:") or source.endswith(".parquet"):
-        if not source.startswith("hub:"):
-            _check_file(source)
+    counts: Counter[str] = Counter()
+    if not source.startswith("hub:"):
+        require(Path(source).is_file(), f"There is no file {source!r}: check it (hub data sets are hub:NAME).")
+    kind = "hub" if source.startswith("hub:") else kind_of(source)
+    require(kind != "text", f"{source} is no source of examples: name a {', '.join(SUFFIXES)} or hub:NAME.")
+    if kind in ("hub", "parquet"):
         stream = open_stream(source)
         records = ((f"{source} record {number}", record) for number, record in stream_records(source, stream))
-        return Records(records, _class_names(stream))
-    require(source.endswith(SUFFIXES), f"{source} is no source of examples: name a {', '.join(SUFFIXES)} or hub:NAME.")
-    _check_file(source)
-    if source.endswith(JSON_SUFFIXES):
-        lines = json_records(source, _lines(source))
-        return Records(((f"{source} line {number}", record) for number, record in lines), {})
-    return Records(_table_records(source), {})
+        return Records(records, _class_names(stream), counts)
+    found = json_records(source) if kind == "json" else table_records(source, kind, counts)
+    return Records(((f"{source} {place}", record) for place, record in found), {}, counts)
 
 
 def field_of(record: Any, field: str, where: str) -> Any:
@@ -76,27 +79,6 @@ def field_of(record: Any, field: str, where: str) -> Any:
     return record[field]
 
 
-def json_records(path: str, lines: Iterable[bytes], counts: Counter[str] | None = None) -> Iterator[tuple[int, Any]]:
-    """Numbered lines of JSON, empty ones left out.
-
-    Args:
-      counts: `invalid_lines`, those that are not UTF-8, are counted here and skipped; None: they are refused.
-
-    Raises:
-      InputError: a line that is not JSON.
-    """
-    for number, raw in enumerate(lines, start=1):
-        try:
-            if line := raw.decode("utf-8-sig").strip():
-                yield number, json.loads(line)
-        except UnicodeDecodeError as error:
-            if counts is None:
-                raise InputError(f"{path} line {number} is not UTF-8: convert the file to UTF-8.") from error
-            counts["invalid_lines"] += 1
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path} line {number} is not JSON ({error}): each line must be one object.") from error
-
-
 def open_stream(source: str) -> IterableDataset:
     """A Parquet file or `hub:NAME[:CONFIG[:SPLIT]]` as `datasets` streams it; the split is `train` unless given.
 
@@ -109,7 +91,8 @@ def open_stream(source: str) -> IterableDataset:
     with _refusals(source):
         if source.startswith("hub:"):
             return datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
-        return datasets.load_dataset("parquet", data_files=source, split="train", streaming=True)
+        # It takes a name for a pattern, as a shell does.
+        return datasets.load_dataset("parquet", data_files=glob.escape(source), split="train", streaming=True)
 
 
 def stream_records(source: str, stream: IterableDataset) -> Iterator[tuple[int, Any]]:
@@ -143,38 +126,53 @@ def _class_names(stream: IterableDataset) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def _check_file(path: str) -> None:
-    require(Path(path).is_file(), f"There is no file {path!r}: check it (hub data sets are hub:NAME).")
+def table_records(path: str, kind: str, counts: Counter[str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """The rows of a CSV or TSV file, with where each stands (`line 3`); empty lines are left out.
 
+    Args:
+      kind: "csv" or "tsv".
+      counts: `bytes`, as for `file_lines`, and `unnamed_fields`, the rows with something in a field that the first line
+        does not name, which is left out, are added up here.
 
-def _lines(path: str) -> Iterator[bytes]:
-    try:
-        with open(path, "rb") as file:
-            yield from file
-    except OSError as error:
-        raise InputError(f"Cannot read {path}: {error.strerror}.") from error
-
-
-def _table_records(path: str) -> Iterator[tuple[str, dict[str, str]]]:
-    """The rows of a CSV or TSV file; empty lines are left out."""
-    rows = _table_rows(path)
+    Raises:
+      InputError: a line that is no text, has another number of fields than the first one, or repeats it.
+    """
+    rows = _table_rows(path, kind, counts)
     _, header = next(rows, (0, []))
     require(bool(header), f"{path} is empty: its first line must name the fields.")
-    twice = [name for name, count in Counter(header).items() if count > 1]
-    require(not twice, f"The first line of {path} names the field {', '.join(map(repr, twice))} twice.")
+    _check_header(path, kind, header)
     for line, row in rows:
         require(
             len(row) == len(header),
             f"{path} line {line} has {len(row)} fields, but the first line names {len(header)} ({', '.join(header)}).",
         )
-        yield f"{path} line {line}", dict(zip(header, row, strict=True))
+        require(
+            [row[0].removeprefix(_MARK), *row[1:]] != header,
+            f"{path} line {line} repeats the first line, which names the fields: it looks like two files under one "
+            "another, so remove that line.",
+        )
+        counts["unnamed_fields"] += any(value for name, value in zip(header, row, strict=True) if not name)
+        yield f"line {line}", {name: value for name, value in zip(header, row, strict=True) if name}
 
 
-def _table_rows(path: str) -> Iterator[tuple[int, list[str]]]:
+def _check_header(path: str, kind: str, header: list[str]) -> None:
+    twice = [name for name, count in Counter(header).items() if name and count > 1]
+    require(not twice, f"The first line of {path} names the field {', '.join(map(repr, twice))} twice.")
+    others = [mark for mark in ("\t", ";", "|", ",") if mark in header[0]]
+    names = {"\t": "a tab", ";": "a semicolon", "|": "a bar", ",": "a comma"}
+    require(
+        len(header) > 1 or not others,
+        f"The first line of {path} names one field, {header[0]!r}: it seems to be separated by "
+        f"{' and '.join(names[mark] for mark in others)}, and a .{kind} file is by "
+        f"{names[',' if kind == 'csv' else _TAB]}: save it anew, or give it the suffix of what it is.",
+    )
+
+
+def _table_rows(path: str, kind: str, counts: Counter[str]) -> Iterator[tuple[int, list[str]]]:
     """The fields of each row, with the number of its first line: where a quote was opened that nothing closes."""
-    texts = _text_lines(path)
+    texts = (text for _, text in decoded(path, file_lines(path, counts), None))
     csv.field_size_limit(_LARGEST_FIELD)  # of the module: Python's own, 128 KiB, is less than many a document
-    if path.endswith(".tsv"):
+    if kind == "tsv":
         reader = csv.reader(texts, delimiter="\t", quoting=csv.QUOTE_NONE)
     else:
         reader = csv.reader(texts, strict=True)  # text after a closing quote is an error, and not guessed at
@@ -183,20 +181,9 @@ def _table_rows(path: str) -> Iterator[tuple[int, list[str]]]:
         try:
             row = next(reader, None)
         except csv.Error as error:
-            kind = path[-3:].upper()
-            raise InputError(f"{path} line {line} is not {kind} ({error}): quote its texts, or use JSONL.") from error
+            said = f"{path} line {line} is not {kind.upper()} ({error}): quote its texts, or use JSONL."
+            raise InputError(said) from error
         if row is None:
             return
         if row:
             yield line, row
-
-
-def _text_lines(path: str) -> Iterator[str]:
-    for number, raw in enumerate(_lines(path), start=1):
-        utf16 = number == 1 and raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        require(not utf16, f"{path} is UTF-16: convert it to UTF-8 (iconv -f UTF-16 -t UTF-8).")
-        require(b"\0" not in raw, f"{path} line {number} holds a NUL character: it is damaged, or no text.")
-        try:
-            yield raw.removeprefix(codecs.BOM_UTF8 if number == 1 else b"").decode()
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path} line {number} is not UTF-8: convert the file to UTF-8.") from error
