@@ -194,6 +194,37 @@ def test_the_heads_dropout_is_that_of_the_file(
     assert head_from_json(written, Path("config.json"), config) == head
 
 
+@pytest.mark.parametrize(
+    "named",
+    [
+        {"id2label": {"0": "neg", "1": "pos"}},
+        {"id2label": {"0": "neg", "1": "pos"}, "label2id": {"LABEL_0": 0, "LABEL_1": 1}},  # named in one place alone
+        {"id2label": {"0": "neg", "1": "pos"}, "label2id": {"neg": 1, "pos": 0}},
+        {"id2label": {"0": "neg", "1": "pos"}, "label2id": {"neg": "0", "pos": "1"}},
+        {"id2label": {"0": "neg", "1": "pos"}, "label2id": None, "num_labels": 2},
+        {"id2label": {"0": "LABEL_0", "1": "LABEL_1"}, "label2id": {"neg": 0, "pos": 1}},
+        {"id2label": {"0": "LABEL_0", "1": "LABEL_1"}, "num_labels": 3},
+        {"id2label": {"10": "k", **{str(n): "abcdefghij"[n] for n in range(10)}}},  # by number, not as they stand
+        {"id2label": {"1": "pos", "00": "neg"}},
+        {"id2label": {"0": 1, "1": 0}},
+        {"label2id": {"LABEL_0": 0, "LABEL_1": 1, "LABEL_2": 2}, "num_labels": 3},
+        {"id2label": None, "label2id": None, "num_labels": 4},
+        {},
+    ],
+    ids=str,
+)
+def test_labels_are_called_as_transformers_calls_them(named: dict, tmp_path: Path, transformers: ModuleType) -> None:
+    values = {"model_type": "bert", "architectures": ["BertForSequenceClassification"]} | named
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(values))
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    head = head_from_json(json.loads(path.read_text()), path, encoder(2))
+    assert head.labels == theirs.num_labels
+    assert dict(enumerate(head.names)) == {number: str(name) for number, name in theirs.id2label.items()}
+    written = head_to_json(encoder(2), head)
+    assert head_from_json(written, path, encoder(2)) == head
+
+
 def test_pipelines_open_what_we_save(tmp_path: Path, transformers: ModuleType) -> None:
     names = {"sequence": ("good", "bad"), "tokens": ("O", "B-PER", "I-PER")}
     for kind, token_types, task in (("sequence", 0, "text-classification"), ("tokens", 2, "token-classification")):
@@ -399,7 +430,12 @@ def test_a_pooler_that_no_head_reads_is_left_out(tmp_path: Path) -> None:
         ({"id2label": {}}, "names of the labels 0, 1 and so on"),
         ({"id2label": ["a", "b", "c"]}, "names of the labels 0, 1 and so on"),
         ({"id2label": {"0": "a", "1": "b", "2": "b"}, "label2id": None}, "as many different names"),
-        ({"label2id": {"LABEL_0": 1}}, "not as the inverse of its id2label"),
+        ({"id2label": {"0": "a", "2": "b"}}, "names of the labels 0, 1 and so on"),
+        ({"id2label": {"0": "a", "00": "b"}}, "names of the labels 0, 1 and so on"),
+        ({"id2label": {"neg": "neg", "pos": "pos"}}, "names of the labels 0, 1 and so on"),
+        ({"id2label": {"0": "a", "1": None, "2": "c"}}, "names of the labels 0, 1 and so on"),
+        ({"id2label": {"0": "a", "1": "b"}, "num_labels": 3}, "num_labels = 3, but its id2label names 2"),
+        ({"id2label": "REMOVE", "label2id": {"a": 0, "b": 1, "c": 2}, "num_labels": 3}, "label2id alone"),
         ({"classifier_dropout": "much"}, "classifier_dropout = 'much'"),
         ({"classifier_dropout": float("nan")}, "dropout must be in [0, 1)"),
     ],

@@ -53,6 +53,10 @@ def head_from_json(values: Mapping[str, Any], path: Path, config: ModelConfig) -
     labels = values.get("num_labels")
     labels = (len(names) or 2) if labels is None else labels  # as `transformers` counts them
     default_names = names == tuple(f"LABEL_{number}" for number in range(len(names)))
+    require(
+        default_names or labels == len(names),
+        f"{path} says num_labels = {labels!r}, but its id2label names {len(names)} labels: mend one of them.",
+    )
     key, default = _DROPOUT[kind, model_type(config)]
     dropout = values.get(key) if key else None
     if dropout is None:
@@ -101,15 +105,21 @@ def _kind(architectures: Any, path: Path, prefix: str) -> str:
 
 
 def _names(values: Mapping[str, Any], path: Path) -> tuple[str, ...]:
-    """The labels' names by their numbers, or none where the file gives none."""
+    """The labels' names by their numbers, or none where the file gives none.
+
+    As in `transformers`, `id2label` decides, and `label2id` is not looked at: where somebody names the labels and
+    nothing else, it keeps the default names.
+    """
     named = values.get("id2label")
     if named is None:
+        back = values.get("label2id")
+        plain = back is None or (isinstance(back, dict) and back == {f"LABEL_{n}": n for n in range(len(back))})
+        require(plain, f"{path} names labels in label2id alone, where `transformers` does not look: add id2label.")
         return ()
-    numbers = [str(number) for number in range(len(named))] if isinstance(named, dict) else []
-    if not numbers or named.keys() != set(numbers) or not all(isinstance(name, str) for name in named.values()):
-        raise InputError(f"{path} says id2label, but not as names of the labels 0, 1 and so on: mend that file.")
-    names = tuple(named[number] for number in numbers)
-    back = values.get("label2id")
-    if back not in (None, {name: number for number, name in enumerate(names)}):
-        raise InputError(f"{path} says label2id, but not as the inverse of its id2label: mend one of them.")
-    return names
+    try:
+        by_number = {int(number): name for number, name in named.items()}
+    except (ValueError, AttributeError):  # a word for a number, or no object at all
+        by_number = {}
+    whole = by_number.keys() == set(range(len(named))) and all(type(name) in (str, int) for name in by_number.values())
+    require(whole and len(named) > 0, f"{path} says id2label, but not as names of the labels 0, 1 and so on: mend it.")
+    return tuple(str(by_number[number]) for number in range(len(named)))
