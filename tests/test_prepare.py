@@ -343,6 +343,7 @@ def test_folders_with_only_a_vocabulary(tmp_path, tokenizer):
     [
         ({}, "no-such-thing is neither a folder nor a hub id"),
         ({"readme": ""}, r"holds no tokenizer: it needs tokenizer\.json"),
+        ({"vocab.txt": "\n\n", "config.json": '{"model_type": "bert"}'}, "knows special tokens only"),
         ({"tokenizer.json": "{"}, r"tokenizer\.json is not a tokenizer file"),
         ({"tokenizer.json": "{}"}, r"tokenizer\.json is not a tokenizer file"),
         ({"vocab.txt": "", "config.json": '{"model_type": "bert"}'}, "knows special tokens only"),

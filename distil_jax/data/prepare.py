@@ -23,7 +23,7 @@ from distil_jax.data.manifest import FORMAT, SPLITS, Manifest, Split, StoredFile
 from distil_jax.data.packing import Ids, Packer, RowWriter
 from distil_jax.data.tokenizer import (
     encode,
-    fingerprint,
+    identity,
     load_tokenizer,
     special_ids,
     train_tokenizer,
@@ -115,7 +115,7 @@ def _write_folder(config: PrepareConfig, folder: Path, progress: Progress) -> Ma
         unk_id=tokenizer.unk_token_id,
         special_ids=special_ids(tokenizer),
         unused_ids=tuple(sorted(unused)),
-        tokenizer_fingerprint=fingerprint(folder / "tokenizer"),
+        tokenizer_fingerprint=identity(tokenizer),
         train=writers["train"].counts(),
         held_out=writers["held_out"].counts(),
         files=tuple(files),
@@ -137,11 +137,12 @@ def _tokenizer(config: PrepareConfig, folder: Path) -> PreTrainedTokenizerBase:
         copy_tokenizer(source, folder)
     else:  # a hub id
         tokenizer.save_pretrained(folder)
+    kept = load_tokenizer(folder)
     require(
-        fingerprint(folder) == fingerprint(config.tokenizer),
+        identity(kept) == identity(tokenizer),
         f"The tokenizer {source} is another one without its folder: save it with its `save_pretrained` first.",
     )
-    return load_tokenizer(folder)
+    return kept
 
 
 @dataclass(frozen=True)

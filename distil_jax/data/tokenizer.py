@@ -54,8 +54,9 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     needed = ("pad", "unk", "cls", "sep", "mask")
     if lacking := [name for name in needed if getattr(tokenizer, f"{name}_token_id") is None]:
         raise InputError(f"The tokenizer {path} lacks the {', '.join(lacking)} token that masked models need.")
-    # A vocabulary that was not found loads as special tokens alone, and every word is unknown.
-    if len(tokenizer) <= len(special_ids(tokenizer)):
+    # A vocabulary that was not found, or is empty lines, loads as special tokens alone, and every word is unknown.
+    special = {*special_ids(tokenizer)}
+    if all(number in special for token, number in tokenizer.get_vocab().items() if token):
         raise InputError(f"The tokenizer {path} knows special tokens only: its vocabulary is missing.")
     return tokenizer
 
@@ -133,15 +134,20 @@ def train_tokenizer(lines: Iterable[str], vocab_size: int, folder: str | Path) -
 
 
 def fingerprint(folder: str | Path) -> str:
-    """sha256 of what decides which ids a text gets, as `transformers` loads it from whatever files there are.
-
-    Truncation and padding are left out. What a plain BERT tokenizer does alike everywhere is left out too, so that
-    the fingerprints of rows prepared by earlier versions stay what they were.
+    """The `identity` of the tokenizer in a folder, as `transformers` loads it from whatever files there are.
 
     Raises:
       InputError: see `load_tokenizer`.
     """
-    tokenizer = load_tokenizer(folder)
+    return identity(load_tokenizer(folder))
+
+
+def identity(tokenizer: PreTrainedTokenizerBase) -> str:
+    """sha256 of what decides which ids a text gets.
+
+    Truncation and padding are left out. What a plain BERT tokenizer does alike everywhere is left out too, so that
+    the fingerprints of rows prepared by earlier versions stay what they were.
+    """
     values = json.loads(tokenizer.backend_tokenizer.to_str())
     deciding = {name: values[name] for name in ("normalizer", "pre_tokenizer")}
     deciding["model"] = {key: value for key, value in values["model"].items() if key != "type"}
