@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, whatever ends the process that writes them."""
+"""Files and folders that appear whole or not at all, whatever ends the process; and which files are a tokenizer's."""
 
 from __future__ import annotations
 
@@ -14,6 +14,29 @@ from pathlib import Path
 from distil_jax.schema import InputError
 
 _UNFINISHED = ".unfinished-"  # between the name of a folder and a random end
+# What holds the words: any tokenizer's; WordPiece's; byte-level BPE's; SentencePiece's, under the names it goes by.
+_VOCABULARIES = (
+    "tokenizer.json",
+    "vocab.txt",
+    "vocab.json",
+    "sentencepiece.bpe.model",
+    "sentencepiece.model",
+    "spiece.model",
+    "spm.model",
+    "tokenizer.model",
+)
+# Every file, as a pattern, that `transformers` reads or writes as a part of a tokenizer of any kind of encoder.
+TOKENIZER_FILES = (
+    *_VOCABULARIES,
+    "tokenizer.*.json",  # for a version of `transformers`, which tokenizer_config.json names
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "bpe.codes",
+    "dict.txt",
+    "chat_template.jinja",
+)
 
 
 def check_free(folder: str | Path) -> None:
@@ -28,6 +51,38 @@ def write_whole(path: Path, text: str) -> None:
     draft = path.with_name(f".{path.name}")
     draft.write_text(text, encoding="utf-8")
     draft.replace(path)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether there is a vocabulary in a folder, without which nothing of a tokenizer can be loaded."""
+    return any((folder / name).is_file() for name in _VOCABULARIES)
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """Those files of a folder that are its tokenizer, in the order of their names.
+
+    Raises:
+      InputError: there are none.
+    """
+    if not has_tokenizer(folder):
+        raise InputError(f"{folder} holds no tokenizer: give a folder with tokenizer.json or vocab.txt.")
+    return sorted({path for pattern in TOKENIZER_FILES for path in folder.glob(pattern) if path.is_file()})
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copies a tokenizer, and config.json, from which `transformers` may learn its class, into an existing folder.
+
+    Files of another tokenizer that lay there go: some would be read together with the new ones.
+
+    Raises:
+      InputError: there is no tokenizer.
+    """
+    files = {file.name: file for file in (*tokenizer_files(source), source / "config.json") if file.is_file()}
+    for name, file in files.items():
+        shutil.copyfile(file, target / name)
+    for file in tokenizer_files(target):
+        if file.name not in files:
+            file.unlink()
 
 
 def unfinished(folder: Path) -> list[Path]:

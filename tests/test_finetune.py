@@ -12,11 +12,13 @@ import pytest
 from conftest import run_numbers, same_leaves
 
 from distil_jax import cli
+from distil_jax.commands.finetune import compile_task
 from distil_jax.commands.judge import Judge
 from distil_jax.commands.run_folder import open_model
 from distil_jax.data.tokenizer import load_tokenizer
 from distil_jax.io import huggingface
 from distil_jax.io.metrics import MetricsWriter, read_metrics
+from distil_jax.task_config import load_task
 
 ANIMALS = ("cat", "dog", "bird", "fish", "horse", "mouse")
 SEQUENCE = """
@@ -250,6 +252,21 @@ def test_what_cannot_be_is_one_sentence_and_writes_nothing(finished, workshop, t
         message = capsys.readouterr().err
         assert said in message and message.count("\n") == 1
         assert not output.exists()
+
+
+def test_a_teacher_and_a_model_may_have_one_tokenizer_in_two_forms(finished, workshop, tasks, tmp_path, capsys):
+    vocabulary = load_tokenizer(workshop / "teacher").get_vocab()
+    words = sorted(vocabulary, key=vocabulary.get)
+    for name, lines in (("same", words), ("turned", [*words[:5], *words[:4:-1]])):
+        folder = shutil.copytree(finished / "model", tmp_path / name)
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            (folder / file).unlink()
+        (folder / "vocab.txt").write_text("\n".join(lines))
+    named = [f'model.path="{workshop}/teacher"', "loss.soft=0.5", "loss.task=0.5"]
+    program, *_ = compile_task(load_task(tasks / "sequence.toml", [*named, f'teacher.path="{tmp_path}/same"']))
+    assert program.step_config.teacher is not None
+    assert finetune(workshop / "teacher", tasks / "sequence.toml", tmp_path / "run", teacher=tmp_path / "turned") == 2
+    assert "different tokenizers" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 def test_the_runs_of_both_commands_are_told_apart(finished, finished_run, workshop, tasks, tmp_path, capsys):

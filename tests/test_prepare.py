@@ -305,8 +305,8 @@ def test_the_fingerprint_is_of_the_vocabulary_and_normalisation(tmp_path, tokeni
     del values["model"]["type"]
     path.write_text(json.dumps(values, indent=3))
     assert fingerprint(tmp_path / "copy") == fingerprint(tokenizer)
-    values["normalizer"]["lowercase"] = False
-    path.write_text(json.dumps(values))
+    config = tmp_path / "copy" / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"do_lower_case": False}))
     cased = fingerprint(tmp_path / "copy")
     values["model"]["vocab"]["cat"], values["model"]["vocab"]["dogs"] = 1000, 1001
     path.write_text(json.dumps(values))
@@ -343,6 +343,7 @@ def test_folders_with_only_a_vocabulary(tmp_path, tokenizer):
     [
         ({}, "no-such-thing is neither a folder nor a hub id"),
         ({"readme": ""}, r"holds no tokenizer: it needs tokenizer\.json"),
+        ({"vocab.txt": "\n\n", "config.json": '{"model_type": "bert"}'}, "knows special tokens only"),
         ({"tokenizer.json": "{"}, r"tokenizer\.json is not a tokenizer file"),
         ({"tokenizer.json": "{}"}, r"tokenizer\.json is not a tokenizer file"),
         ({"vocab.txt": "", "config.json": '{"model_type": "bert"}'}, "knows special tokens only"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from distil_jax.commands.attention import settle_attention
+from distil_jax.commands.processes import is_first
 from distil_jax.config import (
     ComputeConfig,
     Config,
@@ -26,7 +28,8 @@ from distil_jax.config import (
 )
 from distil_jax.data.loader import RowTable, open_rows, token_counts
 from distil_jax.data.manifest import Manifest, Split, read_manifest
-from distil_jax.data.tokenizer import fingerprint as tokenizer_fingerprint
+from distil_jax.data.tokenizer import same_tokenizer
+from distil_jax.files import has_tokenizer
 from distil_jax.io import huggingface
 from distil_jax.io.tensors import local_folder
 from distil_jax.models.encoder import init_params
@@ -84,10 +87,10 @@ def assemble(config: Config) -> Parts:
     if config.teacher.path:
         folder = local_folder(config.teacher.path)
         teacher_config, teacher_params = huggingface.load(folder)
-        check_tokenizer(folder, teacher_config, manifest)
+        check_tokenizer(folder, teacher_config, config.data.path, manifest)
         teacher_config = with_compute(teacher_config, teacher_compute(config.teacher, compute))
     student_config, student_params, layers = _student(
-        config.student, teacher_config, teacher_params, manifest, config.seed
+        config.student, teacher_config, teacher_params, config.data.path, manifest, config.seed
     )
     student_config = with_compute(student_config, compute)
     _check_positions(manifest, student=student_config, teacher=teacher_config)
@@ -185,18 +188,43 @@ def micro_batches(train: TrainConfig, mesh: Mesh, sequence_length: int) -> int:
     return next((n for n in pieces if rows // n * sequence_length <= train.tokens_per_device), rows)
 
 
-def check_tokenizer(folder: Path, model: ModelConfig, manifest: Manifest) -> None:
-    """Refuses rows whose ids mean something else to the model, as far as that can be told."""
+def check_tokenizer(folder: Path, model: ModelConfig, data: str | Path, manifest: Manifest) -> None:
+    """Refuses rows whose ids mean something else to the model; says so where that cannot be told.
+
+    Args:
+      folder: of the model.
+      model: what it is.
+      data: the folder of the rows.
+      manifest: theirs.
+    """
     if manifest.vocab_size > model.vocab_size:
         raise InputError(
             f"The rows were prepared with a tokenizer of {manifest.vocab_size} tokens, but the model {folder} knows "
-            f"{model.vocab_size}: prepare them with the model's own tokenizer."
+            f"{model.vocab_size}: prepare them with the model's own tokenizer, or, if they were, resize its embedding."
         )
-    if (folder / "tokenizer.json").exists() and tokenizer_fingerprint(folder) != manifest.tokenizer_fingerprint:
+    # Not the manifest's fingerprint: earlier versions took it from a file that `transformers` may read otherwise.
+    if not tokenizers_agree(folder, Path(data) / "tokenizer"):
         raise InputError(
             f"The rows were prepared with another tokenizer than that of the model {folder}: prepare them with "
             f"`--tokenizer {folder}`."
         )
+
+
+def tokenizers_agree(folder: Path, other: Path) -> bool:
+    """Whether a model's tokenizer gives the ids of the one in `other`, as loaded; if it has none, that is printed.
+
+    Raises:
+      InputError: a tokenizer that cannot be loaded.
+    """
+    if has_tokenizer(folder):
+        return same_tokenizer(folder, other)
+    if is_first():
+        print(
+            f"Not checked: {folder} holds no tokenizer, so nothing tells whether its ids are those of {other}.",
+            file=sys.stderr,
+            flush=True,
+        )
+    return True
 
 
 def teacher_compute(teacher: TeacherConfig, compute: ComputeConfig) -> ComputeConfig:
@@ -254,13 +282,13 @@ def resolve_compute(compute: ComputeConfig, platform: str | None = None) -> Comp
 
 
 def _student(
-    student: StudentConfig, teacher: ModelConfig | None, teacher_params: Any, manifest: Manifest, seed: int
+    student: StudentConfig, teacher: ModelConfig | None, teacher_params: Any, data: str, manifest: Manifest, seed: int
 ) -> tuple[ModelConfig, Any, tuple[int, ...]]:
     """The student's architecture, its first parameters (None: random) and the teacher's layers they came from."""
     if student.init not in ("teacher", "random"):
         folder = local_folder(student.init)
         model, params = huggingface.load(folder)
-        check_tokenizer(folder, model, manifest)
+        check_tokenizer(folder, model, data, manifest)
         model = replace(model, hidden_dropout=student.hidden_dropout, attention_dropout=student.attention_dropout)
         if not model.mlm_head:
             # A bare encoder gets a new head; everything else is kept.

@@ -91,7 +91,7 @@ def evaluate(model: Model, data: str | Path, *, teacher: Model | None = None, li
     compute = resolve_compute(ComputeConfig())
     for each in (model, teacher):
         if each is not None:
-            check_tokenizer(each.tokenizer, each.config, manifest)
+            check_tokenizer(each.tokenizer, each.config, data, manifest)
             if not each.config.mlm_head:
                 raise InputError(f"{each.tokenizer} has no MLM head, so it predicts no words: train one first.")
             if manifest.sequence_length > each.config.max_positions:

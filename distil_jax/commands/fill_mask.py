@@ -11,7 +11,7 @@ import numpy as np
 
 from distil_jax.commands.run_folder import Model
 from distil_jax.config import ModelConfig
-from distil_jax.data.tokenizer import load_tokenizer
+from distil_jax.data.tokenizer import check_fits, load_tokenizer
 from distil_jax.models.encoder import MaskedLm
 from distil_jax.objective.distillation import logits
 from distil_jax.schema import InputError
@@ -27,7 +27,9 @@ def fill_mask(model: Model, texts: list[str], *, best: int = 3) -> list[list[tup
     if not model.config.mlm_head:
         raise InputError(f"{model.tokenizer} has no MLM head, so it fills no gap: train one first.")
     tokenizer = load_tokenizer(model.tokenizer)
-    encoded = tokenizer(texts, padding=True, return_tensors="np")
+    check_fits(tokenizer, model.tokenizer, model.config.vocab_size)
+    # Positions are counted from the left, whichever side the tokenizer would pad.
+    encoded = tokenizer(texts, padding=True, padding_side="right", return_tensors="np")
     is_gap = encoded["input_ids"] == tokenizer.mask_token_id
     if (is_gap.sum(axis=1) != 1).any() or is_gap.shape[1] > model.config.max_positions:
         raise InputError(

@@ -21,6 +21,7 @@ from distil_jax.commands.assemble import (
     resolve_compute,
     settle,
     teacher_compute,
+    tokenizers_agree,
     total_steps,
     with_compute,
 )
@@ -32,7 +33,6 @@ from distil_jax.commands.program import Program, about_models, batches_on, first
 from distil_jax.commands.run_folder import Model, choose, open_model, restore
 from distil_jax.config import HeadConfig, StepConfig
 from distil_jax.data.tasks import TaskData, read_task
-from distil_jax.data.tokenizer import fingerprint as tokenizer_fingerprint
 from distil_jax.files import write_whole
 from distil_jax.io import huggingface
 from distil_jax.io.checkpoint import Checkpoints
@@ -184,7 +184,7 @@ def _check_teacher(teacher: Model, head: HeadConfig, start: Model) -> None:
         f"The teacher {path} has no head for this task: fine-tune it first, with `distil-jax finetune`.",
     )
     check_head(teacher.head, head, f"The teacher {path}")
-    if tokenizer_fingerprint(path) != tokenizer_fingerprint(start.tokenizer):
+    if not tokenizers_agree(path, start.tokenizer):
         raise InputError(
             f"The teacher {path} and the model {start.tokenizer} have different tokenizers: both need one."
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import sys
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,10 +16,10 @@ from distil_jax import __version__
 from distil_jax.commands import processes
 from distil_jax.commands.program import Program
 from distil_jax.config import Config, HeadConfig, LossConfig, ModelConfig, StepConfig, read_toml
-from distil_jax.files import write_whole
+from distil_jax.files import copy_tokenizer, write_whole
 from distil_jax.io import huggingface
 from distil_jax.io.checkpoint import Checkpoints
-from distil_jax.io.tensors import local_folder, tokenizer_files
+from distil_jax.io.tensors import local_folder
 from distil_jax.schema import InputError, build, differences, require, to_dict
 from distil_jax.task_config import FinetuneConfig
 from distil_jax.training.state import TrainState, init_state
@@ -119,9 +118,7 @@ def begin(folder: Path, program: Program) -> None:
     try:
         # Kept with the run, so that it can be exported when the data is gone.
         (folder / "tokenizer").mkdir(exist_ok=True)
-        for file in (*tokenizer_files(program.tokenizer), program.tokenizer / "config.json"):
-            if file.is_file():  # what `transformers` reads beside a tokenizer, where there is one
-                shutil.copyfile(file, folder / "tokenizer" / file.name)
+        copy_tokenizer(program.tokenizer, folder / "tokenizer")
         write_whole(folder / "config.toml", tomli_w.dumps(to_dict(program.config)))
     except OSError as error:
         raise InputError(f"Cannot write the run folder {folder}: {error.strerror or error}.") from error

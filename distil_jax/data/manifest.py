@@ -44,13 +44,13 @@ class Manifest:
 
     format: int
     sequence_length: int
-    vocab_size: int  # len(tokenizer)
+    vocab_size: int  # one more than the largest id
     pad_id: int
     cls_id: int
     sep_id: int
     mask_id: int
     unk_id: int
-    special_ids: tuple[int, ...]  # all special tokens, those five among them
+    special_ids: tuple[int, ...]  # all special tokens, those five and markers such as [E1] among them
     unused_ids: tuple[int, ...]  # [unused0] and its like, which no text holds
     tokenizer_fingerprint: str
     train: SplitCounts

@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import json
 import re
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -22,9 +21,16 @@ import numpy as np
 from distil_jax.data import corpus
 from distil_jax.data.manifest import FORMAT, SPLITS, Manifest, Split, StoredFile
 from distil_jax.data.packing import Ids, Packer, RowWriter
-from distil_jax.data.tokenizer import encode, fingerprint, load_tokenizer, train_tokenizer
-from distil_jax.files import check_free, whole_folder
-from distil_jax.schema import InputError, to_dict
+from distil_jax.data.tokenizer import (
+    encode,
+    identity,
+    load_tokenizer,
+    special_ids,
+    train_tokenizer,
+    vocabulary_size,
+)
+from distil_jax.files import check_free, copy_tokenizer, whole_folder
+from distil_jax.schema import InputError, require, to_dict
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -80,10 +86,11 @@ def prepare(config: PrepareConfig, output: str | Path, *, progress: Progress = l
 
 def _write_folder(config: PrepareConfig, folder: Path, progress: Progress) -> Manifest:
     tokenizer = _tokenizer(config, folder / "tokenizer")
+    vocab_size = vocabulary_size(tokenizer)
     counts: Counter[str] = Counter()
     writers, packers = {}, {}
     for split in SPLITS:
-        writers[split] = RowWriter(folder / split, config.sequence_length, len(tokenizer), tokenizer.pad_token_id)
+        writers[split] = RowWriter(folder / split, config.sequence_length, vocab_size, tokenizer.pad_token_id)
         packers[split] = Packer(config.sequence_length, config.min_tokens)
     for split, sequence in _sequences(config, tokenizer, counts, progress):
         for row in packers[split].add(sequence):
@@ -100,15 +107,15 @@ def _write_folder(config: PrepareConfig, folder: Path, progress: Progress) -> Ma
     manifest = Manifest(
         format=FORMAT,
         sequence_length=config.sequence_length,
-        vocab_size=len(tokenizer),
+        vocab_size=vocab_size,
         pad_id=tokenizer.pad_token_id,
         cls_id=tokenizer.cls_token_id,
         sep_id=tokenizer.sep_token_id,
         mask_id=tokenizer.mask_token_id,
         unk_id=tokenizer.unk_token_id,
-        special_ids=tuple(sorted(tokenizer.all_special_ids)),
+        special_ids=special_ids(tokenizer),
         unused_ids=tuple(sorted(unused)),
-        tokenizer_fingerprint=fingerprint(folder / "tokenizer"),
+        tokenizer_fingerprint=identity(tokenizer),
         train=writers["train"].counts(),
         held_out=writers["held_out"].counts(),
         files=tuple(files),
@@ -124,12 +131,18 @@ def _tokenizer(config: PrepareConfig, folder: Path) -> PreTrainedTokenizerBase:
     if config.train_vocabulary:
         train_tokenizer(_TrainingText(config), config.train_vocabulary, folder)
         return load_tokenizer(folder)
-    tokenizer = load_tokenizer(config.tokenizer)
-    tokenizer.save_pretrained(folder)
-    original = Path(config.tokenizer) / "tokenizer.json"
-    if original.is_file():  # as it stands, so that its fingerprint stays the same
-        shutil.copyfile(original, folder / "tokenizer.json")
-    return tokenizer
+    tokenizer, source = load_tokenizer(config.tokenizer), Path(config.tokenizer)
+    if source.is_dir():
+        folder.mkdir()
+        copy_tokenizer(source, folder)
+    else:  # a hub id
+        tokenizer.save_pretrained(folder)
+    kept = load_tokenizer(folder)
+    require(
+        identity(kept) == identity(tokenizer),
+        f"The tokenizer {source} is another one without its folder: save it with its `save_pretrained` first.",
+    )
+    return kept
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy as np
 
 from distil_jax.data.examples import Answer, Example
 from distil_jax.data.task_table import TaskTable, padded
-from distil_jax.data.tokenizer import encodings, id_array
+from distil_jax.data.tokenizer import encodings, id_type
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,7 +57,7 @@ def span_table(
     questions = [ids[: room // 2] for ids, _ in _encode(tokenizer, [example.texts[0] for example in examples])]
     distinct = list(dict.fromkeys(example.texts[1] for example in examples))  # SQuAD asks five questions of each
     contexts = dict(zip(distinct, _encode(tokenizer, distinct), strict=True))
-    cls, sep = (id_array(tokenizer, [number]) for number in (tokenizer.cls_token_id, tokenizer.sep_token_id))
+    cls, sep = (np.array([number], id_type(tokenizer)) for number in (tokenizer.cls_token_id, tokenizer.sep_token_id))
     rows, facts = [], []  # facts of a row: example, first, second, start, end
     for number, (example, question) in enumerate(zip(examples, questions, strict=True)):
         ids, offsets = contexts[example.texts[1]]
@@ -87,8 +87,9 @@ def span_table(
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
     """[T] ids and [T, 2] offsets of each text, uncut and without special tokens."""
+    dtype = id_type(tokenizer)
     return [
-        (id_array(tokenizer, encoding.ids), np.array(encoding.offsets, np.int32).reshape(-1, 2))
+        (np.array(encoding.ids, dtype), np.array(encoding.offsets, np.int32).reshape(-1, 2))
         for encoding in encodings(tokenizer, texts)
     ]
 

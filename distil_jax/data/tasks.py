@@ -13,7 +13,7 @@ import numpy as np
 from distil_jax.data.examples import Example, read_splits
 from distil_jax.data.spans import span_table
 from distil_jax.data.task_table import TaskTable, padded
-from distil_jax.data.tokenizer import encodings, id_array, load_tokenizer
+from distil_jax.data.tokenizer import check_fits, encodings, id_type, load_tokenizer
 from distil_jax.schema import require
 from distil_jax.structs import IGNORED
 from distil_jax.task_config import TaskConfig
@@ -73,11 +73,7 @@ def read_task(task: TaskConfig, tokenizer_folder: Path, *, vocab_size: int, max_
     """
     require(max_length >= _SHORTEST_ROW, f"A row of {max_length} tokens is too short for a task: choose another model.")
     tokenizer = load_tokenizer(tokenizer_folder)
-    require(
-        len(tokenizer) <= vocab_size,
-        f"The tokenizer in {tokenizer_folder} has {len(tokenizer):,} tokens, but the model knows {vocab_size:,}: "
-        "resize the model's embedding, or take the tokenizer that belongs to it.",
-    )
+    check_fits(tokenizer, tokenizer_folder, vocab_size)
     splits = read_splits(task)
 
     def table(examples: list[Example]) -> TaskTable:
@@ -108,10 +104,10 @@ def _texts_table(
 ) -> TaskTable:
     """Rows of one or two texts; of two the longer one is cut first, as `transformers` cuts."""
     texts = [example.texts if len(example.texts) == 2 else example.texts[0] for example in examples]
-    rows, second = [], []
+    rows, second, dtype = [], [], id_type(tokenizer)
     for encoding in encodings(tokenizer, texts, max_length=max_length):
         types = np.array(encoding.type_ids)
-        rows.append(id_array(tokenizer, encoding.ids))
+        rows.append(np.array(encoding.ids, dtype))
         second.append(np.argmax(types) if types.any() else len(types))
     labels = np.array([example.label for example in examples], label_dtype)
     return _table(tokenizer, rows, max_length, second, labels)
@@ -122,12 +118,12 @@ def _words_table(tokenizer: PreTrainedTokenizerBase, examples: list[Example], ma
 
     Words beyond `max_length`, and those of which the tokenizer leaves nothing, are not asked for.
     """
-    rows, labels = [], []
+    rows, labels, dtype = [], [], id_type(tokenizer)
     encoded = encodings(tokenizer, [example.texts for example in examples], max_length=max_length, words=True)
     for example, encoding in zip(examples, encoded, strict=True):
         words = encoding.word_ids  # None at [CLS] and [SEP]
         begins = [word is not None and word != before for before, word in itertools.pairwise([None, *words])]
-        rows.append(id_array(tokenizer, encoding.ids))
+        rows.append(np.array(encoding.ids, dtype))
         asked = [example.label[word] if begin else IGNORED for word, begin in zip(words, begins, strict=True)]
         labels.append(np.array(asked, np.int32))
     return _table(tokenizer, rows, max_length, [len(row) for row in rows], padded(labels, max_length, IGNORED))

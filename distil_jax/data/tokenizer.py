@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from distil_jax.data.corpus import Piece
-from distil_jax.schema import InputError
+from distil_jax.files import has_tokenizer, tokenizer_files
+from distil_jax.schema import InputError, require
 
 if TYPE_CHECKING:
-    from tokenizers import Encoding
+    from tokenizers import Encoding, Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -35,8 +37,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
     folder = Path(path)
     if (folder / "tokenizer.json").is_file():
-        fingerprint(folder)  # says clearly what is wrong with a damaged file
-    elif folder.is_dir() and not (folder / "vocab.txt").is_file():
+        _check_json(folder / "tokenizer.json")
+    elif folder.is_dir() and not has_tokenizer(folder):
         raise InputError(f"{path} holds no tokenizer: it needs tokenizer.json or vocab.txt.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)  # None would ask, and wait
@@ -52,10 +54,48 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     needed = ("pad", "unk", "cls", "sep", "mask")
     if lacking := [name for name in needed if getattr(tokenizer, f"{name}_token_id") is None]:
         raise InputError(f"The tokenizer {path} lacks the {', '.join(lacking)} token that masked models need.")
-    # A vocabulary that was not found loads as special tokens alone, and every word is unknown.
-    if len(tokenizer) <= len(tokenizer.all_special_ids):
+    # A vocabulary that was not found, or is empty lines, loads as special tokens alone, and every word is unknown.
+    special = {*special_ids(tokenizer)}
+    if all(number in special for token, number in tokenizer.get_vocab().items() if token):
         raise InputError(f"The tokenizer {path} knows special tokens only: its vocabulary is missing.")
     return tokenizer
+
+
+def _check_json(path: Path) -> None:
+    """Says clearly what is wrong with a damaged tokenizer.json."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values["model"]["vocab"], dict | list) or not isinstance(values["added_tokens"], list):
+            raise TypeError("no list of tokens")
+    except OSError as error:
+        raise InputError(f"Cannot read {path}: {error.strerror}.") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{path} is not a tokenizer file ({error!r}): copy it again.") from error
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """One more than the largest id that a text can get.
+
+    A token that stands twice in vocab.txt has the later id, and then `len(tokenizer)` is less.
+    """
+    # A blank line in vocab.txt is a token that no text holds.
+    return 1 + max(number for token, number in tokenizer.get_vocab().items() if token)
+
+
+def check_fits(tokenizer: PreTrainedTokenizerBase, path: str | Path, vocab_size: int) -> None:
+    """Refuses the tokenizer of `path` where it has ids for which a model of `vocab_size` tokens has no row."""
+    size = vocabulary_size(tokenizer)
+    require(
+        size <= vocab_size,
+        f"The tokenizer in {path} has {size:,} tokens, but the model knows {vocab_size:,}: "
+        "resize the model's embedding, or take the tokenizer that belongs to it.",
+    )
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The ids that are no words: [CLS] and its like, and added tokens that are marked special, such as [E1]."""
+    added = (number for number, token in tokenizer.added_tokens_decoder.items() if token.special)
+    return tuple(sorted({*tokenizer.all_special_ids, *added}))
 
 
 def train_tokenizer(lines: Iterable[str], vocab_size: int, folder: str | Path) -> None:
@@ -94,32 +134,77 @@ def train_tokenizer(lines: Iterable[str], vocab_size: int, folder: str | Path) -
 
 
 def fingerprint(folder: str | Path) -> str:
-    """sha256 of what decides which ids a text gets; truncation, padding and templates are left out.
+    """The `identity` of the tokenizer in a folder, as `transformers` loads it from whatever files there are.
 
     Raises:
-      InputError: no readable tokenizer.json in the folder.
+      InputError: see `load_tokenizer`.
     """
-    path = Path(folder) / "tokenizer.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        deciding = {name: values[name] for name in ("normalizer", "pre_tokenizer")}
-        deciding["model"] = {key: value for key, value in values["model"].items() if key != "type"}  # old files lack it
-        deciding["added_tokens"] = sorted((token["id"], token["content"]) for token in values["added_tokens"])
-    except OSError as error:
-        raise InputError(f"Cannot read {path}: {error.strerror}.") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{path} is not a tokenizer file ({error!r}): copy it again.") from error
+    return identity(load_tokenizer(folder))
+
+
+def identity(tokenizer: PreTrainedTokenizerBase) -> str:
+    """sha256 of what decides which ids a text gets.
+
+    Truncation and padding are left out. What a plain BERT tokenizer does alike everywhere is left out too, so that
+    the fingerprints of rows prepared by earlier versions stay what they were.
+    """
+    values = json.loads(tokenizer.backend_tokenizer.to_str())
+    deciding = {name: values[name] for name in ("normalizer", "pre_tokenizer")}
+    deciding["model"] = {key: value for key, value in values["model"].items() if key != "type"}
+    deciding["added_tokens"] = sorted((token["id"], token["content"]) for token in values["added_tokens"])
+    matched = {token["content"]: _matched(token) for token in values["added_tokens"]}
+    backend = _backend(tokenizer)
+    around = (backend.encode(""), backend.encode("", ""))
+    cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
+    found = {
+        "matched": {token: how for token, how in matched.items() if how},
+        "around": [(encoding.ids, encoding.type_ids) for encoding in around],
+        "built_with": _built_with(tokenizer),
+        "split_special_tokens": tokenizer.split_special_tokens,
+    }
+    plain = {
+        "matched": {},
+        "around": [([cls, sep], [0, 0]), ([cls, sep, sep], [0, 0, 1])],
+        "built_with": (*SPECIAL_TOKENS, None, None),
+        "split_special_tokens": False,
+    }
+    deciding |= {name: value for name, value in found.items() if value != plain[name]}
     return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
+
+
+def _matched(token: dict[str, Any]) -> list[str]:
+    """How an added token is found in a text, where it is not found as such tokens commonly are."""
+    flags = [name for name in ("single_word", "lstrip", "rstrip") if token[name]]
+    return flags if token["normalized"] != token["special"] else [*flags, f"normalized {token['normalized']}"]
+
+
+def _built_with(tokenizer: PreTrainedTokenizerBase) -> tuple[str | None, ...]:
+    """The tokens that rows are built with, in the order of `SPECIAL_TOKENS`; the last two are those of RoBERTa."""
+    bert = (tokenizer.pad_token, tokenizer.unk_token, tokenizer.cls_token, tokenizer.sep_token, tokenizer.mask_token)
+    return (*bert, tokenizer.bos_token, tokenizer.eos_token)
+
+
+def same_tokenizer(first: Path, second: Path) -> bool:
+    """Whether two folders give every text the same ids, as `transformers` loads their tokenizers.
+
+    Raises:
+      InputError: see `load_tokenizer`.
+    """
+    return _same_files(first, second) or fingerprint(first) == fingerprint(second)
+
+
+def _same_files(first: Path, second: Path) -> bool:
+    """Whether that is so without loading, which takes seconds: the same files, and they name the tokenizer's class."""
+    files, others = ({file.name: file.read_bytes() for file in tokenizer_files(folder)} for folder in (first, second))
+    named = re.search(rb'"tokenizer_class"\s*:\s*"', files.get("tokenizer_config.json", b""))
+    return named is not None and files == others
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, pieces: Iterable[Piece]) -> Iterator[list[tuple[Piece, list[int]]]]:
     """Batches of pieces with their ids, without [CLS] and [SEP]; in bounded memory."""
     # The Rust tokenizer spreads a batch over all cores by itself; `datasets.map` would add processes, copies and a
     # cache for a tenth more speed. `encode_batch_fast` leaves out offsets, which nobody needs here.
-    backend = tokenizer.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = True  # text that says "[SEP]" means those characters
+    backend = _backend(tokenizer)
     for batch in _batched(pieces):
         encodings = backend.encode_batch_fast([piece.text for piece in batch], add_special_tokens=False)
         yield [(piece, encoding.ids) for piece, encoding in zip(batch, encodings, strict=True)]
@@ -139,12 +224,9 @@ def encodings(
       max_length: with special tokens, the longer one of two texts cut first; None: uncut, and without special tokens.
       words: each text is a list of words.
     """
-    backend = tokenizer.backend_tokenizer
-    backend.no_truncation()
+    backend = _backend(tokenizer)
     if max_length is not None:
         backend.enable_truncation(max_length, strategy="longest_first", direction=tokenizer.truncation_side)
-    backend.no_padding()
-    backend.encode_special_tokens = True
     whole = max_length is not None
     # The fast one leaves out offsets, which words and uncut texts are asked for.
     encode = backend.encode_batch_fast if whole and not words else backend.encode_batch
@@ -153,9 +235,33 @@ def encodings(
         yield from encode(some, is_pretokenized=words, add_special_tokens=whole)
 
 
-def id_array(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> np.ndarray:
-    """[T] token ids in the smallest type that holds the vocabulary."""
-    return np.array(ids, np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
+def _backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """Reads texts as `tokenizer` does, uncut and unpadded, but no text can name a token that rows are built with.
+
+    Text that says "[SEP]" means those characters, or anyone could forge the end of a text. Every other added token is
+    one token wherever it stands, whether it is marked special ([E1]) or not.
+    """
+    from tokenizers import Tokenizer
+
+    backend, spelt = tokenizer.backend_tokenizer, {*_built_with(tokenizer)}
+    added = tokenizer.added_tokens_decoder.values()
+    if tokenizer.split_special_tokens:
+        spelt |= {token.content for token in added if token.special}
+    if any(token.special != (token.content in spelt) for token in added):
+        # The library has one switch for all tokens that are marked special, so no others may be.
+        values = json.loads(backend.to_str())
+        for token in values["added_tokens"]:
+            token["special"] = token["content"] in spelt
+        backend = Tokenizer.from_str(json.dumps(values))
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    return backend
+
+
+def id_type(tokenizer: PreTrainedTokenizerBase) -> type[np.unsignedinteger]:
+    """The smallest type that holds the vocabulary."""
+    return np.uint16 if vocabulary_size(tokenizer) <= 1 << 16 else np.uint32
 
 
 def _batched(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:

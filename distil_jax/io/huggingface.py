@@ -18,12 +18,12 @@ import numpy as np
 from flax import traverse_util
 
 from distil_jax.config import HeadConfig, ModelConfig
-from distil_jax.files import check_free, whole_folder
+from distil_jax.files import check_free, tokenizer_files, whole_folder
 from distil_jax.io.config_json import to_json
 from distil_jax.io.model_tensors import Params, examine, examine_task, file_tensors
 from distil_jax.io.name_table import leaves
 from distil_jax.io.task_json import head_to_json, says_task
-from distil_jax.io.tensors import SINGLE, local_folder, open_tensors, read_json, tokenizer_files
+from distil_jax.io.tensors import SINGLE, local_folder, open_tensors, read_json
 from distil_jax.schema import InputError
 
 
@@ -155,6 +155,13 @@ def fingerprint(params: Params) -> str:
     return digest.hexdigest()
 
 
+def _tokenizer_class(folder: Path) -> dict[str, str]:
+    """What config.json says of the tokenizer: a BERT may have that of another family, and say so nowhere else."""
+    path = folder / "config.json"
+    values = read_json(path) if path.exists() else {}
+    return {name: value for name, value in values.items() if name == "tokenizer_class" and isinstance(value, str)}
+
+
 def _check_target(folder: str | Path, dtype: str) -> None:
     check_free(folder)
     if dtype not in ("float32", "float16"):
@@ -169,6 +176,8 @@ def _write(
     card: str | None,
 ) -> None:
     copies = tokenizer_files(Path(tokenizer)) if tokenizer is not None else []
+    if tokenizer is not None:
+        values = values | _tokenizer_class(Path(tokenizer))
 
     from safetensors import SafetensorError
     from safetensors.numpy import save_file

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from distil_jax.files import TOKENIZER_FILES
 from distil_jax.schema import InputError
 
 SINGLE, INDEX, PICKLE = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json")
 
 _LARGEST_JSON = 64 * 2**20  # bytes; an index of a thousand files has less
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names
@@ -48,7 +48,7 @@ def local_folder(name: str | Path) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError, HTTPError  # HTTPError: that of the client in use
 
-    wanted = ["config.json", "model*.safetensors", INDEX, *_TOKENIZER_FILES]
+    wanted = ["config.json", "model*.safetensors", INDEX, *TOKENIZER_FILES]
     try:
         copy = Path(huggingface_hub.snapshot_download(str(name), allow_patterns=wanted))
         if not (copy / SINGLE).exists() and not (copy / INDEX).exists():  # then, and only then, the pickled weights
@@ -182,15 +182,3 @@ def _open_pickle(path: Path) -> dict[str, Tensor]:
         )
 
     return {name: tensor(value) for name, value in values.items()}
-
-
-def tokenizer_files(folder: Path) -> list[Path]:
-    """Those files of a folder that are its tokenizer.
-
-    Raises:
-      InputError: there are none.
-    """
-    files = [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
-    if not {"tokenizer.json", "vocab.txt"} & {file.name for file in files}:
-        raise InputError(f"{folder} holds no tokenizer: give a folder with tokenizer.json or vocab.txt.")
-    return files

@@ -13,7 +13,7 @@ from distil_jax.commands.report.page import Block, Paragraph, Table
 from distil_jax.commands.run_folder import Model, open_model, read_config
 from distil_jax.data.loader import open_rows, positions
 from distil_jax.data.manifest import read_manifest
-from distil_jax.data.tokenizer import load_tokenizer
+from distil_jax.data.tokenizer import load_tokenizer, special_ids
 from distil_jax.io import huggingface
 from distil_jax.schema import InputError, require
 
@@ -48,7 +48,7 @@ def examples(run: Path, texts: Sequence[str] = ()) -> list[Block]:
         teacher = _teacher(config.teacher.path, student) if config.teacher.path else None
         words = [""] * len(texts)
         if not texts:
-            check_tokenizer(student.tokenizer, student.config, read_manifest(config.data.path))
+            check_tokenizer(student.tokenizer, student.config, config.data.path, read_manifest(config.data.path))
             texts, words = zip(*held_out_gaps(config.data.path, student.tokenizer), strict=True)
         return compare(teacher, student, texts, words)
     except (InputError, OSError) as error:
@@ -113,7 +113,7 @@ def held_out_gaps(data: str | Path, tokenizer: Path, *, seed: int = 0) -> list[t
 
 
 def _gap(tokens, ids: list[int], draw: np.random.Generator) -> tuple[str, str] | None:
-    special = set(tokens.all_special_ids)
+    special = set(special_ids(tokens))
     ids = [i for i in ids if i not in (tokens.cls_token_id, tokens.sep_token_id)]
     pieces = [*tokens.convert_ids_to_tokens(ids[: _MOST + 1]), ""][: _MOST + 1]
     end = max((i for i, piece in enumerate(pieces) if i <= min(len(ids), _MOST) and not _inner(piece)), default=0)
