@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import lzma
+import random
 import tarfile
 import zipfile
 from collections import Counter
@@ -139,6 +140,7 @@ def archive(kind: str) -> bytes:
         (b"%PDF-1.7\n", "is a PDF: extract its text"),
         (b"\x7fELF\x02", "is a program"),
         (bytes(range(9)) * 9 + b"\0" * 90, "is binary, and no text"),
+        (b"\x89PNG\r\n\x1a\n" + random.Random(0).randbytes(90), "is binary, and no text"),
         (PLAIN.decode().encode("utf-16"), "is UTF-16: convert it"),
         (PLAIN.decode().encode("utf-32"), "is UTF-32: convert it"),
         (PLAIN.decode().encode("utf-16-le"), "is UTF-16 without a mark: .* -f UTF-16LE"),

@@ -22,6 +22,7 @@ from distil_jax.data.loader import RowTable
 from distil_jax.data.task_table import TaskTable
 from distil_jax.data.tasks import read_task
 from distil_jax.data.tokenizer import load_tokenizer
+from distil_jax.data.told import told
 from distil_jax.schema import InputError
 from distil_jax.structs import IGNORED
 from distil_jax.task_config import TaskConfig, load_task
@@ -321,6 +322,63 @@ def test_the_digest_is_that_of_what_trains_and_judges(tmp_path):
         digest(records, train_rows=3),
     ]
     assert len({first, *others}) == 5
+
+
+# What is told of them
+
+
+def told_of(tmp_path, kind, train, dev, length=16, **settings):
+    paths = {name: write(tmp_path / f"{name}.jsonl", part) for name, part in (("train", train), ("dev", dev))}
+    task = TaskConfig(kind, **paths, **{"max_length": length} | settings)
+    return told(read_task(task, EMBEDDED_TEACHER, vocab_size=6144, max_length=length)).split("\n")
+
+
+def test_classes_are_told_with_their_counts_and_what_is_doubtful(tmp_path):
+    texts = ["a", "b", "a", "a", " ", "the " * 15, "the " * 14]
+    train = [{"text": text, "label": label} for text, label in zip(texts, [0, 1, 0, 1, 2, 0, 0], strict=True)]
+    dev = [{"text": text, "label": 1} for text in ("b", "c", "c")]
+    assert told_of(tmp_path, "sequence", train, dev, label_names=("no", "yes", "so so")) == [
+        "train: no 4, yes 2, so so 1; 1 cut at the longest row (task.max_length); 1 with an empty text; "
+        "2 with the text of another one; 1 with the text of another one, but another label",
+        "dev: no 0, yes 3, so so 0; 1 with the text of another one; 1 with the text of one that trains",
+    ]
+    train = [{"text": f"{n}", "label": n % 25} for n in range(60)]
+    assert told_of(tmp_path, "sequence", train, dev)[0].endswith("19 2, 5 other classes, of 2 to 2 each")
+    train = [{"text": "a", "label": label} for label in (0.5, 2, 5)]
+    assert told_of(tmp_path, "regression", train, dev)[0].startswith("train: 3 numbers from 0.5 to 5, 2.5 on average; ")
+
+
+def test_of_a_pair_either_text_may_be_empty_or_cut(tmp_path):
+    pairs = [("a", ""), ("a", "b"), ("the " * 20, "b"), ("a", "the " * 20)]
+    train = [{"premise": a, "hypothesis": b, "label": n % 2} for n, (a, b) in enumerate(pairs)]
+    (said, _) = told_of(tmp_path, "sequence", train, train[:2], text=PAIR)
+    assert said == "train: 0 2, 1 2; 2 cut at the longest row (task.max_length); 1 with an empty text"
+
+
+@pytest.mark.parametrize("length", [8, 16])
+def test_words_that_nobody_judges_are_counted(tmp_path, length):
+    draw = random.Random(5)
+    examples = [draw.choices(WORDS, k=draw.randint(0, 20)) for _ in range(60)]
+    records = [{"text": words, "label": [draw.choice("OX") for _ in words]} for words in examples]
+    (said, _) = told_of(tmp_path, "tokens", records, records, length)
+    judged = sum(map(int, re.findall(r" (\d+)", said.split("; ")[0])))
+    cut = int(re.search(r"(\d+) words cut off with their labels", said)[1])
+    empty = int(re.search(r"(\d+) words of which the tokenizer leaves nothing", said)[1])
+    assert judged + cut + empty == sum(map(len, examples)) and cut and empty
+
+
+def test_answers_that_no_row_holds_are_counted(tmp_path):
+    context = "film " * 30 + "good"
+    answers = [{"text": ["good"], "answer_start": [150]}, {"text": [context], "answer_start": [0]}]
+    questions = ["who?", "what " * 9]
+    records = [
+        {"question": question, "context": context, "label": answer}
+        for question, answer in zip(questions, answers, strict=True)
+    ]
+    (said, _) = told_of(tmp_path, "spans", records, records, text=("question", "context"), stride=2)
+    assert re.fullmatch(
+        r"train: 2 questions in \d+ rows; 1 questions cut to half of a row; 1 answers that no row holds whole", said
+    )
 
 
 # Sources and labels

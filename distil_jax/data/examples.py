@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -37,12 +38,20 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True)
 class Splits:
-    """The examples of a task, `test` None where there are none, and its labels in the order of their numbers."""
+    """The examples of a task.
+
+    Attributes:
+      train, dev, test: `test` None where there are none.
+      label_names: in the order of their numbers.
+      counts: of each split the examples with an empty text, with the text of another one (and another label), or with
+        the text of one that trains, and what its source passed over.
+    """
 
     train: list[Example]
     dev: list[Example]
     test: list[Example] | None
     label_names: tuple[str, ...]
+    counts: dict[str, Counter[str]]
 
 
 def read_splits(task: TaskConfig) -> Splits:
@@ -54,7 +63,8 @@ def read_splits(task: TaskConfig) -> Splits:
     Raises:
       InputError: a source that cannot be read, an example that is broken or has no or an unknown label, or too few.
     """
-    train, class_names = _read(task, task.train)
+    passed_over: dict[str, Counter[str]] = {}
+    train, class_names = _read(task, task.train, passed_over)
     classes = _classes(task, class_names, train)
 
     def labelled(source: str, examples: list[Example], own: tuple[str, ...]) -> list[Example]:
@@ -63,7 +73,7 @@ def read_splits(task: TaskConfig) -> Splits:
         return [example._replace(label=convert(example.label, example)) for example in examples]
 
     def judging(source: str) -> list[Example]:
-        examples, others = _read(task, source)
+        examples, others = _read(task, source, passed_over)
         known = not (class_names and others) or class_names == others
         require(known, f"{source} names the labels {', '.join(others)}, and {task.train} {', '.join(class_names)}.")
         examples = labelled(source, examples, others)
@@ -84,7 +94,28 @@ def read_splits(task: TaskConfig) -> Splits:
         keys = [_key(example.texts) for example in train]
         chosen = sorted(range(len(train)), key=keys.__getitem__)[: task.train_rows]
         train = [train[number] for number in sorted(chosen)]
-    return Splits(train, dev, judging(task.test) if task.test else None, classes.names)
+    test = judging(task.test) if task.test else None
+    read = {"train": (task.train, train), "dev": (task.dev, dev), "test": (task.test, test or [])}
+    counts = {
+        split: _doubtful(task, examples, [] if split == "train" else train) + passed_over.get(source, Counter())
+        for split, (source, examples) in read.items()
+    }
+    return Splits(train, dev, test, classes.names, counts)
+
+
+def _doubtful(task: TaskConfig, examples: list[Example], train: list[Example]) -> Counter[str]:
+    """The examples that may be mistakes: they are kept, and counted."""
+    hold_text = any if task.kind == "tokens" else all  # of words, or of one text or two
+    counts: Counter[str] = Counter()
+    trains = {example.texts for example in train}
+    first: dict[tuple[str, ...], Any] = {}
+    for example in examples:
+        same = first.setdefault(example.texts, example.label) == example.label
+        counts["contradicted"] += not same
+        counts["empty_texts"] += not hold_text(text.strip() for text in example.texts)
+        counts["in_train"] += example.texts in trains
+    counts["repeated"] = len(examples) - len(first)
+    return +counts
 
 
 def _split(task: TaskConfig, examples: list[Example]) -> tuple[list[Example], list[Example]]:
@@ -105,14 +136,18 @@ def _key(texts: Sequence[str]) -> bytes:
     return hashlib.blake2b("".join(text + "\0" for text in texts).encode(), digest_size=8).digest()
 
 
-def _read(task: TaskConfig, source: str) -> tuple[list[Example], tuple[str, ...]]:
-    """The examples with their labels as they stand there, and the names that the source itself gives to labels."""
+def _read(task: TaskConfig, source: str, passed_over: dict[str, Counter[str]]) -> tuple[list[Example], tuple[str, ...]]:
+    """The examples with their labels as they stand there, and the names that the source itself gives to labels.
+
+    What the source passed over is counted under its name.
+    """
     records = read_records(source)
     examples = [
         Example(where, _texts(task, record, where), field_of(record, task.label, where))
         for where, record in records.rows
     ]
     require(bool(examples), f"{source} holds no examples: name another source.")
+    passed_over[source] = Counter(unnamed_fields=records.counts["unnamed_fields"])
     return examples, records.class_names.get(task.label, ())
 
 

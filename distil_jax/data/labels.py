@@ -15,7 +15,9 @@ from distil_jax.data.records import SURROGATE
 from distil_jax.schema import InputError, require, shown
 
 _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?", re.ASCII)
-_WHOLE = re.compile(r"(-?(0|[1-9]\d{0,17}))(\.0*)?", re.ASCII)  # as JSON writes it, or pandas where a label is missing
+_WHOLE = re.compile(
+    r"(-?(0|[1-9]\d{0,4000}))(\.0*)?", re.ASCII
+)  # as JSON writes it, or pandas where a label is missing
 _REAL = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)  # Python also reads 1_5, and other digits
 _TRUTH = {"false": 0, "true": 1}
 _LARGEST = float(np.finfo(np.float32).max)
@@ -109,7 +111,7 @@ def meaning(label: Any, where: str) -> int | str:
         found = int(label) if label.is_integer() else repr(label)
     else:
         found = int(label) if isinstance(label, bool) else label
-    nothing = found is None or (isinstance(found, (str, float)) and str(found).casefold() in ("", "nan"))
+    nothing = found is None or (isinstance(found, (str, float)) and str(found) in ("", "nan", "NaN"))
     require(not nothing, f"{where} has no label ({shown(label)}): leave such examples out.")
     if not isinstance(found, (int, str)) or (isinstance(found, str) and SURROGATE.search(found)):
         raise InputError(f"{where} has the label {shown(label)}: it must be a whole number or a name.")
@@ -136,8 +138,11 @@ def real(label: Any, where: str) -> float:
 def _of_text(text: str) -> int | str:
     """A whole number where the text is one, and else the text without the spaces around it."""
     text = text.strip()
-    whole = _WHOLE.fullmatch(text)
-    return int(whole[1]) if whole else text
+    if whole := _WHOLE.fullmatch(text):
+        return int(whole[1])
+    if _REAL.fullmatch(text) and "e" in text.lower() and float(text).is_integer():  # 1e+16, as Python writes it
+        return int(float(text))
+    return text
 
 
 def _below_zero(where: str, label: Any, names: Sequence[str]) -> str:
