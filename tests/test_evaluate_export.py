@@ -13,6 +13,7 @@ import pytest
 from conftest import file_hashes, random_params, same_leaves
 
 from distil_jax import cli
+from distil_jax.commands.card import card
 from distil_jax.commands.evaluate import evaluate
 from distil_jax.commands.export import export
 from distil_jax.commands.fill_mask import fill_mask
@@ -131,17 +132,30 @@ def test_transformers_opens_the_export_and_computes_the_same(exported):
 
 
 def test_the_card_holds_the_real_numbers(exported, finished_run, workshop, of_the_run):
-    card = (exported / "README.md").read_text()
+    text = (exported / "README.md").read_text()
     baseline = read_metrics(finished_run)[0]
     for name, number in of_the_run.items():
-        assert f"{number:.4f}" in card and f"{baseline[name]:.4f}" in card, name
+        assert f"{number:.4f}" in text and f"{baseline[name]:.4f}" in text, name
     student, teacher = open_model(finished_run), open_model(workshop / "teacher")
     for model in (student, teacher):
-        assert f"{count_parameters(model.config):,}" in card
+        assert f"{count_parameters(model.config):,}" in text
     told = ("12 of 12", "16 rows of 24", "kl 5, mlm 2, cosine 1", "temperature 2", "0.003", "text.txt", "`teacher`")
-    assert [words for words in told if words not in card] == []
-    front = card.split("---\n")[1]
+    assert [words for words in told if words not in text] == []
+    front = text.split("---\n")[1]
     assert "library_name: transformers" in front and "pipeline_tag: fill-mask" in front
+
+
+def test_what_the_text_lost_travels_into_the_card(finished_run, workshop):
+    model = open_model(finished_run)
+    data = model.facts["data"]
+    assert data["counts"] == read_manifest(workshop / "rows").counts
+    lost = {"cut_sequences": 1001, "dropped_short": 1002, "dropped_unknown": 1003, "invalid_lines": 1004}
+    lost |= {"left_out_files": 1005, "empty_files": 1006, "empty_records": 1007, "unnamed_fields": 1008}
+    for counts, shown in ((lost, True), (dict.fromkeys(lost, 0), False), ({}, False)):
+        text = card(replace(model, facts=model.facts | {"data": data | {"counts": counts}}))
+        assert [f"1,00{number} " in text for number in range(1, 9)] == [shown] * 8
+    older = {name: value for name, value in data.items() if name != "counts"}
+    assert "Of it" not in card(replace(model, facts=model.facts | {"data": older}))
 
 
 def test_an_older_step_is_exported_with_its_own_numbers(finished_run, tmp_path, capsys):
@@ -149,10 +163,10 @@ def test_an_older_step_is_exported_with_its_own_numbers(finished_run, tmp_path, 
     _, params = huggingface.load(tmp_path / "older")
     assert same_leaves(params, open_model(finished_run, 8).params)
     assert not same_leaves(params, open_model(finished_run).params)
-    card = (tmp_path / "older" / "README.md").read_text()
+    text = (tmp_path / "older" / "README.md").read_text()
     lines = {line["step"]: line for line in read_metrics(finished_run) if line["kind"] == "held_out"}
-    assert "8 of 12" in card
-    assert f"{lines[5]['mlm']:.4f}" in card and f"{lines[12]['mlm']:.4f}" not in card
+    assert "8 of 12" in text
+    assert f"{lines[5]['mlm']:.4f}" in text and f"{lines[12]['mlm']:.4f}" not in text
     assert cli.main(["export", str(finished_run), str(tmp_path / "none"), "--step", "7"]) == 2
     assert not (tmp_path / "none").exists()
     message = capsys.readouterr().err

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 
@@ -108,6 +109,8 @@ def test_a_task_is_learnt_and_the_best_checkpoint_is_what_remains(finished, task
     assert "tokenizer.json" in kept and "model.safetensors" not in kept  # the model it started from is not kept with it
     card = (finished / "model" / "README.md").read_text()
     assert f"{scores['test']['f1']:.4f}" in card and "text-classification" in card and "160 examples" in card
+    lines = [line.split(",") for line in (tasks / "train.csv").read_text().splitlines()[1:]]
+    assert f"- train: {len(lines) - len({*map(tuple, lines)}):,} with the text of another one" in card
 
 
 def test_eval_judges_a_run_and_its_folder_as_the_run_did(finished, tasks, tmp_path, capsys):
@@ -214,7 +217,9 @@ def test_tokens_and_spans(workshop, finished_run, tasks, tmp_path, kind, capsys)
     task = tasks / f"{kind}.toml"
     assert finetune(workshop / "teacher", task, tmp_path / "teacher", *QUICK) == 0
     assert finetune(finished_run, task, tmp_path / "student", *QUICK, teacher=tmp_path / "teacher" / "model") == 0
-    assert "soft" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    begins = {"tokens": r"^train: B-ANIMAL \d+, O \d+", "spans": r"^train: (\d+) questions in \1 rows"}[kind]
+    assert "soft" in said and re.search(begins, said, re.MULTILINE) and "\ndev: " in said
     scores = json.loads((tmp_path / "student" / "scores.json").read_text())
     assert set(scores["dev"]) == names[kind] and all(np.isfinite(number) for number in scores["dev"].values())
     _, head, params = huggingface.load_task(tmp_path / "student" / "model")

@@ -494,3 +494,41 @@ def test_the_command_tells_what_became_of_the_text(tmp_path, tokenizer, capsys):
     assert f"{manifest.counts['dropped_short']} too short" in text
     assert "1 lines that are not UTF-8" in text
     assert f"data.path={tmp_path / 'rows'}" in text
+    assert "1 files without text" in text and "left out" not in text
+
+
+def test_the_command_tells_what_it_passed_over(tmp_path, tokenizer, capsys):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    write_corpus(folder / "a.txt")
+    (folder / "notes.md").write_text("notes")
+    (folder / "b.jsonl").write_text('{"text": ""}\n{"text": " "}\n')
+    (folder / "c.csv").write_text("text,,x\nthe cat,sat,1\n")
+    named = (folder, folder / "a.txt", folder / "c.csv")
+    words = [*map(str, named), "--output", str(tmp_path / "rows"), "--tokenizer", str(tokenizer), "--held-out", "0.2"]
+    command.run(parse(*words))
+    text, counts = capsys.readouterr().out, read_manifest(tmp_path / "rows").counts
+    for name, number, said in (
+        ("left_out_files", 2, "left out    2 files of the folders (other suffixes than .txt"),
+        ("repeated_files", 1, "named twice 1 files"),
+        ("empty_files", 1, "empty       1 files without text"),
+        ("empty_records", 2, "empty       2 records whose text is empty"),
+        ("unnamed_fields", 1, "unnamed     1 rows"),
+    ):
+        assert counts[name] == number and said in text
+
+
+@pytest.mark.parametrize(
+    ("text", "advice"),
+    [
+        ("the cat\n\nthe mat", r"join the lines of a document \(--sequence document\), or lower --min-tokens\.$"),
+        ("ω " * 30, r"take a tokenizer that knows the language of the text"),
+        ("the cat sat on " * 10, r"lower --held-out"),
+        (b"the cat\n" + b"\xff\n" * 9, r"convert the text to UTF-8\.$"),
+    ],
+)
+def test_the_advice_is_for_what_took_the_most(tmp_path, tokenizer, text, advice):
+    (tmp_path / "a.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
+    config = PrepareConfig((str(tmp_path / "a.txt"),), str(tokenizer), held_out=0.999 if "sat" in str(text) else 0)
+    with pytest.raises(InputError, match=advice):
+        prepare(config, tmp_path / "rows")

@@ -22,6 +22,7 @@ from distil_jax.data.loader import RowTable
 from distil_jax.data.task_table import TaskTable
 from distil_jax.data.tasks import read_task
 from distil_jax.data.tokenizer import load_tokenizer
+from distil_jax.data.told import told
 from distil_jax.schema import InputError
 from distil_jax.structs import IGNORED
 from distil_jax.task_config import TaskConfig, load_task
@@ -323,6 +324,63 @@ def test_the_digest_is_that_of_what_trains_and_judges(tmp_path):
     assert len({first, *others}) == 5
 
 
+# What is told of them
+
+
+def told_of(tmp_path, kind, train, dev, length=16, **settings):
+    paths = {name: write(tmp_path / f"{name}.jsonl", part) for name, part in (("train", train), ("dev", dev))}
+    task = TaskConfig(kind, **paths, **{"max_length": length} | settings)
+    return told(read_task(task, EMBEDDED_TEACHER, vocab_size=6144, max_length=length)).split("\n")
+
+
+def test_classes_are_told_with_their_counts_and_what_is_doubtful(tmp_path):
+    texts = ["a", "b", "a", "a", " ", "the " * 15, "the " * 14]
+    train = [{"text": text, "label": label} for text, label in zip(texts, [0, 1, 0, 1, 2, 0, 0], strict=True)]
+    dev = [{"text": text, "label": 1} for text in ("b", "c", "c")]
+    assert told_of(tmp_path, "sequence", train, dev, label_names=("no", "yes", "so so")) == [
+        "train: no 4, yes 2, so so 1; 1 cut at the longest row (task.max_length); 1 with an empty text; "
+        "2 with the text of another one; 1 with the text of another one, but another label",
+        "dev: no 0, yes 3, so so 0; 1 with the text of another one; 1 with the text of one that trains",
+    ]
+    train = [{"text": f"{n}", "label": n % 25} for n in range(60)]
+    assert told_of(tmp_path, "sequence", train, dev)[0].endswith("19 2, 5 other classes, of 2 to 2 each")
+    train = [{"text": "a", "label": label} for label in (0.5, 2, 5)]
+    assert told_of(tmp_path, "regression", train, dev)[0].startswith("train: 3 numbers from 0.5 to 5, 2.5 on average; ")
+
+
+def test_of_a_pair_either_text_may_be_empty_or_cut(tmp_path):
+    pairs = [("a", ""), ("a", "b"), ("the " * 20, "b"), ("a", "the " * 20)]
+    train = [{"premise": a, "hypothesis": b, "label": n % 2} for n, (a, b) in enumerate(pairs)]
+    (said, _) = told_of(tmp_path, "sequence", train, train[:2], text=PAIR)
+    assert said == "train: 0 2, 1 2; 2 cut at the longest row (task.max_length); 1 with an empty text"
+
+
+@pytest.mark.parametrize("length", [8, 16])
+def test_words_that_nobody_judges_are_counted(tmp_path, length):
+    draw = random.Random(5)
+    examples = [draw.choices(WORDS, k=draw.randint(0, 20)) for _ in range(60)]
+    records = [{"text": words, "label": [draw.choice("OX") for _ in words]} for words in examples]
+    (said, _) = told_of(tmp_path, "tokens", records, records, length)
+    judged = sum(map(int, re.findall(r" (\d+)", said.split("; ")[0])))
+    cut = int(re.search(r"(\d+) words cut off with their labels", said)[1])
+    empty = int(re.search(r"(\d+) words of which the tokenizer leaves nothing", said)[1])
+    assert judged + cut + empty == sum(map(len, examples)) and cut and empty
+
+
+def test_answers_that_no_row_holds_are_counted(tmp_path):
+    context = "film " * 30 + "good"
+    answers = [{"text": ["good"], "answer_start": [150]}, {"text": [context], "answer_start": [0]}]
+    questions = ["who?", "what " * 9]
+    records = [
+        {"question": question, "context": context, "label": answer}
+        for question, answer in zip(questions, answers, strict=True)
+    ]
+    (said, _) = told_of(tmp_path, "spans", records, records, text=("question", "context"), stride=2)
+    assert re.fullmatch(
+        r"train: 2 questions in \d+ rows; 1 questions cut to half of a row; 1 answers that no row holds whole", said
+    )
+
+
 # Sources and labels
 
 
@@ -378,6 +436,85 @@ def test_labels_are_numbers_digits_or_names(tmp_path):
     assert labels_of(tmp_path, [1, "2.5", -3e3], kind="regression") == ((), [1.0, 2.5, -3000.0])
 
 
+# Kinds of labels that a table of any format can hold; `None` where names of the classes are not given.
+KINDS = {
+    "small": ([0, 1, 2, 10], None),
+    "floats": ([0.0, 1.0, 10.0], None),
+    "below zero": ([-1, 0, 1], ("-1", "0", "1")),
+    "renamed": ([0, 1, 2], ("bad", "fair", "good")),
+    "numbers as names": ([1, 2, 3], ("3", "2", "1")),
+    "halves": ([0.5, 1.0, 1.5], ("0.5", "1.0", "1.5")),
+    "truth": ([False, True], None),
+    "named truth": ([False, True], ("true", "false")),
+    "words": (["no", " no", "yes ", "true"], None),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_labels_mean_the_same_in_every_format(tmp_path, kind):
+    values, names = KINDS[kind]
+    draw = random.Random(kind)
+    labels = [*values, *draw.choices(values, k=20)]
+    records = [{"text": f"text {n}", "label": label} for n, label in enumerate(labels)]
+    found = []
+    for suffix in ("csv", "tsv", "jsonl", "parquet"):
+        path = write(tmp_path / f"a.{suffix}", records)
+        splits = read_splits(TaskConfig(train=path, dev=path, label_names=names or ()))
+        found.append((splits.label_names, [example.label for example in splits.dev]))
+    assert all(other == found[0] for other in found) and set(found[0][1]) == set(range(len(found[0][0])))
+    # What judges may come in another format than what trains, and write its numbers in another way.
+    ways = (
+        [[], [float], [int]] if all(type(label) in (int, float) and label == int(label) for label in values) else [[]]
+    )
+    for way in ways:
+        others = [{**record, "label": way[0](record["label"]) if way else record["label"]} for record in records]
+        for train, dev in itertools.permutations(("csv", "jsonl", "parquet"), 2):
+            train, dev = write(tmp_path / f"a.{train}", records), write(tmp_path / f"dev.{dev}", others)
+            splits = read_splits(TaskConfig(train=train, dev=dev, label_names=names or ()))
+            assert (splits.label_names, [example.label for example in splits.dev]) == found[0]
+
+
+def test_a_number_is_one_number_in_every_format(tmp_path):
+    for text, number in (
+        ("1_5", None),
+        ("\u0661", None),
+        ("1,5", None),
+        (" 2.50 ", 2.5),
+        ("-.5e1", -5.0),
+        ("+3.", 3.0),
+    ):
+        path = tmp_path / "a.csv"
+        path.write_text(f'text,label\na,1\nb,"{text}"\n')
+        task = TaskConfig("regression", train=str(path), dev=str(path))
+        if number is None:
+            with pytest.raises(InputError, match=r"line 3 has the label .*: a regression needs a finite number"):
+                read_splits(task)
+        else:
+            assert [example.label for example in read_splits(task).dev] == [1.0, number]
+    with pytest.raises(InputError, match="a regression needs a finite number"):
+        labels_of(tmp_path, [1.5, True], kind="regression")
+
+
+def test_labels_that_were_kept_back_are_told_from_classes(tmp_path):
+    import datasets
+
+    names = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
+    for part, labels in (("train", [0, 1]), ("test", [-1, -1])):
+        table = datasets.Dataset.from_dict({"text": ["a", "b"], "label": labels}, features=names)
+        table.to_parquet(str(tmp_path / f"{part}.parquet"))
+    train, test = str(tmp_path / "train.parquet"), str(tmp_path / "test.parquet")
+    with pytest.raises(InputError, match=r"record 1 has no label \(-1\), as the test examples .*: take a source"):
+        read_splits(TaskConfig(train=train, dev=train, test=test))
+    train = write(tmp_path / "train.jsonl", [{"text": "a", "label": 1.5}, {"text": "b", "label": -1.0}])
+    test = write(tmp_path / "test.jsonl", [{"text": "a", "label": -1.0}, {"text": "b", "label": -1.0}])
+    with pytest.raises(InputError, match=r"Every label of .*test\.jsonl is -1, as in the test examples"):
+        read_splits(TaskConfig("regression", train=train, dev=train, test=test))
+    words = [{"text": ["a", "b"], "label": labels} for labels in ([0, 1], [1, -100])]
+    words = write(tmp_path / "words.jsonl", words)
+    with pytest.raises(InputError, match=r"line 2 has the label -100: .*if it says that there is no label"):
+        read_splits(TaskConfig("tokens", train=words))
+
+
 @pytest.mark.parametrize("many", [False, True])
 def test_the_names_of_a_source_are_taken(tmp_path, many):
     import datasets
@@ -398,6 +535,14 @@ def test_the_names_of_a_source_are_taken(tmp_path, many):
     assert read_splits(replace(task, label_names=("no", "yes"))).label_names == ("no", "yes")
     with pytest.raises(InputError, match=r"other\.parquet names the labels B-X, O, and .*a\.parquet O, B-X"):
         read_splits(replace(task, dev=save("other.parquet", ["B-X", "O"])))
+    with pytest.raises(InputError, match=r"a\.parquet names the labels O, B-X, and the task B-X, O: its numbers"):
+        read_splits(replace(task, label_names=("B-X", "O")))
+    with pytest.raises(InputError, match=r"label 1: it may be a name or count the names from 0"):
+        read_splits(replace(task, label_names=("1", "0")))
+    if not many:  # numbers of a source without names do not count those of another one
+        words = write(tmp_path / "words.csv", [{"text": "a", "label": "B-X"}, {"text": "b", "label": "O"}])
+        with pytest.raises(InputError, match=r"a\.parquet names the labels O, B-X, and the task B-X, O"):
+            read_splits(TaskConfig(train=words, dev=path))
 
 
 # Presets
@@ -450,8 +595,12 @@ SOUND = '{"text": "a", "label": 0}\n{"text": "b", "label": 1}\n'
         ("a.jsonl", SOUND + '{"text": 1, "label": 0}\n', r"line 3: the field 'text' must hold text, and not int"),
         ("a.jsonl", SOUND + '{"text": "\\ud800", "label": 0}\n', r"line 3 holds half a character"),
         ("a.jsonl", SOUND + '{"text": "a", "label": null}\n', r"line 3 has no label \(None\): leave such"),
-        ("a.jsonl", SOUND + '{"text": "a", "label": -1}\n', r"line 3 has no label \(-1\)"),
-        ("a.jsonl", SOUND + '{"text": "a", "label": "-1"}\n', r"line 3 has no label \('-1'\)"),
+        (
+            "a.jsonl",
+            SOUND + '{"text": "a", "label": -1}\n',
+            r'line 3 has the label -1: if .* a class, .*\["-1", "0", "1"\]',
+        ),
+        ("a.jsonl", SOUND + '{"text": "a", "label": "-1"}\n', r"line 3 has the label -1: .*; if it says .* no label"),
         ("a.jsonl", SOUND + '{"text": "a", "label": 0.5}\n', r"line 3 has the label 0\.5: it must be a whole number"),
         ("a.jsonl", SOUND + '{"text": "a", "label": [0]}\n', r"line 3 has the label \[0\]"),
         ("a.jsonl", '{"text": "a", "label": 1}\n', r"labels of .* are 1: a task needs at least two"),
@@ -484,8 +633,8 @@ def test_labels_that_training_lacks_are_named(tmp_path):
         dev = write(tmp_path / "b.jsonl", [{"text": "x", "label": label}])
         with pytest.raises(InputError, match=r"b\.jsonl line 1 has the label .*, and the labels are no, yes"):
             read_splits(TaskConfig(train=train, dev=dev, label_names=("no", "yes")))
-    with pytest.raises(InputError, match=r"label 1: it may be a name or count the names from 0"):
-        labels_of(tmp_path, [1, 2], label_names=("1", "2"))
+    with pytest.raises(InputError, match=r"line 1 has the label 0, and the labels are 1, 2"):
+        labels_of(tmp_path, [0, 1], label_names=("1", "2"))  # a name is a number: numbers are names
     with pytest.raises(InputError, match=r"are a, a: a task needs at least two, all different"):
         labels_of(tmp_path, [0, 1], label_names=("a", "a"))
 

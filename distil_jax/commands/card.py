@@ -10,6 +10,7 @@ from typing import Any
 from distil_jax.commands.markdown import table
 from distil_jax.commands.run_folder import Model
 from distil_jax.config import ModelConfig
+from distil_jax.data.told import losses
 from distil_jax.io.metrics import read_metrics
 from distil_jax.models.encoder import count_parameters
 from distil_jax.objective.distillation import Distillation
@@ -78,6 +79,7 @@ def _task_card(model: Model) -> str:
         f"- {facts['data']['examples']:,} examples to train on from {_code(task.train)}, {facts['data']['dev']:,} to "
         f"choose the best checkpoint by{f' from {_code(task.dev)}' if task.dev else ', held out of them by a hash'}",
         f"- at most {task.max_length} tokens",
+        *_doubtful(facts["data"].get("counts", {})),  # older runs do not know
         "",
         "## Training",
         "",
@@ -93,6 +95,12 @@ def _task_card(model: Model) -> str:
         if found["step"] == model.step:  # of another checkpoint they are not this model's
             lines += ["## Scores", "", *_scores(found), ""]
     return "\n".join(lines)
+
+
+def _doubtful(counts: dict[str, dict[str, int]]) -> list[str]:
+    """What was cut, lost or doubtful of the examples, one line a split."""
+    said = {split: ", ".join(losses(found)) for split, found in counts.items()}
+    return [f"- {split}: {text}" for split, text in said.items() if text]
 
 
 def _named(path: str) -> str:

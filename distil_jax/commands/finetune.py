@@ -33,6 +33,7 @@ from distil_jax.commands.program import Program, about_models, batches_on, first
 from distil_jax.commands.run_folder import Model, choose, open_model, restore
 from distil_jax.config import HeadConfig, StepConfig
 from distil_jax.data.tasks import TaskData, read_task
+from distil_jax.data.told import told
 from distil_jax.files import write_whole
 from distil_jax.io import huggingface
 from distil_jax.io.checkpoint import Checkpoints
@@ -161,8 +162,9 @@ def compile_task(config: FinetuneConfig) -> tuple[Program, Judge, TaskData]:
         step_config=step,
         identity=identity,
         tokenizer=start.tokenizer,
-        data={"examples": len(data.train), "dev": len(data.dev), "test": len(data.test) if data.test else 0},
-        about=_about(config, step, attention, data),
+        data={"examples": len(data.train), "dev": len(data.dev), "test": len(data.test) if data.test else 0}
+        | {"counts": {split: dict(counts) for split, counts in data.counts.items()}},
+        about=f"{told(data)}\n" + _about(config, step, attention, data),
         mesh=mesh,
         step=jit_step(train_step, mesh, state_shapes, shapes),
         teacher_params=teacher_params,

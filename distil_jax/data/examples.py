@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import math
-import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from distil_jax.data.corpus import is_held_out
+from distil_jax.data.labels import Classes, found_names, real
 from distil_jax.data.records import SURROGATE, field_of, read_records
 from distil_jax.schema import InputError, require, shown
 from distil_jax.task_config import TaskConfig
-
-_NUMBER = re.compile(r"[+-]?\d+(\.\d*)?", re.ASCII)
-_LARGEST = float(np.finfo(np.float32).max)
 
 
 class Answer(NamedTuple):
@@ -43,12 +38,20 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True)
 class Splits:
-    """The examples of a task, `test` None where there are none, and its labels in the order of their numbers."""
+    """The examples of a task.
+
+    Attributes:
+      train, dev, test: `test` None where there are none.
+      label_names: in the order of their numbers.
+      counts: of each split the examples with an empty text, with the text of another one (and another label), or with
+        the text of one that trains, and what its source passed over.
+    """
 
     train: list[Example]
     dev: list[Example]
     test: list[Example] | None
     label_names: tuple[str, ...]
+    counts: dict[str, Counter[str]]
 
 
 def read_splits(task: TaskConfig) -> Splits:
@@ -60,21 +63,29 @@ def read_splits(task: TaskConfig) -> Splits:
     Raises:
       InputError: a source that cannot be read, an example that is broken or has no or an unknown label, or too few.
     """
-    train, class_names = _read(task, task.train)
-    names = _label_names(task, class_names, train) if task.kind in ("sequence", "tokens") else ()
-    # Numbers index the names that were given, but are themselves the names that were found.
-    convert = _converter(task, names, numbers_are_names=not (task.label_names or class_names))
+    passed_over: dict[str, Counter[str]] = {}
+    train, class_names = _read(task, task.train, passed_over)
+    classes = _classes(task, class_names, train)
 
-    def labelled(examples: list[Example]) -> list[Example]:
+    def labelled(source: str, examples: list[Example], own: tuple[str, ...]) -> list[Example]:
+        _check_order(source, own, classes)
+        convert = _converter(task, classes, indexed=bool(own))
         return [example._replace(label=convert(example.label, example)) for example in examples]
 
     def judging(source: str) -> list[Example]:
-        examples, others = _read(task, source)
+        examples, others = _read(task, source, passed_over)
         known = not (class_names and others) or class_names == others
         require(known, f"{source} names the labels {', '.join(others)}, and {task.train} {', '.join(class_names)}.")
-        return labelled(examples)
+        examples = labelled(source, examples, others)
+        kept_back = task.kind == "regression" and all(example.label == -1 for example in examples)
+        require(
+            not kept_back,
+            f"Every label of {source} is -1, as in the test examples of public benchmarks, whose labels are kept back: "
+            "take a source whose labels are known.",
+        )
+        return examples
 
-    train = labelled(train)
+    train = labelled(task.train, train, class_names)
     if task.dev:
         dev = judging(task.dev)
     else:
@@ -83,7 +94,28 @@ def read_splits(task: TaskConfig) -> Splits:
         keys = [_key(example.texts) for example in train]
         chosen = sorted(range(len(train)), key=keys.__getitem__)[: task.train_rows]
         train = [train[number] for number in sorted(chosen)]
-    return Splits(train, dev, judging(task.test) if task.test else None, names)
+    test = judging(task.test) if task.test else None
+    read = {"train": (task.train, train), "dev": (task.dev, dev), "test": (task.test, test or [])}
+    counts = {
+        split: _doubtful(task, examples, [] if split == "train" else train) + passed_over.get(source, Counter())
+        for split, (source, examples) in read.items()
+    }
+    return Splits(train, dev, test, classes.names, counts)
+
+
+def _doubtful(task: TaskConfig, examples: list[Example], train: list[Example]) -> Counter[str]:
+    """The examples that may be mistakes: they are kept, and counted."""
+    hold_text = any if task.kind == "tokens" else all  # of words, or of one text or two
+    counts: Counter[str] = Counter()
+    trains = {example.texts for example in train}
+    first: dict[tuple[str, ...], Any] = {}
+    for example in examples:
+        same = first.setdefault(example.texts, example.label) == example.label
+        counts["contradicted"] += not same
+        counts["empty_texts"] += not hold_text(text.strip() for text in example.texts)
+        counts["in_train"] += example.texts in trains
+    counts["repeated"] = len(examples) - len(first)
+    return +counts
 
 
 def _split(task: TaskConfig, examples: list[Example]) -> tuple[list[Example], list[Example]]:
@@ -104,14 +136,18 @@ def _key(texts: Sequence[str]) -> bytes:
     return hashlib.blake2b("".join(text + "\0" for text in texts).encode(), digest_size=8).digest()
 
 
-def _read(task: TaskConfig, source: str) -> tuple[list[Example], tuple[str, ...]]:
-    """The examples with their labels as they stand there, and the names that the source itself gives to labels."""
+def _read(task: TaskConfig, source: str, passed_over: dict[str, Counter[str]]) -> tuple[list[Example], tuple[str, ...]]:
+    """The examples with their labels as they stand there, and the names that the source itself gives to labels.
+
+    What the source passed over is counted under its name.
+    """
     records = read_records(source)
     examples = [
         Example(where, _texts(task, record, where), field_of(record, task.label, where))
         for where, record in records.rows
     ]
     require(bool(examples), f"{source} holds no examples: name another source.")
+    passed_over[source] = Counter(unnamed_fields=records.counts["unnamed_fields"])
     return examples, records.class_names.get(task.label, ())
 
 
@@ -128,65 +164,55 @@ def _texts(task: TaskConfig, record: Any, where: str) -> tuple[str, ...]:
     return tuple(texts)
 
 
-def _label_names(task: TaskConfig, class_names: tuple[str, ...], examples: list[Example]) -> tuple[str, ...]:
-    """As the task gives them, or the source, or as they are found: by number where all are numbers."""
+def _classes(task: TaskConfig, class_names: tuple[str, ...], examples: list[Example]) -> Classes:
+    """As the task names them, or the source, or as they are found."""
+    if task.kind not in ("sequence", "tokens"):
+        return Classes((), given=False, found=False)
     names = task.label_names or class_names
-    if not names:
-        found = {
-            str(_class(label, example.where))
-            for example in examples
-            for label in (_list(example) if task.kind == "tokens" else [example.label])
-        }
-        numeric = all(_NUMBER.fullmatch(name) for name in found)
-        names = tuple(sorted(found, key=lambda name: (float(name) if numeric else 0.0, name)))
+    found = not names
+    if found:
+        names = found_names(
+            [
+                (label, example.where)
+                for example in examples
+                for label in (_list(example) if task.kind == "tokens" else [example.label])
+            ]
+        )
     require(
         len(set(names)) == len(names) > 1,
         f"The labels of {task.train} are {', '.join(names)}: a task needs at least two, all different.",
     )
-    return names
+    return Classes(names, given=bool(task.label_names), found=found)
 
 
-def _converter(task: TaskConfig, names: tuple[str, ...], *, numbers_are_names: bool) -> Callable[[Any, Example], Any]:
+def _check_order(source: str, own: tuple[str, ...], classes: Classes) -> None:
+    """Refuses a source whose numbers count names of its own that are the task's in another order."""
+    names = classes.names
+    counted = names == tuple(map(str, range(len(names))))
+    renamed = classes.given and not {*own} & {*names}
+    require(
+        not own or own == names or counted or renamed,
+        f"{source} names the labels {', '.join(own)}, and the task {', '.join(names)}: its numbers would mean others, "
+        "so give task.label_names the same names in the same order.",
+    )
+
+
+def _converter(task: TaskConfig, classes: Classes, *, indexed: bool) -> Callable[[Any, Example], Any]:
     """What turns a label as it stands in the source into what trains."""
-    places = {name: number for number, name in enumerate(names)}
+    known: dict[tuple[type, Any], int] = {}  # a source has few labels many times
 
     def number(label: Any, where: str) -> int:
-        if isinstance(label, str) and label in places:  # also where it reads like a number, or like no label
-            return places[label]
-        label = _class(label, where)
-        if numbers_are_names:
-            found = places.get(str(label))
-        else:
-            ambiguous = task.label_names and isinstance(label, int) and places.get(str(label), label) != label
-            hint = "it may be a name or count the names from 0; give task.label_names no numbers"
-            require(not ambiguous, f"{where} has the label {label}: {hint}.")
-            counted = re.fullmatch(r"\d{1,9}", str(label), re.ASCII) and int(label) < len(names)
-            found = int(label) if counted else None
-        if found is None:
-            raise InputError(
-                f"{where} has the label {shown(label)}, and the labels are {', '.join(names)}: see task.label_names."
-            )
-        return found
+        key = (type(label), label) if isinstance(label, (str, int, float)) else None
+        if key not in known:
+            known[key] = classes.number(label, where, indexed=indexed)
+        return known[key]
 
     return {
         "sequence": lambda label, example: number(label, example.where),
         "tokens": lambda _, example: [number(label, example.where) for label in _list(example)],
-        "regression": lambda label, example: _float(label, example.where),
+        "regression": lambda label, example: real(label, example.where),
         "spans": lambda label, example: _answers(label, example.texts[1], example.where),
     }[task.kind]
-
-
-def _class(label: Any, where: str) -> int | str:
-    """A label as a number or a name."""
-    if isinstance(label, float) and label.is_integer():  # what pandas makes of a column that lacks one
-        label = int(label)
-    require(
-        not (label is None or (isinstance(label, (int, str)) and label in ("", "-1", -1))),
-        f"{where} has no label ({shown(label)}): leave such examples out.",
-    )
-    if not isinstance(label, (int, str)) or (isinstance(label, str) and SURROGATE.search(label)):
-        raise InputError(f"{where} has the label {shown(label)}: it must be a whole number or a name.")
-    return int(label) if isinstance(label, bool) else label
 
 
 def _list(example: Example) -> list[Any]:
@@ -196,16 +222,6 @@ def _list(example: Example) -> list[Any]:
     words = len(example.texts)
     require(len(labels) == words, f"{example.where} has {len(labels)} labels for {words} words: each needs one.")
     return labels
-
-
-def _float(label: Any, where: str) -> float:
-    require(label is not None and label != "", f"{where} has no label: leave such examples out.")
-    try:
-        value = float(label) if isinstance(label, (int, float, str)) else math.nan
-    except (ValueError, OverflowError):
-        value = math.nan
-    require(abs(value) <= _LARGEST, f"{where} has the label {shown(label)}: a regression needs a finite number.")
-    return value
 
 
 def _answers(label: Any, context: str, where: str) -> tuple[Answer, ...]:

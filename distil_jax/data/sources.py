@@ -37,6 +37,7 @@ _SAMPLE = 20  # lines that must be JSON objects where the suffix does not say so
 _FEW = 10  # lines that may be no text whatever their share is
 _LARGEST_SHARE = 0.1  # of lines that are no text: beyond it the file is in another encoding, or no text at all
 _MANY_NULS = 0.5  # of every other byte
+_MANY_CONTROLS = 0.01  # of all bytes, where they are not UTF-8 either
 _EARLY = 1000  # lines after which that is looked at for the first time
 
 _UNPACKERS: dict[re.Pattern[bytes], Callable[[], Any]] = {
@@ -73,6 +74,7 @@ _PARQUET = b"PAR1"
 _TAR = slice(257, 262)  # where `ustar` stands
 _BEGINS_JSON = re.compile(rb'(\xef\xbb\xbf)?\s*(\[\s*)?\{\s*["}]')
 _BEGINS_LIST = re.compile(r"\s*[\[{]")
+_CONTROLS = re.compile(rb"[\0-\x08\x0e-\x1a\x1c-\x1f]")  # no tab, no end of a line or page, and no escape
 _ENDS_IN_CR = re.compile(rb"\r[^\r]")
 
 
@@ -124,6 +126,8 @@ def file_lines(path: str, counts: Counter[str] | None = None, longest: int = -1)
             if counts is not None:
                 counts["bytes"] += position - before
             yield line
+        if counts is not None:
+            counts["bytes"] += raw.tell() - position  # what was packed may hold nothing
 
 
 def decoded(path: str, lines: Iterable[bytes], counts: Counter[str] | None) -> Iterator[tuple[int, str]]:
@@ -250,11 +254,22 @@ def _check(path: str, head: bytes, packed: bool) -> None:
     for first, name in ((1, "UTF-16LE"), (0, "UTF-16BE")):
         wide = head[first::2].count(0) > _MANY_NULS * len(head) / 2 and not head[1 - first :: 2].count(0)
         require(not wide, f"{inside} is UTF-16 without a mark: convert it to UTF-8 (iconv -f {name} -t UTF-8).")
-    require(head.count(0) <= _LARGEST_SHARE * len(head), f"{inside} is binary, and no text: name another file.")
+    controls = len(_CONTROLS.findall(head)) > _MANY_CONTROLS * len(head) and not _is_utf8(head)
+    binary = controls or head.count(0) > _LARGEST_SHARE * len(head)
+    require(not binary, f"{inside} is binary, and no text: name another file.")
     require(
         b"\n" in head or not _ENDS_IN_CR.search(head),
         f"{inside} ends its lines with CR alone, as old Macintosh files do: convert it (tr '\\r' '\\n').",
     )
+
+
+def _is_utf8(head: bytes) -> bool:
+    """Whether this may begin a text; its last character may be cut."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _check_share(path: str, invalid: int, lines: int) -> None:

@@ -5,6 +5,7 @@ Devlin et al., 2019, section 4.2.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -39,7 +40,12 @@ class SpanTable(TaskTable):
 
 
 def span_table(
-    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], *, max_length: int, stride: int
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    *,
+    max_length: int,
+    stride: int,
+    counts: Counter[str] | None = None,
 ) -> SpanTable:
     """Tokenises questions and contexts.
 
@@ -52,9 +58,13 @@ def span_table(
       examples: with the texts question and context, and `Answer`s.
       max_length: tokens of a row.
       stride: at most half of what a row has for the context.
+      counts: `questions_cut`, and `answers_lost`, those that no row holds whole, are added up here.
     """
+    counts = Counter() if counts is None else counts
     room = max_length - 3  # [CLS], [SEP] and [SEP]
-    questions = [ids[: room // 2] for ids, _ in _encode(tokenizer, [example.texts[0] for example in examples])]
+    questions = [ids for ids, _ in _encode(tokenizer, [example.texts[0] for example in examples])]
+    counts["questions_cut"] += sum(len(ids) > room // 2 for ids in questions)
+    questions = [ids[: room // 2] for ids in questions]
     distinct = list(dict.fromkeys(example.texts[1] for example in examples))  # SQuAD asks five questions of each
     contexts = dict(zip(distinct, _encode(tokenizer, distinct), strict=True))
     cls, sep = (np.array([number], id_type(tokenizer)) for number in (tokenizer.cls_token_id, tokenizer.sep_token_id))
@@ -71,6 +81,7 @@ def span_table(
             label = (begin - first + second, end - first + second) if whole else (0, 0)
             facts.append((number, first, second, *label))
     example, first, second, *label = np.array(facts, np.int32).T
+    counts["answers_lost"] += len(examples) - len(np.unique(example[label[1] > 0]))
     return SpanTable(
         input_ids=padded(rows, max_length, tokenizer.pad_token_id),
         lengths=np.array([len(row) for row in rows], np.int32),

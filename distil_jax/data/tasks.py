@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,6 +34,7 @@ class TaskData:
       label_names: in the order of their numbers; none of a regression or of spans.
       digest: sha256 of what trains and chooses: a resumed run must meet the same.
       judged: sha256 of what is judged at the end, which may be exchanged.
+      counts: of each split what was cut, lost or doubtful; see `told.py`.
     """
 
     train: TaskTable
@@ -41,6 +43,7 @@ class TaskData:
     label_names: tuple[str, ...]
     digest: str
     judged: str
+    counts: dict[str, Counter[str]]
 
     def with_labels(self, names: tuple[str, ...]) -> TaskData:
         """The same, its labels numbered in the order of these names, which must be the same ones."""
@@ -76,18 +79,19 @@ def read_task(task: TaskConfig, tokenizer_folder: Path, *, vocab_size: int, max_
     check_fits(tokenizer, tokenizer_folder, vocab_size)
     splits = read_splits(task)
 
-    def table(examples: list[Example]) -> TaskTable:
+    def table(split: str, examples: list[Example]) -> TaskTable:
+        counts = splits.counts[split]
         if task.kind == "spans":
-            return span_table(tokenizer, examples, max_length=max_length, stride=task.stride)
+            return span_table(tokenizer, examples, max_length=max_length, stride=task.stride, counts=counts)
         if task.kind == "tokens":
-            return _words_table(tokenizer, examples, max_length)
+            return _words_table(tokenizer, examples, max_length, counts)
         dtype = np.float32 if task.kind == "regression" else np.int32
-        return _texts_table(tokenizer, examples, max_length, dtype)
+        return _texts_table(tokenizer, examples, max_length, dtype, counts)
 
-    train, dev = replace(table(splits.train), by_length=task.group_by_length), table(splits.dev)
-    test = None if splits.test is None else table(splits.test)
+    train, dev = replace(table("train", splits.train), by_length=task.group_by_length), table("dev", splits.dev)
+    test = None if splits.test is None else table("test", splits.test)
     judged = (dev,) if test is None else (dev, test)
-    return TaskData(train, dev, test, splits.label_names, _digest(train, dev), _digest(*judged))
+    return TaskData(train, dev, test, splits.label_names, _digest(train, dev), _digest(*judged), splits.counts)
 
 
 def _digest(*tables: TaskTable) -> str:
@@ -100,12 +104,17 @@ def _digest(*tables: TaskTable) -> str:
 
 
 def _texts_table(
-    tokenizer: PreTrainedTokenizerBase, examples: list[Example], max_length: int, label_dtype: type
+    tokenizer: PreTrainedTokenizerBase,
+    examples: list[Example],
+    max_length: int,
+    label_dtype: type,
+    counts: Counter[str],
 ) -> TaskTable:
-    """Rows of one or two texts; of two the longer one is cut first, as `transformers` cuts."""
+    """Rows of one or two texts; of two the longer one is cut first, as `transformers` cuts, which `counts` counts."""
     texts = [example.texts if len(example.texts) == 2 else example.texts[0] for example in examples]
     rows, second, dtype = [], [], id_type(tokenizer)
     for encoding in encodings(tokenizer, texts, max_length=max_length):
+        counts["cut"] += bool(encoding.overflowing)
         types = np.array(encoding.type_ids)
         rows.append(np.array(encoding.ids, dtype))
         second.append(np.argmax(types) if types.any() else len(types))
@@ -113,15 +122,22 @@ def _texts_table(
     return _table(tokenizer, rows, max_length, second, labels)
 
 
-def _words_table(tokenizer: PreTrainedTokenizerBase, examples: list[Example], max_length: int) -> TaskTable:
+def _words_table(
+    tokenizer: PreTrainedTokenizerBase, examples: list[Example], max_length: int, counts: Counter[str]
+) -> TaskTable:
     """Rows of words; the first token of a word has its label (Devlin et al., 2019, section 5.3).
 
-    Words beyond `max_length`, and those of which the tokenizer leaves nothing, are not asked for.
+    Words beyond `max_length` (`counts["words_cut"]`), and those of which the tokenizer leaves nothing
+    (`counts["words_lost"]`), are not asked for.
     """
     rows, labels, dtype = [], [], id_type(tokenizer)
     encoded = encodings(tokenizer, [example.texts for example in examples], max_length=max_length, words=True)
     for example, encoding in zip(examples, encoded, strict=True):
         words = encoding.word_ids  # None at [CLS] and [SEP]
+        kept, beyond = {*words} - {None}, {word for rest in encoding.overflowing for word in rest.word_ids} - {None}
+        counts["cut"] += bool(beyond)
+        counts["words_cut"] += len(beyond - kept)
+        counts["words_lost"] += len(example.texts) - len(beyond | kept)
         begins = [word is not None and word != before for before, word in itertools.pairwise([None, *words])]
         rows.append(np.array(encoding.ids, dtype))
         asked = [example.label[word] if begin else IGNORED for word, begin in zip(words, begins, strict=True)]
