@@ -11,14 +11,14 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from distil_jax.schema import InputError
+from distil_jax.schema import InputError, place
 
 _UNFINISHED = ".unfinished-"  # between the name of a folder and a random end
 
 
 def check_free(folder: str | Path) -> None:
     """Raises `InputError` where there is something that is not an empty folder."""
-    folder = Path(folder)
+    folder = place(folder)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise InputError(f"{folder} exists and is not an empty folder: choose another one, or remove it first.")
 
@@ -47,7 +47,7 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
     Raises:
       InputError: `folder` is not free, or nothing can be written there.
     """
-    folder = Path(folder).absolute()
+    folder = place(folder).absolute()
     check_free(folder)
     for left in unfinished(folder):
         with contextlib.suppress(OSError), _locked(left):  # in use, locks are unknown there, or not ours to remove

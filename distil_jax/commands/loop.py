@@ -20,7 +20,7 @@ from distil_jax.config import TrainConfig
 from distil_jax.data.loader import prefetch
 from distil_jax.io.checkpoint import Checkpoints
 from distil_jax.io.metrics import MetricsWriter, last_held_out, read_metrics
-from distil_jax.schema import InputError
+from distil_jax.schema import InputError, place
 from distil_jax.training.state import TrainState
 
 
@@ -43,7 +43,7 @@ def run_program(
       Diverged: too many steps without a finite loss, or a loss far above what it was; checkpoints are from before.
       MachineFailed: the disk did not take the end of the run, or a device or another process is lost.
     """
-    workdir = Path(workdir)
+    workdir = place(workdir)
     program = processes.together(lambda: _ready(make, workdir))  # nobody writes before everybody has looked
     run, config = program.config, program.config.train
     processes.agree(f"{program.step_config} {program.identity} {run.seed} {config} {run.mesh} {resume_step}")
