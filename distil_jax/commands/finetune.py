@@ -107,7 +107,7 @@ def finetune(config: FinetuneConfig, workdir: str | Path) -> dict[str, dict[str,
         step = program.step_config
         model = Model(step.student, params, workdir / "tokenizer", head=step.head, run=workdir, step=best, facts=facts)
         if (workdir / "model").exists():
-            (workdir / "model" / "README.md").write_text(card(model), encoding="utf-8")
+            write_whole(workdir / "model" / "README.md", card(model))
         else:
             export(model, workdir / "model")
     processes.meet("the model is written")

@@ -16,6 +16,7 @@ from distil_jax.commands.report.page import Block, Heading, Paragraph, to_html, 
 from distil_jax.commands.report.sections import by_seed, details, held_out, over_seeds, summary, throughput
 from distil_jax.commands.run_folder import is_run, read_config
 from distil_jax.config import Config
+from distil_jax.files import write_whole
 from distil_jax.io.metrics import read_metrics
 from distil_jax.schema import InputError, place
 
@@ -103,7 +104,7 @@ def write_report(
         blocks += [Heading("Words in gaps"), *(examples(first, texts) if gaps is None else gaps)]
     for name in runs:
         blocks += [Heading(name if len(runs) > 1 else "Details"), *details(histories[name], configs[name])]
-    (output / "report.html").write_text(to_html(title, blocks), encoding="utf-8")
+    write_whole(output / "report.html", to_html(title, blocks))
     path = output / "report.md"
-    path.write_text(to_markdown(blocks), encoding="utf-8")
+    write_whole(path, to_markdown(blocks))
     return path
