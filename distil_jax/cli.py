@@ -1,6 +1,7 @@
 """The command line: finds the verb, parses its arguments, calls it, and turns what it raises into an exit status.
 
-0 done; 2 bad input; 3 diverged; 4 the machine failed; 75 stopped on request with a checkpoint saved: start me again.
+0 done; 2 bad input; 3 diverged; 4 the machine failed; 75 stopped on request with a checkpoint saved: start me again;
+130 Ctrl-C and 143 SIGTERM with nothing saved.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from distil_jax import __version__
-from distil_jax.commands import endings
+from distil_jax.commands import endings, interrupt
 from distil_jax.commands.heap import keep_freed_memory
 from distil_jax.schema import InputError
 
@@ -67,11 +68,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def program() -> NoReturn:
-    """`main` as a process of its own: where the machine failed, an orderly end might wait for what failed."""
+    """`main` as a process of its own: Ctrl-C ends it anywhere, and where the machine failed, so does that.
+
+    An orderly end might wait for what failed.
+    """
+    interrupt.watch()
     # Where texts are tokenised and no steps taken, the threads of the tokenizer would wait for each other.
     if sys.argv[1:2] != ["prepare"] and sys.argv[1:3] != ["bench", "data"]:
         keep_freed_memory()
-    status = main()
+    try:
+        status = main()
+    finally:
+        interrupt.give_way()
     if status == endings.MACHINE_FAILED:
         sys.stdout.flush()
         os._exit(status)
@@ -105,5 +113,6 @@ def _refused(error: OSError) -> int:
 
 
 def _end(error: Exception | str, status: int) -> int:
+    interrupt.give_way()
     endings.tell(error)
     return status

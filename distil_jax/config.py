@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from distil_jax.schema import InputError, build, may_change, require, set_value, table_of
+from distil_jax.schema import InputError, build, may_change, path_field, place, require, set_value, table_of
 
 # Who computes attention: XLA, or a kernel for the device; see `models/attention.py`.
 Attention = Literal["xla", "pallas_gpu", "pallas_tpu"]
@@ -113,7 +113,7 @@ class HeadConfig:
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    path: str = may_change("")  # a model folder or a hub id; empty: no teacher
+    path: str = path_field("")  # a model folder or a hub id; empty: no teacher
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of its parameters and computation; auto: compute.dtype
     sharded: bool = may_change(True)  # its parameters cut along fsdp and tensor like the student's; False: whole copies
 
@@ -122,7 +122,7 @@ class TeacherConfig:
 class StudentConfig:
     """The student's shape; None means: as the teacher's (or BERT-base's, where there is no teacher)."""
 
-    init: str = "teacher"  # "teacher", "random", or the folder of an existing student
+    init: str = path_field("teacher", may_change=False)  # "teacher", "random", or the folder of an existing student
     layers: tuple[int, ...] = ()  # the teacher's layers that are copied; empty: 0,2,4,7,9,11 for 12 -> 6, else spread
     num_layers: int | None = None  # None: as many as `layers`, or half the teacher's
     hidden_size: int | None = None
@@ -283,7 +283,7 @@ class StepConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    path: str = may_change("")  # the folder that `distil-jax prepare` wrote
+    path: str = path_field("")  # the folder that `distil-jax prepare` wrote
 
 
 @dataclass(frozen=True)
@@ -360,7 +360,7 @@ class ComputeConfig:
     unroll: Literal["auto", "yes", "no"] = may_change("auto")  # auto: on CPUs, where it is faster
     attention: Literal["auto", "xla", "pallas"] = may_change("auto")  # auto: a Pallas kernel wherever it is lawful
     remat: Literal["auto", "none", "dots", "full"] = may_change("auto")  # auto: dots on TPUs, whose memory is slow
-    cache: str = may_change("auto")  # folder of compiled programs; auto: in the run's, but "" (none) on CPUs
+    cache: str = path_field("auto")  # folder of compiled programs; auto: in the run's, but "" (none) on CPUs
 
 
 @dataclass(frozen=True)
@@ -397,13 +397,14 @@ def preset(path: str | Path, kind: str = "") -> Path:
       path: a file or a name.
       kind: a folder below `configs/`.
     """
-    if Path(path).exists() and not Path(path).is_dir():  # folders may be named as a preset is
-        return Path(path)
+    file = place(path)
+    if file.exists() and not file.is_dir():  # folders may be named as a preset is
+        return file
     here = Path(__file__).parent
     folder = next(each for each in (here / "configs", here.parent / "configs") if each.is_dir()) / kind
-    named = folder / f"{path}.toml"
+    named = folder / f"{file}.toml"
     known = sorted(file.stem for file in folder.glob("*.toml"))
-    require(named.exists(), f"There is no config {path}: name a TOML file, or one of {', '.join(known)}.")
+    require(named.exists(), f"There is no config {file}: name a TOML file, or one of {', '.join(known)}.")
     return named
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import glob
+import itertools
 import os
 import secrets
 import shutil
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from distil_jax.schema import InputError
+from distil_jax.schema import InputError, place
 
 _UNFINISHED = ".unfinished-"  # between the name of a folder and a random end
 # What holds the words: any tokenizer's; WordPiece's; byte-level BPE's; SentencePiece's, under the names it goes by.
@@ -37,20 +40,69 @@ TOKENIZER_FILES = (
     "dict.txt",
     "chat_template.jinja",
 )
+_passing: dict[Path, list[Path]] = {}  # what goes if the process is interrupted, and the folders made to hold it
+# Held while something begins or takes its place, and for ever once the process is interrupted: what is being removed
+# must not take its place.
+taking_place = threading.Lock()
 
 
 def check_free(folder: str | Path) -> None:
     """Raises `InputError` where there is something that is not an empty folder."""
-    folder = Path(folder)
+    folder = place(folder)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise InputError(f"{folder} exists and is not an empty folder: choose another one, or remove it first.")
 
 
 def write_whole(path: Path, text: str) -> None:
     """Writes a text file in one step: until then, what it replaces stays."""
+    with whole_file(path) as draft:
+        draft.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A file beside this one to write; it takes its place at the end of the block, and goes where that raises."""
     draft = path.with_name(f".{path.name}")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)
+    with taking_place:
+        passing([draft])
+    try:
+        yield draft
+        with taking_place:
+            draft.replace(path)
+    finally:
+        _remove(draft)
+
+
+def missing(folder: Path) -> list[Path]:
+    """The folder, and those above it, as far as they are not there yet."""
+    return list(itertools.takewhile(lambda each: not each.exists(), (folder, *folder.parents)))
+
+
+def passing(made: list[Path]) -> None:
+    """Takes note that the first of these goes if the process is interrupted before `keep`, and others where empty."""
+    if made:
+        _passing[made[0]] = made[1:]
+
+
+def keep(path: Path) -> None:
+    """Takes note that this stays, whatever happens."""
+    _passing.pop(path, None)
+
+
+def remove_unfinished() -> None:
+    """For a process that is about to end, in a thread beside those that write: removes what is unfinished.
+
+    Nothing takes its place any more, and nothing new is begun. Where that cannot be had, because a disk does not
+    answer, everything stays: the next attempt removes it.
+    """
+    if taking_place.acquire(timeout=5):
+        for path in list(_passing):
+            for _ in range(50):  # another thread may still put files into it
+                shutil.rmtree(path, ignore_errors=True)
+                if not path.is_dir():
+                    break
+                time.sleep(0.02)
+            _remove(path)
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -102,24 +154,39 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
     Raises:
       InputError: `folder` is not free, or nothing can be written there.
     """
-    folder = Path(folder).absolute()
+    folder = place(folder).absolute()
     check_free(folder)
     for left in unfinished(folder):
         with contextlib.suppress(OSError), _locked(left):  # in use, locks are unknown there, or not ours to remove
             shutil.rmtree(left)
     draft = folder.with_name(f".{folder.name}{_UNFINISHED}{secrets.token_hex(4)}")
     try:
-        draft.mkdir(parents=True)
+        with taking_place:
+            passing(missing(draft))
+            draft.mkdir(parents=True)
     except OSError as error:
+        _remove(draft)
         raise InputError(f"Cannot write {folder}: {error.strerror}.") from error
     try:
         with contextlib.ExitStack() as held:
             with contextlib.suppress(OSError):  # where locks are unknown, nobody removes it either
                 held.enter_context(_locked(draft))
             yield draft
-            draft.replace(folder)
+            with taking_place:
+                draft.replace(folder)
     finally:
+        _remove(draft)
+
+
+def _remove(draft: Path) -> None:
+    """Removes a file or folder, if it is there, and the folders that were made to hold it, if nothing else does."""
+    if draft.is_dir():
         shutil.rmtree(draft, ignore_errors=True)
+    else:
+        draft.unlink(missing_ok=True)
+    for folder in _passing.pop(draft, []):
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import functools
 import json
+import os
 import re
 import tomllib
 import types
@@ -53,6 +54,39 @@ def may_change(default: Any) -> Any:
     return dataclasses.field(default=default, metadata={"may_change": True})
 
 
+def path_field(default: str, *, may_change: bool = True) -> Any:
+    """A dataclass field that names a file, a folder or a source; `build` reads a `~` in it as `at_home` does."""
+    return dataclasses.field(default=default, metadata={"may_change": may_change, "path": True})
+
+
+def at_home(text: str) -> str:
+    """What a person wrote for a file, folder, source or hub id, with a `~` or `~user` in front replaced by that home.
+
+    As in a shell, which never sees the `~` of a quoted word, of `--output=~/run` or of a TOML file. What is really
+    called so is written `./~`.
+
+    Raises:
+      InputError: there is no such home, and nothing is called so.
+    """
+    home = os.path.expanduser(text)
+    user = text.partition("/")[0]
+    known = home != text or not text.startswith("~") or os.path.exists(text)
+    require(known, f"There is no home {user}, as {text} says: write that path without ~, or ./{text}.")
+    return home
+
+
+def place(name: str | Path) -> Path:
+    """The file or folder that a person named: every verb and every function that opens or makes one asks here.
+
+    A name that begins with `~` once `./` is taken off comes back as an absolute path, which nobody takes for a home.
+
+    Raises:
+      InputError: as `at_home`.
+    """
+    path = Path(at_home(os.fspath(name)))
+    return path.absolute() if str(path).startswith("~") else path
+
+
 def build(kind: type, values: Mapping[str, Any], where: str = "") -> Any:
     """The dataclass `kind` from nested plain values; every key and type is checked."""
     types_of = _types_of(kind)
@@ -63,7 +97,9 @@ def build(kind: type, values: Mapping[str, Any], where: str = "") -> Any:
             raise InputError(f"Unknown config key {where}{key}: did you mean {where}{near}?")
     missing = [f.name for f in dataclasses.fields(kind) if f.name not in values and f.default is dataclasses.MISSING]
     require(not missing, f"The config lacks {where}{', '.join(missing)}.")
-    return kind(**{key: _convert(types_of[key], value, where + key) for key, value in values.items()})
+    found = {key: _convert(types_of[key], value, where + key) for key, value in values.items()}
+    paths = [f.name for f in dataclasses.fields(kind) if f.metadata.get("path") and f.name in found]
+    return kind(**found | {name: at_home(found[name]) for name in paths})
 
 
 @functools.cache  # a manifest may list thousands of files

@@ -20,7 +20,7 @@ from distil_jax.config import (
     read_toml,
     settle_schedule,
 )
-from distil_jax.schema import build, may_change, require, set_value, table_of, to_dict
+from distil_jax.schema import build, path_field, require, set_value, table_of, to_dict
 
 # How a task is judged. f1: of the label 1 of two; macro_f1: the mean over all labels; entity_f1: of whole entities
 # (IOB2); exact_match and span_f1: SQuAD's; pearson and spearman: of a regression.
@@ -41,9 +41,9 @@ class TaskConfig:
     """
 
     kind: Literal["sequence", "regression", "tokens", "spans"] = "sequence"
-    train: str = may_change("")  # sources; the examples themselves must not change
-    dev: str = may_change("")  # decides which checkpoint is best; empty: dev_share of the training examples
-    test: str = may_change("")  # judged once, by the best checkpoint; empty: none
+    train: str = path_field("")  # sources; the examples themselves must not change
+    dev: str = path_field("")  # decides which checkpoint is best; empty: dev_share of the training examples
+    test: str = path_field("")  # judged once, by the best checkpoint; empty: none
     dev_share: float = 0.1  # taken out of the training examples by a hash of their text, where `dev` is empty
     train_rows: int = 0  # only so many training examples, chosen by the same hash; 0: all
     text: tuple[str, ...] = (
@@ -88,7 +88,7 @@ class TaskConfig:
 class StartConfig:
     """What fine-tuning starts from."""
 
-    path: str = may_change("")  # a model folder, a run folder or a hub id; of a task's model, its head is left behind
+    path: str = path_field("")  # a model folder, a run folder or a hub id; of a task's model, its head is left behind
     hidden_dropout: float = 0.1
     attention_dropout: float = 0.1
     head_dropout: float | None = None  # None: as published, see `head_of`

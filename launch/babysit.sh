@@ -5,7 +5,7 @@
 #
 #   75                 it was stopped and has saved: again
 #   1, 4, 137, 143     the machine failed: again, but not for ever (DISTIL_RETRIES)
-#   any other          the end, with that status: 0 is done, 2 is bad input, 3 is a run that diverged
+#   any other          the end, with that status: 0 is done, 2 is bad input, 3 is a run that diverged, 130 is Ctrl-C
 #
 # Asked to stop itself (SIGTERM, SIGHUP, Ctrl-C), it passes SIGTERM on, waits while the command saves, and ends with the
 # command's status.

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 import tomllib
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 from conftest import LENGTH, file_hashes, random_params
@@ -19,7 +22,8 @@ from distil_jax import cli
 from distil_jax.config import Config, load
 from distil_jax.data.prepare import PrepareConfig, prepare
 from distil_jax.io import huggingface
-from distil_jax.schema import build
+from distil_jax.schema import InputError, at_home, build, place
+from distil_jax.task_config import FinetuneConfig
 
 REPOSITORY = Path(__file__).parents[1]
 VERBS = ("demo", "prepare", "train", "eval", "export", "report")
@@ -259,6 +263,152 @@ def test_bad_input_is_one_sentence_and_changes_nothing(words, workshop, bad, cap
     assert not lacking, message
     assert (file_hashes(bad), file_hashes(workshop)) == before
     assert list(tmp_path.iterdir()) == []
+
+
+# Paths with a ~. {t} is the home, as a person writes it; each command names something there that is missing or wrong.
+AT_HOME = (
+    "prepare {t}/none.txt --output {o} --tokenizer {w}/teacher",
+    "prepare {t}/none*.txt --output {o} --tokenizer {w}/teacher",
+    "prepare {w}/text.txt --output {o} --tokenizer {t}/none",
+    "prepare {w}/text.txt --output {t}/used --tokenizer {w}/teacher",
+    "train {t}/none.toml",
+    "train {t}/broken.toml",
+    "--output {t}/file",
+    "--set data.path={t}/none",
+    "--set teacher.path={t}/none",
+    "--set student.init={t}/none",
+    "eval {t}/none --data {w}/rows",
+    "eval {w}/teacher --data {t}/none",
+    "eval {w}/teacher --data {w}/rows --teacher {t}/none",
+    "eval {w}/teacher --task {t}/none.toml",
+    "export {t}/none {o}",
+    "export {w}/teacher {t}/used",
+    "finetune {t}/none --task {h}/task.toml --output {o}",
+    "finetune {w}/teacher --task {t}/none.toml --output {o}",
+    "finetune {w}/teacher --task {h}/task.toml --teacher {t}/none --output {o}",
+    "finetune {w}/teacher --task {h}/task.toml --output {t}/file",
+    "finetune {w}/teacher --task {h}/task.toml --output {o} --set task.train={t}/none.csv",
+    "finetune {w}/teacher --task {h}/task.toml --output {o} --set task.dev={t}/none.csv",
+    "finetune {w}/teacher --task {h}/task.toml --output {o} --set task.test={t}/none.csv",
+    "compare {t}/none --tasks {h}/task.toml --output {o}",
+    "compare teacher={t}/none --tasks {h}/task.toml --output {o}",
+    "compare {w}/teacher --tasks {t}/none.toml --output {o}",
+    "compare {w}/teacher --tasks {h}/task.toml --output {t}/file",
+    "report {t}/none",
+    "report {w}/teacher --output {t}/none",
+    "doctor {t}/none",
+    "demo --output {t}/file",
+    "plan {t}/none.toml",
+    "plan {w}/run.toml --output {t}/file",
+    "bench table {t}/none.json",
+    "bench data --rows {t}/none",
+    "bench data --text {t}/none.txt --tokenizer {w}/teacher",
+    "bench data --text {w}/text.txt --tokenizer {t}/none",
+    "bench step --shape tiny --rows {t}/none",
+    "bench step --shape tiny --output {t}/none/results.json",
+)
+# The arguments that are text and no paths.
+TEXTS = {
+    "train": {"set"},
+    "eval": set(),
+    "prepare": {"text_field"},
+    "finetune": {"set"},
+    "compare": {"set", "distil"},
+    "report": {"text"},
+    "demo": {"set"},
+    "plan": {"set", "topology", "sweep"},
+    "bench": {"set", "topology", "peer", "dropout", "batches", "lengths", "vocabularies", "tokens", "measurement"},
+}
+
+
+def home_words(words: str, tilde: str, **folders: Path) -> list[str]:
+    if words.startswith("plan"):
+        pytest.importorskip("libtpu")
+    return [word.replace("{t}", tilde) for word in command_line(words, **folders)]
+
+
+@pytest.fixture(scope="module")
+def home(bad) -> Path:
+    (bad / "task.toml").write_text(f'[task]\ntrain = "{bad}/task.csv"\n')
+    (bad / "task.csv").write_text("text,label\n" + "".join(f"the cat {number},{number % 2}\n" for number in range(50)))
+    return bad
+
+
+@pytest.mark.parametrize("words", AT_HOME)
+def test_a_tilde_is_the_home_wherever_a_path_is_taken(words, workshop, home, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(home))
+    before = file_hashes(home), file_hashes(workshop)
+    folders = {"w": workshop, "h": home, "o": tmp_path / "out"}
+    assert cli.main(home_words(words, "~", **folders)) == 2
+    message = capsys.readouterr().err
+    named = str(home) + words.partition("{t}")[2].partition(" ")[0]
+    assert message.startswith("distil-jax: ") and message.count("\n") == 1 and named in message
+    assert (file_hashes(home), file_hashes(workshop)) == before and list(tmp_path.iterdir()) == []
+
+    assert cli.main(home_words(words, "~nobody-is-called-so", **folders)) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("distil-jax: There is no home ~nobody-is-called-so") and message.count("\n") == 1
+    assert (file_hashes(home), file_hashes(workshop)) == before and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("verb", cli._VERBS)
+def test_every_path_of_a_verb_is_tried_above(verb):
+    """A new argument is either tried with a ~, or put into the table of those that are no paths."""
+    parser = argparse.ArgumentParser()
+    importlib.import_module(f"distil_jax.commands.{cli._MODULES.get(verb, verb)}").add_arguments(parser)
+    commands = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    parsers = [parser, *(kind for action in commands for kind in action.choices.values())]
+    taken = {
+        action.dest
+        for each in parsers
+        for action in each._actions
+        if action.type is None and action.choices is None and action.nargs != 0
+    }
+    lines = [command_line(words) for words in AT_HOME]
+    parsed = [vars(parser.parse_args(line[1:])) for line in lines if line[0] == verb]
+    tried = {name for values in parsed for name, value in values.items() if name != "set" and "{t}" in str(value)}
+    assert tried == taken - TEXTS.get(verb, set())
+
+
+def test_every_text_of_a_configuration_is_a_path_or_a_field():
+    def texts(kind):
+        for field in fields(kind):
+            hint = get_type_hints(kind)[field.name]
+            if is_dataclass(hint):
+                yield from texts(hint)
+            elif hint is str and not field.metadata.get("path"):
+                yield field.name
+
+    assert {*texts(Config), *texts(FinetuneConfig)} == {"label"}
+
+
+def test_what_is_really_called_tilde(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/of/somebody")
+    assert place("~") == Path("/home/of/somebody") and place("~/a/b") == place(Path("~/a/b")) == Path(
+        "/home/of/somebody/a/b"
+    )
+    assert place("./~/a") == tmp_path / "~" / "a" == place(place("./~/a"))
+    (tmp_path / "~$letter.txt").write_text("open in an editor")
+    assert place("~$letter.txt") == tmp_path / "~$letter.txt" and at_home("~$letter.txt") == "~$letter.txt"
+    for other in ("a/~", "hub:~x", "a~", "", "teacher", "auto"):
+        assert at_home(other) == other
+    with pytest.raises(InputError, match=r"There is no home ~\$other.txt.* or ./~\$other.txt\."):
+        place("~$other.txt")
+
+
+def test_a_run_notes_where_its_paths_led(workshop, tmp_path, monkeypatch):
+    """And an export stands at home, and not in a folder that is called ~."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(workshop))
+    paths = ("data.path", "teacher.path", "student.init", "compute.cache")
+    config = load("~/run.toml", [f"{path}=~/teacher" for path in paths])
+    found = {config.data.path, config.teacher.path, config.student.init, config.compute.cache}
+    assert found == {str(workshop / "teacher")}
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert cli.main(["export", str(workshop / "teacher"), "~/student"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["home"] and (tmp_path / "home/student/config.json").is_file()
 
 
 def test_the_process_ends_as_the_function_does(workshop, tmp_path):

@@ -37,6 +37,26 @@ def test_a_room_uses_the_ground_and_what_is_below_it(room):
             assert target[0] in allowed, f"{path.relative_to(HOUSE)} may not import {'.'.join(target)}"
 
 
+def test_the_command_line_is_there_before_jax_is():
+    """So that Ctrl-C ends it from the first moment on, and --help does not wait."""
+    code = "import sys, distil_jax.cli; print(*(n for n in ('jax', 'numpy', 'flax', 'optax') if n in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
+def test_the_table_of_contents_is_the_package():
+    import distil_jax
+    from distil_jax import public
+
+    names = {name for name, value in vars(public).items() if not name.startswith("_")}
+    assert {"train_step", "MaskedLm", "Config"} <= names <= set(dir(distil_jax))
+    assert all(getattr(distil_jax, name) is getattr(public, name) for name in names)
+    with pytest.raises(AttributeError, match="'distil_jax' has no attribute 'train_stop'"):
+        distil_jax.train_stop  # noqa: B018
+    with pytest.raises(ImportError):
+        from distil_jax import train_stop  # noqa: F401
+
+
 def test_the_ground_rests_on_nothing():
     for name in GROUND:
         assert {target[0] for target in imported(HOUSE / f"{name}.py")} <= GROUND
@@ -58,6 +78,6 @@ def test_commands_call_each_other_in_no_circle():
 
 
 def test_research_code_gets_no_edge_library():
-    code = f"import sys, distil_jax; print(*(n for n in {EDGES} if n in sys.modules))"
+    code = f"import sys, distil_jax; distil_jax.train_step; print(*(n for n in {EDGES} if n in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""

@@ -330,8 +330,9 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(stopped_copy, finis
     assert run_numbers(stopped_copy) == run_numbers(finished_run)
 
 
-def test_stopping_tells_the_status_and_what_to_do(workshop, tmp_path, at_step, capsys):
-    at_step(2, terminate)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopping_tells_the_status_and_what_to_do(workshop, tmp_path, at_step, capsys, number):
+    at_step(2, lambda: os.kill(os.getpid(), number))
     assert train(workshop, tmp_path / "run", "train.checkpoint_every=1000") == 75
     step = saved_steps(tmp_path / "run")[-1]
     message = capsys.readouterr().err

@@ -18,7 +18,7 @@ from distil_jax.commands.program import keep_compiled
 from distil_jax.commands.run_folder import Model, open_model
 from distil_jax.commands.speed import encoder_seconds
 from distil_jax.models.encoder import count_parameters
-from distil_jax.schema import InputError, quoted, require
+from distil_jax.schema import InputError, at_home, place, quoted, require
 from distil_jax.task_config import FinetuneConfig, load_task
 
 _LENGTH = 128  # tokens a row of the timings, or as many positions as the smallest model has
@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Compares, and prints the tables; started again, it goes on where it was."""
-    output, models = Path(arguments.output), _named(arguments.models)
+    output, models = place(arguments.output), _named(arguments.models)
     with processes.one_voice():
         found = compare(
             models,
@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> None:
         print("\n".join(["", *lines]))
         if processes.is_first():
             write(found, lines, output)
-            cards = [Path(path).expanduser() / "README.md" for path in models.values() if arguments.cards]
+            cards = [place(path) / "README.md" for path in models.values() if arguments.cards]
             for card in filter(Path.is_file, cards):
                 into_card(card, lines)
         print(f"\nWrote {output / 'compare.md'}, {output / 'compare.json'} and {output / 'compare.png'}.")
@@ -106,6 +106,7 @@ def compare(
       InputError: a model or a task that cannot be used; runs that were finished before stay.
     """
     _check(models, tasks, seeds, overrides, distil)
+    require(output.is_dir() or not output.exists(), f"{output} is a file: name a folder for the runs.")
     teacher, names = next(iter(models)), {Path(task).stem: task for task in tasks}
     opened = {name: open_model(path) for name, path in models.items()}
     plain = [override for override in overrides if not _of_a_teacher(override)]
@@ -175,12 +176,12 @@ def _named(models: Sequence[str]) -> dict[str, str]:
     named = {}
     for model in models:
         name, separator, path = model.partition("=")
-        name, path = (name, path) if separator else (Path(model).resolve().name, model)
+        name, path = (name, path) if separator else (place(model).resolve().name, model)
         if not re.fullmatch(r"[\w.-]+", name) or name.startswith("."):
             raise InputError(f"{name!r} cannot name a model: write NAME=PATH, with letters, digits, - and . in NAME.")
         if name in named:
             raise InputError(f"Two models are called {name}: write NAME=PATH to tell them apart.")
-        named[name] = path
+        named[name] = at_home(path)
     return named
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from distil_jax.commands.markdown import mean_and_spread, table
 from distil_jax.commands.report.style import RUNS
+from distil_jax.files import whole_file, write_whole
 
 _MARKS = ("<!-- distil-jax compare -->", "<!-- distil-jax compare: end -->")
 
@@ -94,10 +95,11 @@ def write(found: Comparison, lines: Sequence[str], output: Path) -> None:
     teacher = next(iter(found.sizes))
     macro = {name: found.macro(name) for name in found.names}
     values: dict[str, Any] = {**vars(found), "macro": macro}
-    (output / "compare.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    _draw(found, output / "compare.png")
+    write_whole(output / "compare.json", json.dumps(values, indent=1) + "\n")
+    with whole_file(output / "compare.png") as draft:
+        _draw(found, draft)
     page = [f"# What students keep of {teacher}", "", *lines, "", "![scores and speed](compare.png)", ""]
-    (output / "compare.md").write_text("\n".join(page), encoding="utf-8")
+    write_whole(output / "compare.md", "\n".join(page))
 
 
 def into_card(card: Path, lines: Sequence[str]) -> None:
@@ -105,7 +107,7 @@ def into_card(card: Path, lines: Sequence[str]) -> None:
     begin, end = _MARKS
     text = card.read_text(encoding="utf-8")
     text = re.sub(f"\n*{re.escape(begin)}.*?{re.escape(end)}\n*", "\n", text, flags=re.DOTALL).rstrip()
-    card.write_text("\n".join([text, "", begin, "## Compared", "", *lines, end, ""]), encoding="utf-8")
+    write_whole(card, "\n".join([text, "", begin, "## Compared", "", *lines, end, ""]))
 
 
 def _draw(found: Comparison, path: Path) -> None:

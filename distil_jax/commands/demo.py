@@ -28,7 +28,7 @@ from distil_jax.data.prepare import PrepareConfig
 from distil_jax.files import unfinished
 from distil_jax.io.metrics import read_metrics
 from distil_jax.models.encoder import count_parameters
-from distil_jax.schema import InputError
+from distil_jax.schema import InputError, place
 
 TEXT = PrepareConfig(sources=("docstrings",), tokenizer=str(EMBEDDED_TEACHER), sequence_length=128, held_out=0.05)
 _EXAMPLES = (
@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Runs the demonstration; started again, it goes on where it was."""
-    demo(Path(arguments.output), seeds=arguments.seeds, overrides=arguments.set)
+    demo(place(arguments.output), seeds=arguments.seeds, overrides=arguments.set)
 
 
 def demo(

@@ -19,7 +19,7 @@ from distil_jax.commands.guards import InUse, folder_lock
 from distil_jax.config import Config, LossConfig, MaskingConfig, MeshConfig, ModelConfig, OptimizerConfig, StepConfig
 from distil_jax.data.manifest import verify as verify_rows
 from distil_jax.io.checkpoint import Checkpoints
-from distil_jax.schema import InputError
+from distil_jax.schema import InputError, place
 from distil_jax.structs import Rows
 from distil_jax.task_config import FinetuneConfig
 from distil_jax.training.sharding import jit_step, make_mesh
@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
         ("a step on every device", _devices),
     ]
     if arguments.run is not None:
-        checks += _run_checks(Path(arguments.run))
+        checks += _run_checks(place(arguments.run))
     wrong = 0
     for name, check in checks:
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 BAD_INPUT, DIVERGED, MACHINE_FAILED, STOPPED = 2, 3, 4, 75
+INTERRUPTED, TERMINATED = 130, 143  # by Ctrl-C or SIGTERM, with nothing to go on from; a shell's own numbers
 
 
 class Diverged(Exception):

@@ -9,6 +9,7 @@ from distil_jax.commands.card import card as made_card
 from distil_jax.commands.run_folder import Model, open_model
 from distil_jax.io import huggingface
 from distil_jax.io.task_json import architecture
+from distil_jax.schema import place
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,10 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Writes the folder and says how to open it."""
-    model = open_model(arguments.model, arguments.step)
-    export(model, arguments.output, dtype=arguments.dtype)
-    print(f"Wrote {arguments.output}. Open it with")
-    print(f"  transformers.{architecture(model.config, model.head)}.from_pretrained({arguments.output!r})")
+    model, output = open_model(arguments.model, arguments.step), place(arguments.output)
+    export(model, output, dtype=arguments.dtype)
+    print(f"Wrote {output}. Open it with")
+    print(f"  transformers.{architecture(model.config, model.head)}.from_pretrained({str(output)!r})")
 
 
 def export(model: Model, output: str | Path, *, dtype: str = "float32", card: str | None = None) -> None:

@@ -38,7 +38,7 @@ from distil_jax.files import write_whole
 from distil_jax.io import huggingface
 from distil_jax.io.checkpoint import Checkpoints
 from distil_jax.models.heads import with_fresh_head
-from distil_jax.schema import InputError, quoted, require, to_dict
+from distil_jax.schema import InputError, place, quoted, require, to_dict
 from distil_jax.task_config import FinetuneConfig, check_head, head_of, load_task, task_encoder
 from distil_jax.training.sharding import jit_step, make_mesh, shardings_of
 from distil_jax.training.state import abstract_state
@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.print_config:
         print(tomli_w.dumps(to_dict(config)), end="")
         return
-    output = Path(arguments.output)
+    output = place(arguments.output)
     with processes.one_voice():
         keep_compiled(config.compute, output)
         print(in_words(finetune(config, output)))
@@ -90,7 +90,7 @@ def finetune(config: FinetuneConfig, workdir: str | Path) -> dict[str, dict[str,
     Raises:
       As `run_program`.
     """
-    workdir = Path(workdir)
+    workdir = place(workdir)
     compiled = cache(lambda: compile_task(config))
     run_program(lambda: compiled()[0], workdir)
     program, judge, data = compiled()
@@ -108,7 +108,7 @@ def finetune(config: FinetuneConfig, workdir: str | Path) -> dict[str, dict[str,
         step = program.step_config
         model = Model(step.student, params, workdir / "tokenizer", head=step.head, run=workdir, step=best, facts=facts)
         if (workdir / "model").exists():
-            (workdir / "model" / "README.md").write_text(card(model), encoding="utf-8")
+            write_whole(workdir / "model" / "README.md", card(model))
         else:
             export(model, workdir / "model")
     processes.meet("the model is written")

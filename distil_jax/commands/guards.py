@@ -23,7 +23,9 @@ from distil_jax.schema import InputError
 class StopRequest:
     """While entered, turns the first SIGTERM or Ctrl-C into a request; the second ends the process as usual.
 
-    Of several processes each may be asked, and all of them learn of it at the same step, from JAX's own service.
+    Ctrl-C does so once it was asked whether to stop: before the first step there is nothing to save, and nobody has to
+    wait for the compilation. Of several processes each may be asked, and all of them learn of it at the same step, from
+    JAX's own service.
     """
 
     def __init__(self) -> None:
@@ -36,23 +38,30 @@ class StopRequest:
             self._noted = multihost_utils.reached_preemption_sync_point(step)
             if self._noted:
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        elif not self._noted:
+            self._take({signal.SIGINT: self._note})
         return self._noted
 
     def __enter__(self) -> StopRequest:
-        # Python allows handlers in the main thread alone.
-        if threading.current_thread() is threading.main_thread():
-            alone = jax.process_count() == 1  # else JAX has its own handler of SIGTERM, and Ctrl-C is passed on to it
-            handlers = {signal.SIGTERM: self._note, signal.SIGINT: self._note} if alone else {signal.SIGINT: _pass_on}
-            self._before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        alone = jax.process_count() == 1  # else JAX has its own handler of SIGTERM, and Ctrl-C is passed on to it
+        self._take({signal.SIGTERM: self._note} if alone else {signal.SIGINT: _pass_on})
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _note(self, *_: object) -> None:
+    def _take(self, handlers: dict[int, Any]) -> None:
+        # Python allows handlers in the main thread alone.
+        if threading.current_thread() is threading.main_thread():
+            for number in handlers.keys() - self._before.keys():
+                self._before[number] = signal.signal(number, handlers[number])
+
+    def _note(self, number: int, _: object) -> None:
+        if self._noted:
+            self.__exit__()
+            os.kill(os.getpid(), number)
         self._noted = True
-        self.__exit__()
 
 
 def _pass_on(*_: object) -> None:

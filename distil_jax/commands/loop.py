@@ -11,16 +11,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from distil_jax.commands import processes, run_folder
+from distil_jax.commands import interrupt, processes, run_folder
 from distil_jax.commands.endings import Diverged, MachineFailed, Stopped
 from distil_jax.commands.guards import StopRequest, Watchdog, folder_lock
 from distil_jax.commands.program import Program
 from distil_jax.commands.progress import Progress
 from distil_jax.config import TrainConfig
 from distil_jax.data.loader import prefetch
+from distil_jax.files import keep, missing, passing
 from distil_jax.io.checkpoint import Checkpoints
 from distil_jax.io.metrics import MetricsWriter, last_held_out, read_metrics
-from distil_jax.schema import InputError
+from distil_jax.schema import InputError, place
 from distil_jax.training.state import TrainState
 
 
@@ -43,13 +44,16 @@ def run_program(
       Diverged: too many steps without a finite loss, or a loss far above what it was; checkpoints are from before.
       MachineFailed: the disk did not take the end of the run, or a device or another process is lost.
     """
-    workdir = Path(workdir)
+    workdir = place(workdir)
     program = processes.together(lambda: _ready(make, workdir))  # nobody writes before everybody has looked
     run, config = program.config, program.config.train
     processes.agree(f"{program.step_config} {program.identity} {run.seed} {config} {run.mesh} {resume_step}")
+    made = missing(workdir)
     with contextlib.ExitStack() as stack:
         if processes.is_first():
             processes.together(lambda: stack.enter_context(folder_lock(workdir)))
+            passing(made)  # until the first step: a folder that was made for nothing
+            stack.callback(keep, workdir)
         else:
             processes.together(lambda: None)
         kept = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
@@ -64,7 +68,9 @@ def run_program(
         stack.enter_context(contextlib.closing(writer))
         try:
             with _memory_named():
-                return _loop(program, state, checkpoints, writer)
+                numbers = _loop(program, state, checkpoints, writer)
+                interrupt.note_saved()
+                return numbers
         except jax.errors.JaxRuntimeError as error:
             failure = MachineFailed(
                 f"A device or another process of this run failed ({_short(error)}): start the run again."
@@ -136,6 +142,7 @@ def _loop(program: Program, state: TrainState, checkpoints: Checkpoints, writer:
             state, metrics = program.step(state, program.teacher_params, next(batches), *program.others)
             profiler.after(step)
             progress.add(step, metrics)
+            keep(writer.folder)
             last, stopping, score = step == config.steps, stop.requested(step), None
             evaluated = last or (config.eval_every > 0 and step % config.eval_every == 0)
             if evaluated:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from distil_jax.data.corpus import FOLDER_SUFFIXES, size_in_bytes
 from distil_jax.data.manifest import Manifest
 from distil_jax.data.prepare import PrepareConfig, Progress, prepare
+from distil_jax.schema import at_home, place
 
 LOG_SECONDS = 30.0  # between progress lines where there is no terminal
 
@@ -58,8 +59,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Prepares the rows and prints what became of the text."""
     values = {field.name: getattr(arguments, field.name) for field in fields(PrepareConfig)}
-    print(prepare_rows(PrepareConfig(**values | {"sources": tuple(arguments.sources)}), arguments.output))
-    print(f"\nWrote {arguments.output}. Next: distil-jax train CONFIG --set data.path={arguments.output}")
+    values |= {"sources": tuple(map(at_home, arguments.sources)), "tokenizer": at_home(arguments.tokenizer)}
+    output = place(arguments.output)
+    print(prepare_rows(PrepareConfig(**values), output))
+    print(f"\nWrote {output}. Next: distil-jax train CONFIG --set data.path={output}")
 
 
 def prepare_rows(config: PrepareConfig, output: str | Path) -> str:

@@ -20,7 +20,7 @@ from distil_jax.files import copy_tokenizer, write_whole
 from distil_jax.io import huggingface
 from distil_jax.io.checkpoint import Checkpoints
 from distil_jax.io.tensors import local_folder
-from distil_jax.schema import InputError, build, differences, require, to_dict
+from distil_jax.schema import InputError, build, differences, place, require, to_dict
 from distil_jax.task_config import FinetuneConfig
 from distil_jax.training.state import TrainState, init_state
 
@@ -183,7 +183,7 @@ def open_model(path: str | Path, step: int | None = None) -> Model:
     Raises:
       InputError: neither; or no such checkpoint.
     """
-    folder = Path(path)
+    folder = place(path)
     if not is_run(folder):
         if step is not None:
             raise InputError(f"{path} is not a run, so it has no checkpoint of step {step}: leave --step out.")

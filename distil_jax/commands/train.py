@@ -15,7 +15,7 @@ from distil_jax.commands.evaluate import held_out_numbers
 from distil_jax.commands.loop import run_program
 from distil_jax.commands.program import Program, about_models, batches_on, first_state, keep_compiled, rows_of
 from distil_jax.config import Config, load
-from distil_jax.schema import to_dict
+from distil_jax.schema import place, to_dict
 from distil_jax.training.sharding import jit_eval, jit_step, make_mesh, shardings_of
 from distil_jax.training.state import TrainState, abstract_state
 from distil_jax.training.step import mask_and_eval_step, mask_and_train_step
@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.print_config:
         print(tomli_w.dumps(to_dict(config)), end="")
         return
-    output = Path(arguments.output or Path("runs") / Path(arguments.config).stem)
+    output = place(arguments.output or Path("runs") / Path(arguments.config).stem)
     with processes.one_voice():
         keep_compiled(config.compute, output)
         train(config, output, resume_step=arguments.resume_step)

@@ -23,7 +23,7 @@ from typing import ClassVar, Protocol, TypeVar
 import numpy as np
 
 from distil_jax.data.manifest import Manifest, Split, read_manifest
-from distil_jax.schema import InputError
+from distil_jax.schema import InputError, place
 from distil_jax.structs import Rows
 
 T = TypeVar("T")
@@ -103,7 +103,7 @@ def open_rows(folder: str | Path, split: Split = "train") -> RowTable:
     manifest = read_manifest(folder)
     shape = (getattr(manifest, split).rows, manifest.sequence_length)
     arrays = [
-        _array(Path(folder) / split / f"{name}.npy", ("<u2", "<u4"), shape) for name in ("input_ids", "segment_ids")
+        _array(place(folder) / split / f"{name}.npy", ("<u2", "<u4"), shape) for name in ("input_ids", "segment_ids")
     ]
     return RowTable(*arrays, pad_id=manifest.pad_id, vocab_size=manifest.vocab_size)
 
@@ -114,7 +114,7 @@ def token_counts(folder: str | Path, manifest: Manifest) -> np.ndarray:
     Raises:
       InputError: an array of another shape or type than the manifest says.
     """
-    return _array(Path(folder) / "token_counts.npy", ("<i8",), (manifest.vocab_size,))
+    return _array(place(folder) / "token_counts.npy", ("<i8",), (manifest.vocab_size,))
 
 
 def _array(path: Path, dtypes: tuple[str, ...], shape: tuple[int, ...]) -> np.ndarray:

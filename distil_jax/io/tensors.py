@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from distil_jax.files import TOKENIZER_FILES
-from distil_jax.schema import InputError
+from distil_jax.schema import InputError, place
 
 SINGLE, INDEX, PICKLE = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
 
@@ -40,7 +40,7 @@ def local_folder(name: str | Path) -> Path:
     Raises:
       InputError: neither exists, or the hub cannot be reached.
     """
-    folder = Path(name).expanduser()
+    folder = place(name)
     if folder.is_dir():
         return folder
     if folder.exists():
@@ -56,7 +56,7 @@ def local_folder(name: str | Path) -> Path:
     except (OSError, HFValidationError, HTTPError) as error:
         reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise InputError(
-            f"There is no folder {name}, and no model of that name came from the Hugging Face hub ({reason}): "
+            f"There is no folder {folder}, and no model of that name came from the Hugging Face hub ({reason}): "
             "check the path, or the name and the network."
         ) from error
     return copy

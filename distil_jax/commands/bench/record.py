@@ -19,7 +19,7 @@ from distil_jax import __version__
 from distil_jax.commands import markdown
 from distil_jax.commands.bench.timing import Measured
 from distil_jax.files import write_whole
-from distil_jax.schema import InputError, require
+from distil_jax.schema import InputError, place, require
 
 KEPT = Path(__file__).parent / "results"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "libtpu", "torch", "transformers", "tokenizers")
@@ -85,13 +85,15 @@ def check_output(path: str | None) -> None:
     Raises:
       InputError: it cannot.
     """
-    lawful = path is None or (not Path(path).is_dir() and os.access(Path(path).absolute().parent, os.W_OK))
-    require(lawful, f"Cannot write {path}: --output takes a file in an existing folder.")
+    if path is not None:
+        file = place(path)
+        lawful = not file.is_dir() and os.access(file.absolute().parent, os.W_OK)
+        require(lawful, f"Cannot write {file}: --output takes a file in an existing folder.")
 
 
 def write(path: str | Path, values: dict[str, Any]) -> None:
     """Writes a record as JSON."""
-    write_whole(Path(path), json.dumps(values, indent=1) + "\n")
+    write_whole(place(path), json.dumps(values, indent=1) + "\n")
 
 
 def read(path: str | Path) -> dict[str, Any]:
@@ -100,8 +102,9 @@ def read(path: str | Path) -> dict[str, Any]:
     Raises:
       InputError: another file, or none.
     """
+    path = place(path)
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"Cannot read {path} ({error.strerror}): name a file that `bench --output` wrote.") from error
     except ValueError as error:

@@ -19,7 +19,7 @@ from distil_jax.data.manifest import Manifest, read_manifest
 from distil_jax.io.config_json import from_json
 from distil_jax.io.tensors import local_folder, read_json
 from distil_jax.objective.masking import most_targets
-from distil_jax.schema import InputError, require
+from distil_jax.schema import InputError, place, require
 
 # The published teachers of the presets: BERT-base with so many ids. They are planned for without being downloaded.
 _BERT_BASE = {
@@ -58,8 +58,9 @@ def run(arguments: argparse.Namespace) -> None:
     finite = arguments.tokens is None or 0 < arguments.tokens < 1e18
     require(finite, f"--tokens must be a number above 0, not {arguments.tokens}.")
     workload = read_workload(load(arguments.config, arguments.set), arguments.sequence_length, arguments.tokens)
-    if arguments.output:  # before minutes are spent on what belongs there
-        Path(arguments.output).mkdir(parents=True, exist_ok=True)
+    output = place(arguments.output) if arguments.output else None
+    if output:  # before minutes are spent on what belongs there
+        output.mkdir(parents=True, exist_ok=True)
     jobs = [workload.job(*machine) for machine in machines]
     found = []
     for job in jobs:
@@ -68,8 +69,8 @@ def run(arguments: argparse.Namespace) -> None:
     pairs = list(zip(jobs, found, strict=True))
     lines = show.sweep(workload, pairs) if arguments.sweep else show.single(workload, *pairs[0])
     print("\n".join(lines))
-    if arguments.output:
-        print(f"\nWrote {show.write(workload, pairs, lines, Path(arguments.output))}.")
+    if output:
+        print(f"\nWrote {show.write(workload, pairs, lines, output)}.")
     if not any(each.fits for each in found):
         raise InputError(_advice(jobs[0], found[0]))
 

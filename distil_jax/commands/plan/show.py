@@ -9,6 +9,7 @@ from distil_jax.commands.flops import step_flops
 from distil_jax.commands.markdown import table
 from distil_jax.commands.plan.aot import Compiled, Job
 from distil_jax.commands.plan.roofline import ASSUMPTIONS, chip_of, roofline
+from distil_jax.files import whole_file, write_whole
 
 if TYPE_CHECKING:
     from distil_jax.commands.plan import Workload
@@ -88,9 +89,10 @@ def write(workload: Workload, pairs: Pairs, lines: list[str], folder: Path) -> P
     """Writes plan.md, and plan.png for several topologies; returns the page's path."""
     page = ["# Plan", *lines]
     if len(pairs) > 1:
-        _draw(workload, pairs, folder / "plan.png")
+        with whole_file(folder / "plan.png") as draft:
+            _draw(workload, pairs, draft)
         page += ["", "![plan](plan.png)"]
-    (folder / "plan.md").write_text("\n".join(page) + "\n", encoding="utf-8")
+    write_whole(folder / "plan.md", "\n".join(page) + "\n")
     return folder / "plan.md"
 
 

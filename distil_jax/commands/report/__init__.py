@@ -16,8 +16,9 @@ from distil_jax.commands.report.page import Block, Heading, Paragraph, to_html, 
 from distil_jax.commands.report.sections import by_seed, details, held_out, over_seeds, summary, throughput
 from distil_jax.commands.run_folder import is_run, read_config
 from distil_jax.config import Config
+from distil_jax.files import write_whole
 from distil_jax.io.metrics import read_metrics
-from distil_jax.schema import InputError
+from distil_jax.schema import InputError, place
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,13 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Writes the report and says where."""
-    runs = {Path(folder).resolve().name: Path(folder) for folder in arguments.runs}
+    runs = {place(folder).resolve().name: place(folder) for folder in arguments.runs}
     if len(runs) < len(arguments.runs):
         raise InputError("Two of the runs have the same folder name, so a report could not tell them apart.")
     # The run may still be going: its accelerators are its own. And a report fetches nothing.
     jax.config.update("jax_platforms", "cpu")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    output = Path(arguments.output or arguments.runs[0])
+    output = place(arguments.output or arguments.runs[0])
     if not output.is_dir():
         raise InputError(f"{output} is no folder to write into: make it first, or leave --output out.")
     written = write_report(runs, output, texts=arguments.text)
@@ -103,7 +104,7 @@ def write_report(
         blocks += [Heading("Words in gaps"), *(examples(first, texts) if gaps is None else gaps)]
     for name in runs:
         blocks += [Heading(name if len(runs) > 1 else "Details"), *details(histories[name], configs[name])]
-    (output / "report.html").write_text(to_html(title, blocks), encoding="utf-8")
+    write_whole(output / "report.html", to_html(title, blocks))
     path = output / "report.md"
-    path.write_text(to_markdown(blocks), encoding="utf-8")
+    write_whole(path, to_markdown(blocks))
     return path

@@ -17,6 +17,7 @@ import numpy as np
 from distil_jax.commands.report.history import JUDGES, SHARES, short
 from distil_jax.commands.report.page import Curves, visible
 from distil_jax.commands.report.style import GRID, INK, MUTED, RUNS, VARIABLES
+from distil_jax.files import whole_file
 from distil_jax.schema import require
 
 if TYPE_CHECKING:
@@ -103,7 +104,8 @@ def _png(metrics: dict[str, list[dict]], shown: Sequence[Panel], path: Path) -> 
         _draw(axis, metrics, panel)
     if len(metrics) > 1:
         _legend(figure, list(metrics))
-    figure.savefig(path, dpi=130)
+    with whole_file(path) as draft:
+        figure.savefig(draft, dpi=130)
 
 
 def _legend(figure: Figure, names: list[str]) -> None:
