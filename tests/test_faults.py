@@ -190,8 +190,9 @@ def test_a_second_signal_ends_at_once_and_loses_nothing(workshop, tmp_path):
 
 
 # A command that has begun a folder and stands still, as the program behind it says.
+IN_C = "import ctypes; [ctypes.CDLL(None).pthread_mutex_lock(lock) for lock in [ctypes.create_string_buffer(64)] * 2]"
 STANDS = """
-import ctypes, gc, pathlib, sys, time
+import ctypes, gc, sys, time
 from distil_jax import cli, files
 from distil_jax.commands import prepare
 
@@ -206,7 +207,7 @@ prepare.prepare = stand
 cli.program()
 """
 WHERE = {
-    "in C code": "ctypes.CDLL(None).sleep(600)",  # as in a compilation: Python's handlers would wait for its end
+    "in C code": IN_C,  # as in a compilation: Python's handlers would wait for its end
     "in the garbage collector": "gc.callbacks.append(lambda *_: time.sleep(600)); gc.collect()",  # exceptions are lost
     "in code that swallows all": "exec('while 1:\\n try: time.sleep(9)\\n except BaseException: pass')",
     "in files": "[(folder / str(n)).write_text('') for n in iter(int, 1)]",
@@ -230,9 +231,7 @@ def test_ctrl_c_ends_a_command_wherever_it_stands_with_one_line_and_no_folder(tm
 
 def test_ctrl_c_before_the_first_step_does_not_wait_for_the_compilation(workshop, tmp_path):
     """And the new run folder goes again."""
-    stands = (
-        "import ctypes; from distil_jax.commands import loop; loop._evaluate = lambda *_: ctypes.CDLL(None).sleep(600)"
-    )
+    stands = f"from distil_jax.commands import loop; loop._evaluate = lambda *_: exec({IN_C!r}, {{}})"
     compiles = f"{stands}\n{COMMAND}"
     (process,) = start(1, words(workshop, tmp_path / "runs" / "new"), program=compiles, devices=2)
     wait_for((tmp_path / "runs" / "new" / "metrics.jsonl").exists, process)

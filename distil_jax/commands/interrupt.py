@@ -7,16 +7,21 @@ system's notice of a signal goes to a thread that does nothing else.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import threading
+import time
+from collections.abc import Callable, Iterator
 
 from distil_jax.commands import endings
 from distil_jax.files import remove_unfinished, taking_place
 
+_LONGEST_SAVE = 5.0  # seconds that an end waits for a checkpoint that is being written
 _ALONE = {signal.SIGINT: endings.INTERRUPTED, signal.SIGTERM: endings.TERMINATED}  # and nothing was saved
 _saved = threading.Event()
+_saving: list[Callable[[], bool]] = []
 
 
 def watch() -> None:
@@ -32,6 +37,16 @@ def watch() -> None:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _left_to_the_thread)
     threading.Thread(target=_listen, args=(reading,), name="interrupt", daemon=True).start()
+
+
+@contextlib.contextmanager
+def waits_for(saving: Callable[[], bool]) -> Iterator[None]:
+    """While entered, the process is not ended while this holds, or a few seconds later: a checkpoint is being saved."""
+    _saving.append(saving)
+    try:
+        yield
+    finally:
+        _saving.remove(saving)
 
 
 def note_saved() -> None:
@@ -61,6 +76,9 @@ def _listen(pipe: int) -> None:
 
 def _end(number: int) -> None:
     """Ends the process without asking the main thread, which may be held up for minutes."""
+    latest = time.monotonic() + _LONGEST_SAVE
+    while any(saving() for saving in list(_saving)) and time.monotonic() < latest:
+        time.sleep(0.05)
     remove_unfinished()
     if _saved.is_set():
         status, sentence = endings.STOPPED, "Stopped; what was finished is saved: run the same command to go on."

@@ -58,6 +58,7 @@ def run_program(
             processes.together(lambda: None)
         kept = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
         checkpoints = stack.enter_context(contextlib.closing(kept))
+        stack.enter_context(interrupt.waits_for(checkpoints.saving))
         state = _begin(program, checkpoints, resume_step)
         step = int(state.step)
         processes.together(lambda: run_folder.begin(workdir, program) if processes.is_first() else None)

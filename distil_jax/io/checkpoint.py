@@ -192,6 +192,10 @@ class Checkpoints:
             return
         self._sealing = (step, self._sealer.submit(self._seal, step, facts, _described(arrays), score))
 
+    def saving(self) -> bool:
+        """Whether a save that was started is not on disk yet; any thread may ask."""
+        return any(self._folder.glob(".saving-*"))
+
     def check(self) -> None:
         """Takes note of a save that has ended meanwhile; call it at every step."""
         if self._sealing is not None and self._sealing[1].done():
