@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from dataclasses import replace
@@ -227,6 +228,14 @@ def test_a_run_without_a_checkpoint_is_named(finished_run, tmp_path, capsys):
 
 
 # Gaps
+
+
+def test_gaps_are_filled_alike_whichever_side_the_tokenizer_pads(exported, tmp_path):
+    left = shutil.copytree(exported, tmp_path / "left")
+    values = json.loads((left / "tokenizer_config.json").read_text())
+    (left / "tokenizer_config.json").write_text(json.dumps(values | {"padding_side": "left"}))
+    assert load_tokenizer(left).padding_side == "left"
+    assert fill_mask(open_model(left), TEXTS) == fill_mask(open_model(exported), TEXTS)
 
 
 def test_gaps_are_filled_with_the_likeliest_words(exported):
