@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -304,6 +305,26 @@ def test_closing_prefetch_stops_its_thread():
     items.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
     assert len(taken) <= 4
+
+
+def test_closing_prefetch_does_not_wait_for_a_source_that_hangs(monkeypatch):
+    """A disk that is gone must not keep a run that has ended from ending; Python waits for threads but for daemons."""
+    monkeypatch.setattr(loader, "_LONGEST_GOODBYE", 0.05)
+    never = threading.Event()
+
+    def stuck():
+        yield 1
+        never.wait(60)
+
+    items = loader.prefetch(stuck())
+    assert next(items) == 1
+    began = time.monotonic()
+    items.close()
+    assert time.monotonic() - began < 10
+    (thread,) = [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
+    assert thread.daemon
+    never.set()
+    thread.join(10)
 
 
 def test_the_loader_needs_no_heavy_library():

@@ -12,13 +12,13 @@ import functools
 import io
 import itertools
 import math
+import queue
 import re
-from collections import deque
+import threading
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from distil_jax.data.manifest import Manifest, Split, read_manifest
 from distil_jax.schema import InputError, place
 from distil_jax.structs import Rows
 
+_LONGEST_GOODBYE = 2.0  # seconds; a thread that is not stuck ends after the item that it is reading
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 # The header of a .npy file as NumPy writes it: its length after the first ten bytes, the type, and one or two sizes.
@@ -225,14 +226,29 @@ def _fill(rows: T, numbers: np.ndarray, filling: dict[str, float]) -> T:
 def prefetch(items: Iterable[T], depth: int = 2) -> Iterator[T]:
     """The same items, read ahead by one background thread.
 
-    An exception of the source is raised here, in its turn. Closing the generator ends the thread.
+    An exception of the source is raised here, in its turn. Closing the generator ends the thread, unless the source
+    does not answer: that is not waited for, here or at the end of the process.
     """
     source, end = iter(items), object()
-    worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
+    ready: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+    asked, closed = threading.Semaphore(depth), threading.Event()
+
+    def read() -> None:
+        while asked.acquire() and not closed.is_set():
+            try:
+                ready.put((next(source, end), None))
+            except BaseException as error:  # noqa: BLE001 (raised where the item would have been taken)
+                ready.put((end, error))
+
+    reader = threading.Thread(target=read, name="prefetch", daemon=True)
+    reader.start()
     try:
-        ahead = deque(worker.submit(next, source, end) for _ in range(depth))
-        while (item := ahead.popleft().result()) is not end:
-            ahead.append(worker.submit(next, source, end))
-            yield item
+        while (answer := ready.get())[0] is not end:
+            asked.release()
+            yield answer[0]
+        if answer[1] is not None:
+            raise answer[1]
     finally:
-        worker.shutdown(cancel_futures=True)
+        closed.set()
+        asked.release()
+        reader.join(_LONGEST_GOODBYE)
