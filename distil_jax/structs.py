@@ -129,7 +129,8 @@ class Mean:
     @classmethod
     def of(cls, values: Array, where: Array) -> Mean:
         """The mean of `values` over the positions where `where` is true; what stands elsewhere may be anything."""
-        return cls(jnp.sum(jnp.where(where, values, 0.0)), jnp.sum(where, dtype=jnp.float32))
+        values = jnp.asarray(values, jnp.float32)
+        return cls(jnp.sum(jnp.where(where, values, 0)), jnp.sum(where, dtype=jnp.float32))
 
 
 Metrics = dict[str, Mean]

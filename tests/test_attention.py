@@ -102,6 +102,17 @@ def test_value_and_gradients_are_those_of_xla(interpreted, implementation, heads
 
 
 @both
+def test_64_bit_types_change_nothing(interpreted, implementation):
+    arrays = inputs(128, 2, 64)
+    expected = output_and_gradients(implementation, 0.3, *arrays)
+    with jax.enable_x64(True):
+        found = output_and_gradients(implementation, 0.3, *arrays)
+    assert [each.dtype for each in found] == [each.dtype for each in expected]
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6 * np.abs(theirs).max())
+
+
+@both
 def test_bfloat16_is_nearer_to_the_truth_than_xla(interpreted, implementation):
     arrays = inputs(256, 2, 64, jnp.bfloat16)
     truth = exact(0.1, *arrays)
@@ -229,21 +240,27 @@ def abstract_inputs(length, heads, size, dtype):
 
 
 @pytest.mark.parametrize(
-    ("size", "length", "rate", "dtype"),
-    [(64, 512, 0.1, "bfloat16"), (32, 192, 0.0, "bfloat16"), (128, 384, 0.1, "bfloat16"), (64, 128, 0.1, "float32")],
+    ("size", "length", "rate", "dtype", "x64"),
+    [
+        (64, 512, 0.1, "bfloat16", False),
+        (32, 192, 0.0, "bfloat16", False),
+        (128, 384, 0.1, "bfloat16", True),
+        (64, 128, 0.1, "float32", False),
+    ],
 )
-def test_triton_takes_the_gpu_kernels_without_a_gpu(size, length, rate, dtype):
+def test_triton_takes_the_gpu_kernels_without_a_gpu(size, length, rate, dtype, x64):
     """As far as a machine without CUDA goes: the kernels are lowered to Triton's language, which is verified."""
     from jaxlib.mlir import ir
     from jaxlib.triton import dialect
 
     def compute(query, key, value, slope, segment_ids, seeds):
-        given = (query, key, value, segment_ids, seeds, jnp.arange(12))
+        given = (query, key, value, segment_ids, seeds, jnp.arange(12, dtype=jnp.int32))
         output, saved = gpu_attention.forward(*given, rate=rate)
         return output, gpu_attention.backward(*given, output, saved, slope, rate=rate)
 
     with (
         warnings.catch_warnings(),
+        jax.enable_x64(x64),
         jax.sharding.use_abstract_mesh(
             AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H100", None, "gpu"))
         ),
@@ -280,7 +297,7 @@ device = topologies.get_topology_desc(platform="tpu", topology_name=sys.argv[1])
 sharding = jax.sharding.SingleDeviceSharding(device)
 
 def compute(query, key, value, slope, segment_ids, seeds):
-    given = (query, key, value, segment_ids, seeds, jnp.arange(12))
+    given = (query, key, value, segment_ids, seeds, jnp.arange(12, dtype=jnp.int32))
     output, saved = tpu_attention.forward(*given, rate=0.1)
     return output, tpu_attention.backward(*given, output, saved, slope, rate=0.1)
 
@@ -295,9 +312,9 @@ for length in (128, 512):
 
 
 @pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu, which compiles for TPUs, is not installed")
-@pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2"])
-def test_libtpu_compiles_the_tpu_kernels_without_a_tpu(topology):
-    environment = os.environ | ENVIRONMENT
+@pytest.mark.parametrize(("topology", "x64"), [("v5e:2x2", "0"), ("v6e:2x2", "1")])
+def test_libtpu_compiles_the_tpu_kernels_without_a_tpu(topology, x64):
+    environment = os.environ | ENVIRONMENT | {"JAX_ENABLE_X64": x64}
     command = [sys.executable, "-c", COMPILE, topology]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -58,6 +58,16 @@ def test_without_seeds_or_with_rate_zero_nothing_happens():
     np.testing.assert_array_equal(dropout(values, SEEDS[:2, 0], 0.0), values)
 
 
+def test_64_bit_types_change_no_mask():
+    seeds = row_seeds(jax.random.key(3), np.arange(ROWS), 2)
+    with jax.enable_x64(True):
+        found = row_seeds(jax.random.key(3), jnp.arange(ROWS), 2)
+        dropped = dropout(jnp.ones((ROWS, 64), jnp.float32), found[:, 0], 0.1)
+    assert found.dtype == jnp.uint32 and dropped.dtype == jnp.float32
+    np.testing.assert_array_equal(found, seeds)
+    np.testing.assert_array_equal(dropped, dropout(jnp.ones((ROWS, 64)), seeds[:, 0], 0.1))
+
+
 def test_an_elements_fate_depends_on_its_index_alone():
     whole = kept(SEEDS[0, 0], jnp.arange(64, dtype=jnp.uint32), 0.3)
     np.testing.assert_array_equal(kept(SEEDS[0, 0], jnp.arange(32, 64, dtype=jnp.uint32), 0.3), whole[32:])

@@ -1,5 +1,7 @@
 """Masking: the shares of the recipe, and draws that depend on the row alone."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,6 +69,20 @@ def test_a_row_is_masked_alike_wherever_it_stands(rows, weights):
     np.testing.assert_array_equal(part.labels, whole.labels[order])
     other = mask(jax.random.key(4), rows, weights=weights, config=CONFIG)
     assert (np.asarray(other.labels) != np.asarray(whole.labels)).any()
+
+
+@pytest.mark.parametrize("rate", [0.15, 0.35])
+def test_64_bit_types_change_no_mask(weights, rate):
+    """Rows of every length: which share of them is half a target too many depends on how it is rounded."""
+    lengths = np.arange(1, 85)[:, None]
+    ids = np.random.default_rng(0).integers(5, VOCAB, (84, 84), np.int32)
+    segments = (np.arange(84) < lengths).astype(np.int32)
+    rows, config = Rows(ids, segments, ids, np.arange(84, dtype=np.int32)), replace(CONFIG, rate=rate)
+    expected = mask(jax.random.key(3), rows, weights=weights, config=config)
+    with jax.enable_x64(True):
+        found = mask(jax.random.key(3), rows, weights=weights.astype(np.float64), config=config)
+    assert found.input_ids.dtype == found.labels.dtype == jnp.int32
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 def test_rows_without_words_have_no_target(weights):

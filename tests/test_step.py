@@ -1,5 +1,6 @@
 """The step: pure, exact under any cutting of the batch, and it never touches the teacher."""
 
+import re
 from dataclasses import replace
 
 import jax
@@ -236,6 +237,27 @@ def test_impossible_steps_are_refused(step_config, change, words):
 def test_teachers_that_do_not_fit_are_refused(step_config, change, words):
     with pytest.raises(InputError, match=words):
         replace(step_config, teacher=replace(step_config.teacher, **change))
+
+
+# 64-bit types
+
+
+def test_64_bit_types_change_nothing(step_config, student_params, teacher_params, batch, rows, weights, whole):
+    """Losses and updates; and nothing that is drawn or computed has 64 bits, with masks and dropout too."""
+    config = replace(step_config, student=replace(step_config.student, hidden_dropout=0.1, attention_dropout=0.2))
+    with jax.enable_x64(True):
+        state, losses = run(step_config, student_params, teacher_params, batch)
+        texts = [str(jax.make_jaxpr(init_state, 1)(KEY, config))]
+        for step in (mask_and_train_step, mask_and_eval_step):
+            text, shapes = jax.make_jaxpr(step, return_shape=True)(
+                init_state(KEY, config, params=student_params), teacher_params, rows, weights
+            )
+            texts.append(str(text))
+            assert {leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes)} == {4}
+    assert not any(re.search(r"f64\[\d", text) for text in texts)
+    close(losses, whole[1])
+    assert_params_close(state.params, whole[0].params)
+    assert jax.tree.map(lambda leaf: leaf.dtype, state) == jax.tree.map(lambda leaf: leaf.dtype, whole[0])
 
 
 # Numbers that are none

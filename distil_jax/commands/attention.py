@@ -80,7 +80,7 @@ def _one_row(model: ModelConfig, length: int, implementation: Attention, dtype: 
     query, key, value, slope = (
         jax.random.normal(each, shape, jnp.float32).astype(dtype) for each in jax.random.split(jax.random.key(0), 4)
     )
-    segment_ids = (jnp.arange(length)[None] * 4 // length + 1) % 4  # three sequences, and padding
+    segment_ids = (jnp.arange(length, dtype=jnp.int32)[None] * 4 // length + 1) % 4  # three sequences, and padding
     seeds = row_seeds(jax.random.key(1), jnp.arange(1), 1)[:, 0]
 
     @jax.jit

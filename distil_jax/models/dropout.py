@@ -29,12 +29,13 @@ def row_seeds(key: Array, row_index: Array, sites: int) -> Array:
       row_index: [B], a number that tells each row from the others.
       sites: how many places there are.
     """
-    return jax.vmap(lambda row: jax.random.bits(jax.random.fold_in(key, row), (sites,)))(row_index)
+    # The type is named: where JAX has 64-bit types switched on, bits without one are other numbers.
+    return jax.vmap(lambda row: jax.random.bits(jax.random.fold_in(key, row), (sites,), jnp.uint32))(row_index)
 
 
 def batch_seeds(key: Array, batch: Batch, sites: int) -> Array:
     """[B, sites] uint32: `row_seeds` of a batch, whose rows go by `row_index`, or else by their place in it."""
-    rows_B = jnp.arange(len(batch.input_ids)) if batch.row_index is None else batch.row_index
+    rows_B = jnp.arange(len(batch.input_ids), dtype=jnp.int32) if batch.row_index is None else batch.row_index
     return row_seeds(key, rows_B, sites)
 
 

@@ -215,7 +215,7 @@ def _scores(left: Array, right: Array, left_ids: Array, right_ids: Array) -> Arr
 def _stay(seed: Any, head: Any, queries: Any, keys: Any, segments: Any, rate: float, transposed: bool = False) -> Array:
     """The mask of dropout, [queries, keys] or transposed, as `dropout` makes it over [H, L, L]."""
     (length,) = segments.shape
-    query, key = ((each.start + jnp.arange(each.size)).astype(jnp.uint32) for each in (queries, keys))
+    query, key = ((each.start + jnp.arange(each.size, dtype=jnp.int32)).astype(jnp.uint32) for each in (queries, keys))
     query = (head[0].astype(jnp.uint32) * length + query) * length
     return kept(seed[0], query[None, :] + key[:, None] if transposed else query[:, None] + key[None, :], rate)
 

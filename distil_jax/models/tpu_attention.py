@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -22,6 +23,9 @@ from distil_jax.structs import Array
 _LANES = 128
 _QUERIES = 256  # whose scores exist at a time, [256, L] float32 each
 _LONGEST = 1024  # beyond, they do not fit into a chip's vector memory
+_FIRST = np.int32(
+    0
+)  # of an axis that is not cut; a bare 0 has 64 bits where JAX has such switched on, and Mosaic refuses it
 _NEVER = -1e9  # a score that leaves no weight, and stays finite where nothing else is seen
 
 
@@ -79,11 +83,11 @@ def _call(
         transcendentals=rows * len(heads) * length**2,
         bytes_accessed=moved,
     )
-    block = pl.BlockSpec((1, length, _LANES), lambda row, group, *_: (row, 0, group))
+    block = pl.BlockSpec((1, length, _LANES), lambda row, group, *_: (row, _FIRST, group))
     grid = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=2,
         grid=(rows, len(heads) * size // _LANES),
-        in_specs=[pl.BlockSpec((1, 1, length), lambda row, group, *_: (row, 0, 0)), *[block] * len(wide)],
+        in_specs=[pl.BlockSpec((1, 1, length), lambda row, group, *_: (row, _FIRST, _FIRST)), *[block] * len(wide)],
         out_specs=[block] * outputs,
     )
     found = pl.pallas_call(

@@ -54,22 +54,23 @@ def mask_tokens(key: Array, rows: Rows, *, weights: Array, config: MaskingConfig
       A `Batch` whose labels are the original ids at the targets and `IGNORED` elsewhere.
     """
     most = most_targets(rows.input_ids.shape[1], config.rate)
-    log_weights_V = jnp.log(weights)  # -inf where a token is never chosen
-    words_V = jnp.cumsum(weights > 0)  # words up to each id: inverts "the n-th word" by a search
+    # Types are named throughout: where JAX has 64-bit types switched on, draws without one are other draws.
+    log_weights_V = jnp.log(jnp.asarray(weights, jnp.float32))  # -inf where a token is never chosen
+    words_V = jnp.cumsum(weights > 0, dtype=jnp.int32)  # words up to each id: inverts "the n-th word" by a search
 
     def mask_row(row: Rows) -> tuple[Array, Array]:
         choose_key, kind_key, word_key = jax.random.split(jax.random.fold_in(key, row.row_index), 3)
         ids_L, real_L = row.input_ids, row.segment_ids > 0
         scores_L = jnp.where(real_L, log_weights_V[ids_L], -jnp.inf)
-        scores_L += jax.random.gumbel(choose_key, scores_L.shape)
+        scores_L += jax.random.gumbel(choose_key, scores_L.shape, jnp.float32)
         # A sort, not `top_k`: XLA cuts a sort along the rows of a sharded batch, and gathers them all for a top-k.
         targets_M = jnp.argsort(scores_L, descending=True)[:most]
         scores_M = scores_L[targets_M]
-        wanted = jnp.maximum(1, jnp.round(config.rate * jnp.sum(real_L)))
+        wanted = jnp.maximum(1, jnp.round(config.rate * jnp.sum(real_L, dtype=jnp.float32)))
         chosen_M = (jnp.arange(most) < wanted) & (scores_M > -jnp.inf)
         original_M = ids_L[targets_M]
-        kind_M = jax.random.uniform(kind_key, (most,))
-        word_M = jnp.searchsorted(words_V, jax.random.randint(word_key, (most,), 1, words_V[-1] + 1))
+        kind_M = jax.random.uniform(kind_key, (most,), jnp.float32)
+        word_M = jnp.searchsorted(words_V, jax.random.randint(word_key, (most,), 1, words_V[-1] + 1, jnp.int32))
         hidden_M = jnp.where(
             kind_M < config.mask,
             config.mask_token_id,

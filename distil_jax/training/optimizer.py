@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from distil_jax.config import OptimizerConfig
@@ -17,13 +18,15 @@ def learning_rate(config: OptimizerConfig) -> optax.Schedule:
     if config.steps < 1:
         raise InputError("optimizer.steps must be at least 1: the learning rate decays to 0 over that many steps.")
     warmup = round(config.warmup * config.steps)
-    return optax.join_schedules(
+    schedule = optax.join_schedules(
         [
             optax.linear_schedule(0.0, config.learning_rate, warmup),
             optax.linear_schedule(config.learning_rate, 0.0, config.steps - warmup),
         ],
         [warmup],
     )
+    # A whole number divided would be float64 where JAX has 64-bit types switched on.
+    return lambda step: schedule(jnp.asarray(step, jnp.float32))
 
 
 # Cached, because two chains never compare equal: whoever asks with an equal config gets the same one.

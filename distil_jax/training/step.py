@@ -77,7 +77,8 @@ def train_step(state: TrainState, teacher_params: Any, batch: Batch) -> tuple[Tr
         "tokens": jnp.sum(batch.segment_ids > 0),
         "skipped": ~finite,
     }
-    metrics = terms | {name: Mean(jnp.asarray(n, jnp.float32), jnp.ones(())) for name, n in numbers.items()}
+    once = jnp.ones((), jnp.float32)
+    metrics = terms | {name: Mean(jnp.asarray(number, jnp.float32), once) for name, number in numbers.items()}
     skipped = state.skipped + jnp.asarray(~finite, jnp.int32)
     return state.replace(step=state.step + 1, skipped=skipped, params=params, opt_state=opt_state), metrics
 
@@ -175,7 +176,7 @@ def _gradients(state: TrainState, teacher_params: Any, batch: Batch) -> tuple[An
         return jax.lax.scan(add, zeros, micro_batches)[0]
 
     if batch.row_index is None:  # its rows are numbered before it is cut, so that no two draw the same dropout
-        batch = batch.replace(row_index=jnp.arange(len(batch.input_ids)))
+        batch = batch.replace(row_index=jnp.arange(len(batch.input_ids), dtype=jnp.int32))
     student = abstract_model(config.student, config.head)
     params = gather_params(state.params, student)
     if config.needs_teacher:
