@@ -416,7 +416,7 @@ def test_a_tensor_under_two_names_is_refused(tmp_path: Path) -> None:
     ("changes", "words"),
     [
         ({"model_type": "roberta"}, "type 'roberta', not a BERT"),
-        ({"model_type": "REMOVE"}, "type None, not a BERT"),
+        ({"model_type": "REMOVE"}, "says no model_type"),
         ({"model_type": ["bert"]}, "not a BERT"),
         ({"hidden_act": "silu"}, "hidden_act = 'silu'"),
         ({"hidden_act": ["gelu"]}, "hidden_act = ['gelu']"),
@@ -467,7 +467,7 @@ def test_a_config_that_is_no_json_object_is_refused(text: str, tmp_path: Path) -
     (folder / "config.json").write_bytes(text.encode("utf-8", "surrogatepass"))
     assert "config.json" in refusal(folder)
     (folder / "config.json").unlink()
-    assert "Cannot read" in refusal(folder)
+    assert "has no config.json, so it is no model: name a folder that has" in refusal(folder)
 
 
 def test_weights_that_are_cut_short_or_absent_are_refused(tmp_path: Path) -> None:
@@ -477,10 +477,94 @@ def test_weights_that_are_cut_short_or_absent_are_refused(tmp_path: Path) -> Non
     for length in (0, 5, 100, len(whole) - 1):
         file.write_bytes(whole[:length])
         assert "not a whole safetensors file" in refusal(folder)
-    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-    assert "not a whole safetensors file" in refusal(folder)
     file.unlink()
     assert "holds no weights" in refusal(folder)
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "config.json", "tokenizer.json"])
+def test_a_file_that_git_has_not_fetched_is_called_that(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    folder = saved(tmp_path / "model")
+    if name == "pytorch_model.bin":
+        (folder / "model.safetensors").unlink()
+    (folder / name).write_text(POINTER)
+    message = refusal(folder) if name != "tokenizer.json" else ""
+    if not message:  # it is read by nobody on the way, and must not be handed on
+        with pytest.raises(InputError) as caught:
+            huggingface.save(tmp_path / "again", *huggingface.load(folder), tokenizer=folder)
+        message = str(caught.value)
+    assert f"{folder / name} is not the file itself" in message and "`git lfs pull`" in message
+    assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module.", "model.", "student.encoder."])
+def test_names_from_a_wrapper_are_not_said_to_be_missing(prefix: str, tmp_path: Path) -> None:
+    folder = saved(tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    save_file({prefix + name: value for name, value in weights.items()}, folder / "model.safetensors")
+    message = refusal(folder)
+    assert f"have {prefix!r} in front of their names" in message and "missing" not in message
+    assert "save the model inside the wrapper" in message
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        (["adapter_config.json", "adapter_model.safetensors"], "it is a PEFT adapter; merge it into its model"),
+        (["manifest.json", "train/input_ids.npy"], "it holds prepared rows"),
+        (["config.toml", "tokenizer/config.json"], "it is a run; write its model with `distil-jax export`"),
+        (
+            ["modules.json", "0_Transformer/config.json", "0_Transformer/model.safetensors"],
+            "one in it, {f}/0_Transformer",
+        ),
+        (
+            ["refs/main", "snapshots/0a/config.json", "snapshots/0a/model.safetensors"],
+            "the one in it, {f}/snapshots/0a",
+        ),
+        (["checkpoint-5/config.json", "checkpoint-5/pytorch_model.bin"], "give the one in it, {f}/checkpoint-5"),
+        (["vocab.txt", "notes/config.json"], "name a folder that has"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_a_folder_that_is_no_model_is_called_what_it_is(files: list[str], words: str, tmp_path: Path) -> None:
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).touch()
+    message = refusal(tmp_path)
+    assert f"{tmp_path} has no config.json, so it is no model" in message
+    assert words.format(f=tmp_path) in message
+
+
+@pytest.mark.parametrize("name", ["tf_model.h5", "flax_model.msgpack", "pytorch_model-00001-of-00002.bin"])
+def test_weights_that_are_not_read_are_named(name: str, tmp_path: Path) -> None:
+    folder = saved(tmp_path / "model")
+    (folder / "model.safetensors").rename(folder / name)
+    assert f"has {name}: write it anew with save_pretrained()" in refusal(folder)
+
+
+def test_weights_under_the_name_of_others_are_called_what_they_are(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    folder = saved(tmp_path / "model")
+    ours, theirs = folder / "model.safetensors", folder / "pytorch_model.bin"
+    ours.rename(theirs)
+    assert "is a safetensors file under another name: call it model.safetensors" in refusal(folder)
+    torch.save({"weight": torch.zeros(2)}, ours)
+    assert "is a file of PyTorch's under another name: call it pytorch_model.bin" in refusal(folder)
+    ours.unlink()
+    torch.save(torch.nn.Linear(2, 2), theirs)
+    message = refusal(folder)
+    assert "could run code" in message and "state_dict()" in message and "weights_only" not in message
+
+
+def test_a_shard_that_is_not_there_is_named(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "model")
+    (folder / "model.safetensors").rename(folder / "one.safetensors")
+    index = {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "names two.safetensors, which is not there" in refusal(folder)
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

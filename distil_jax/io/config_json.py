@@ -53,9 +53,9 @@ def from_json(values: Mapping[str, Any], path: Path) -> ModelConfig:
     """
     kind = values.get("model_type")
     if kind not in (BERT, DISTILBERT):
+        what = "says no model_type" if kind is None else f"holds a model of type {kind!r}, not a BERT"
         raise InputError(
-            f"{path.parent} holds a model of type {kind!r}, not a BERT: "
-            f'give a folder whose config.json has model_type "{BERT}" or "{DISTILBERT}".'
+            f'{path.parent} {what}: give a folder whose config.json has model_type "{BERT}" or "{DISTILBERT}".'
         )
     for key, lawful in _ONLY.items():
         if values.get(key, lawful) != lawful:

@@ -23,7 +23,7 @@ from distil_jax.io.config_json import to_json
 from distil_jax.io.model_tensors import Params, examine, examine_task, file_tensors
 from distil_jax.io.name_table import leaves
 from distil_jax.io.task_json import head_to_json, says_task
-from distil_jax.io.tensors import SINGLE, local_folder, open_tensors, read_json
+from distil_jax.io.tensors import SINGLE, check_no_pointer, local_folder, open_tensors, read_json
 from distil_jax.schema import InputError
 
 
@@ -176,6 +176,8 @@ def _write(
     card: str | None,
 ) -> None:
     copies = tokenizer_files(Path(tokenizer)) if tokenizer is not None else []
+    for file in copies:
+        check_no_pointer(file)
     if tokenizer is not None:
         values = values | _tokenizer_class(Path(tokenizer))
 

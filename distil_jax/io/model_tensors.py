@@ -11,7 +11,7 @@ import numpy as np
 from flax import traverse_util
 
 from distil_jax.config import HeadConfig, ModelConfig
-from distil_jax.io.config_json import BERT, SINUSOIDAL_KEY, from_json, model_type
+from distil_jax.io.config_json import BERT, DISTILBERT, SINUSOIDAL_KEY, from_json, model_type
 from distil_jax.io.name_table import HEAD, IGNORED, IGNORED_UNDER_HEAD, LEGACY, TASK_HEAD, TIED, Leaf, leaves
 from distil_jax.io.task_json import architecture, head_from_json, says_task
 from distil_jax.io.tensors import Tensor, read_json
@@ -19,6 +19,8 @@ from distil_jax.schema import InputError
 from distil_jax.structs import sinusoidal_table
 
 Params = Mapping[str, Any]
+
+_SAMPLE = "embeddings.word_embeddings.weight"  # which every encoder has
 
 # How near the formula a stored table must be to count as sinusoidal: rounding, and no more.
 _ROUNDING = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 1e-2}
@@ -60,6 +62,7 @@ def examine_task(folder: Path, opened: Mapping[str, Tensor]) -> tuple[ModelConfi
 
 def _check(folder: Path, tensors: Mapping[str, Tensor], wanted: list[Leaf], what: str) -> None:
     expected = {name: leaf.file_shape for leaf in wanted for name in leaf.names}
+    _check_wrapper(folder, tensors)
     problems = [f"{name} is missing" for name in expected if name not in tensors]
     problems += [f"{name} is unexpected" for name in tensors if name not in expected]
     for name in expected.keys() & tensors.keys():
@@ -73,6 +76,21 @@ def _check(folder: Path, tensors: Mapping[str, Tensor], wanted: list[Leaf], what
             f"The weights in {folder} are not those of the {what} ({_listing(problems)}): "
             "give a folder whose config.json and weights belong together."
         )
+
+
+def _check_wrapper(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Says that all names have something in front, as DataParallel puts there, and not that each of them is missing."""
+    sample = next((name for name in tensors if name.endswith(f".{_SAMPLE}")), "")
+    if not sample or _SAMPLE in tensors:
+        return
+    *front, body = sample.removesuffix(f".{_SAMPLE}").split(".")
+    if not front or body not in (BERT, DISTILBERT):
+        front.append(body)
+    prefix = ".".join([*front, ""])
+    raise InputError(
+        f"The tensors in {folder} have {prefix!r} in front of their names, as a wrapper (DataParallel, torch.compile, "
+        "Lightning) or another kind of model puts it: save the model inside the wrapper, or take it off the names."
+    )
 
 
 def _with_positions(config: ModelConfig, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ModelConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,16 @@ from distil_jax.files import TOKENIZER_FILES
 from distil_jax.schema import InputError, place
 
 SINGLE, INDEX, PICKLE = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
+
+# Folders that are no models, by what lies in them, and what to do.
+_NO_MODELS = {
+    "adapter_config.json": "it is a PEFT adapter; merge it into its model (merge_and_unload) and save that",
+    "manifest.json": "it holds prepared rows; name the model's folder",
+    "config.toml": "it is a run; write its model with `distil-jax export`, and name that",
+}
+_WEIGHTS = (SINGLE, INDEX, PICKLE)
+_POINTER = b"version https://git-lfs"
+_OTHER_WEIGHTS = (".safetensors", ".bin", ".h5", ".msgpack", ".ckpt", ".pt", ".pth", ".onnx")
 
 _LARGEST_JSON = 64 * 2**20  # bytes; an index of a thousand files has less
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names
@@ -38,10 +49,11 @@ def local_folder(name: str | Path) -> Path:
     """The folder `name`, or the local copy of the hub's model of that name, downloaded where it is not cached.
 
     Raises:
-      InputError: neither exists, or the hub cannot be reached.
+      InputError: neither exists, the folder is of no model, or the hub cannot be reached.
     """
     folder = place(name)
     if folder.is_dir():
+        _check_model(folder)
         return folder
     if folder.exists():
         raise InputError(f"{folder} is a file: give the folder that holds config.json and the weights.")
@@ -62,6 +74,26 @@ def local_folder(name: str | Path) -> Path:
     return copy
 
 
+def _check_model(folder: Path) -> None:
+    """Refuses a folder without config.json, and says what it is instead, or which folder in it is meant."""
+    if (folder / "config.json").exists():
+        return
+    hints = [what for marker, what in _NO_MODELS.items() if (folder / marker).exists()]
+    found = (*folder.glob("*/config.json"), *folder.glob("snapshots/*/config.json"))
+    inside = sorted(str(each.parent) for each in found if any((each.parent / name).exists() for name in _WEIGHTS))
+    hints += [f"give the one in it, {' or '.join(inside[:3])}"] if inside else ["name a folder that has"]
+    raise InputError(f"{folder} has no config.json, so it is no model: {hints[0]}.")
+
+
+def check_no_pointer(path: Path) -> None:
+    """Refuses what Git leaves in the place of a large file that it has not fetched."""
+    with path.open("rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise InputError(
+                f"{path} is not the file itself but Git LFS's note of where it is: run `git lfs pull` in its folder."
+            )
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
@@ -75,6 +107,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"Cannot read {path} ({error.strerror}): is this the folder of a model?") from error
     except (ValueError, RecursionError) as error:  # not JSON, or not text at all
+        check_no_pointer(path)
         raise InputError(f"{path} is not valid JSON ({error}): download or export it again.") from error
     if not isinstance(values, dict):
         raise InputError(f"{path} must hold a JSON object, not a {type(values).__name__}: download or export it again.")
@@ -99,12 +132,19 @@ def open_tensors(folder: Path) -> Iterator[dict[str, Tensor]]:
         elif (folder / PICKLE).exists():
             yield _open_pickle(folder / PICKLE)
         else:
-            raise InputError(f"{folder} holds no weights: it needs {SINGLE}, {INDEX} with its files, or {PICKLE}.")
+            others = sorted(file.name for file in folder.iterdir() if file.suffix in _OTHER_WEIGHTS)
+            raise InputError(
+                f"{folder} holds no weights that are read here: it needs {SINGLE}, {INDEX} with its files, or {PICKLE}"
+                + (f", and has {', '.join(others[:3])}: write it anew with save_pretrained()." if others else ".")
+            )
 
 
 def _open_safetensors(path: Path, stack: contextlib.ExitStack) -> dict[str, Tensor]:
     from safetensors import SafetensorError, safe_open
 
+    check_no_pointer(path)
+    if zipfile.is_zipfile(path):
+        raise InputError(f"{path} is a file of PyTorch's under another name: call it {PICKLE}.")
     try:
         file = stack.enter_context(safe_open(path, framework="numpy"))
     except (SafetensorError, OSError) as error:
@@ -134,6 +174,8 @@ def _open_sharded(path: Path, stack: contextlib.ExitStack) -> dict[str, Tensor]:
                 f"{path} names the file {shard!r}, but may only name safetensors files of its own folder: "
                 "do not trust this folder; get it from its author again."
             )
+        if not (path.parent / shard).is_file():
+            raise InputError(f"{path} names {shard}, which is not there: download or copy it too.")
         opened = _open_safetensors(path.parent / shard, stack)
         if twice := sorted(tensors.keys() & opened.keys()):
             raise InputError(f"{twice[0]} lies in several files of {path.parent}: download or export it again.")
@@ -153,16 +195,22 @@ def _open_pickle(path: Path) -> dict[str, Tensor]:
     import pickle
     import struct
 
+    check_no_pointer(path)
+    with path.open("rb") as file:
+        if file.read(9)[8:] == b"{":  # after the length of its header
+            raise InputError(f"{path} is a safetensors file under another name: call it {SINGLE}.")
     # Unpickling damaged bytes can fail in any of these ways (seen on truncated and altered files).
     damage = (pickle.UnpicklingError, struct.error, RuntimeError, OSError, EOFError, ValueError, LookupError)
     damage += (AssertionError, AttributeError, TypeError)
     try:
         values = torch.load(path, map_location="cpu", weights_only=True)
     except damage as error:
-        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        reason = f" ({str(error).strip().partition(chr(10))[0].rstrip('.')})"
+        if isinstance(error, pickle.UnpicklingError):  # PyTorch's own words advise to read it all the same
+            reason = ""
         raise InputError(
-            f"{path} is damaged or holds more than weights, which is not read because it could run code ({reason}): "
-            f"get the model as {SINGLE}."
+            f"{path} is damaged or holds more than weights, which is not read because it could run code{reason}: "
+            f"get the model as {SINGLE}, or save its state_dict()."
         ) from error
 
     def ordinary(value: Any) -> bool:
