@@ -296,7 +296,7 @@ class TrainConfig:
     log_every: int = may_change(20)  # steps
     eval_every: int = may_change(1000)  # steps; 0: only before the first and after the last; of a task: every epoch
     eval_rows: int = may_change(512)  # held-out rows per evaluation; 0: all
-    checkpoint_every: int = may_change(1000)  # steps; 0: at every evaluation
+    checkpoint_every: int = may_change(1000)  # steps; 0: at every evaluation; besides, whenever one is the best so far
     keep_checkpoints: int = may_change(3)  # the newest, and besides them the one with the best held-out score
     patience: int = 0  # evaluations without a better score that end the run; 0: any number
     skips_allowed: int = may_change(10)  # in a row, of steps without a finite loss and gradient; one more is the end

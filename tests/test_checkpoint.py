@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import shutil
+from unittest.mock import Mock
 
 import jax
 import numpy as np
@@ -193,6 +194,45 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
         assert checkpoints.steps() == [2, 4, 5]
         assert checkpoints.newest_valid() == (5, [])
     assert not list(folder.glob(".*"))
+
+
+def test_a_score_that_is_no_number_is_never_the_best(tmp_path):
+    scores = {1: float("nan"), 2: 0.5, 3: 0.1, 4: float("-inf"), 5: 0.2}
+    folder = saved(tmp_path / "checkpoints", *scores, keep=1, scores=scores)
+    with contextlib.closing(Checkpoints(folder)) as checkpoints:
+        assert checkpoints.steps() == [3, 5] and checkpoints.best() == (3, 0.1)
+    sealed(folder / "3" / "manifest.json", score=float("nan"))  # as older versions wrote it
+    with contextlib.closing(Checkpoints(folder)) as checkpoints:
+        assert checkpoints.best_valid() == (5, []) and checkpoints.verify(3)["step"] == 3
+
+
+def test_the_best_that_is_damaged_is_named_and_the_next_best_taken(tmp_path):
+    folder = saved(tmp_path / "checkpoints", 1, 2, 3, scores={1: 1.0, 2: 2.0})
+    flip(max((folder / "1").glob("state/ocdbt.process_0/d/*"), key=lambda path: path.stat().st_size))
+    with contextlib.closing(Checkpoints(folder)) as checkpoints:
+        found, problems = checkpoints.best_valid()
+        assert found == 2 and len(problems) == 1 and "Checkpoint 1" in problems[0]
+        assert checkpoints.best() == (2, 2.0)
+
+
+def test_a_part_of_a_checkpoint_is_read_alone(two):
+    whole = arrays(2)
+    with contextlib.closing(Checkpoints(two)) as checkpoints:
+        part = checkpoints.restore(2, shapes({"params": whole["params"]}), partial=True)
+        assert same_leaves(part, {"params": whole["params"]})
+        with pytest.raises(InputError, match="params/bias is not there"):
+            checkpoints.restore(2, shapes({"params": whole["params"] | {"bias": whole["step"]}}), partial=True)
+
+
+def test_a_mistake_is_not_taken_for_a_full_disk(tmp_path, monkeypatch):
+    with contextlib.closing(Checkpoints(tmp_path, keep=1)) as checkpoints:
+        for error in (ValueError("too many values to unpack"), KeyError("params"), RuntimeError("deleted")):
+            monkeypatch.setattr(checkpoints, "_retire", Mock(side_effect=error))
+            checkpoints.save(1, arrays(1), FACTS)
+            with pytest.raises(type(error), match=error.args[0]):
+                checkpoints.wait()
+            shutil.rmtree(tmp_path / "1")
+        assert checkpoints.failure is None
 
 
 def test_a_damaged_checkpoint_is_not_counted_among_the_newest(tmp_path):

@@ -1,5 +1,7 @@
 """When a run is given up: too many steps without numbers in a row, or a loss far above what it was."""
 
+import json
+
 import pytest
 
 from distil_jax.commands.divergence import Divergence
@@ -9,10 +11,12 @@ from distil_jax.config import TrainConfig
 CONFIG = TrainConfig(steps=1, skips_allowed=2, spike_factor=3.0, spike_steps=4)
 
 
-def looked(losses, config=CONFIG):
-    """The step that was the end, or None; a loss of None is a skipped step."""
+def looked(losses, config=CONFIG, restarts=False):
+    """The step that was the end, or None; a loss of None is a skipped step. `restarts`: goes on anew at every step."""
     divergence = Divergence(config)
     for step, loss in enumerate(losses, 1):
+        if restarts:
+            divergence = Divergence(config, json.loads(json.dumps(divergence.memory)))
         try:
             divergence.look(step, float("nan") if loss is None else loss, skipped=loss is None)
         except Diverged:
@@ -38,3 +42,8 @@ def test_high_losses_do_not_become_usual():
 def test_the_beginning_and_a_factor_of_0_judge_nothing():
     assert looked([1.0] * 5 + [100.0] * 10) is None
     assert looked([1.0] * 40 + [1e9] * 50, TrainConfig(steps=1, spike_factor=0.0)) is None
+
+
+@pytest.mark.parametrize("losses", [[1.0] * 30 + [3.1] * 4, [1.0, None, None, None], [1.0] * 300 + [None, 3.1] * 4])
+def test_a_run_that_is_stopped_at_every_step_ends_at_the_same_one(losses):
+    assert looked(losses, restarts=True) == looked(losses) is not None

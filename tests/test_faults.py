@@ -281,10 +281,21 @@ def test_bad_batches_in_a_row_end_the_run_and_leave_its_checkpoints(workshop, tm
     assert status == 3
     assert "3 times in a row" in capsys.readouterr().err
     model = open_model(run)
-    assert model.step == 4 and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(model.params))
+    assert model.step == 5 and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(model.params))
 
 
-def train_with(workshop, tmp_path, monkeypatch, *, bad_steps, settings=()):
+def test_a_run_that_only_skips_ends_however_often_it_is_stopped(workshop, tmp_path, monkeypatch):
+    """SIGTERM at every third step of a start: what was skipped before counts in the next."""
+    statuses = []
+    for _ in range(3):
+        with monkeypatch.context() as patch:
+            settings = ["train.skips_allowed=7", "train.eval_every=100", "train.checkpoint_every=100"]
+            bad = {"bad_steps": range(100), "stop_at": (3, 6, 9), "settings": settings}
+            statuses.append(train_with(workshop, tmp_path, patch, **bad)[0])
+    assert statuses == [75, 75, 3]
+
+
+def train_with(workshop, tmp_path, monkeypatch, *, bad_steps, stop_at=(), settings=()):
     """A run in this process, whose teacher has no numbers at some steps: (status, folder)."""
     from dataclasses import replace
 
@@ -298,7 +309,10 @@ def train_with(workshop, tmp_path, monkeypatch, *, bad_steps, settings=()):
         bad = jax.tree.map(lambda leaf: leaf * np.float32("nan"), program.teacher_params)
 
         def step(state, teacher_params, *rest):
-            return program.step(state, bad if int(state.step) + 1 in bad_steps else teacher_params, *rest)
+            number = int(state.step) + 1
+            if number in stop_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return program.step(state, bad if number in bad_steps else teacher_params, *rest)
 
         return replace(program, step=step)
 
@@ -398,6 +412,35 @@ def test_where_one_process_dies_the_other_ends(workshop, tmp_path):
         ended = finish(begun, 60)
         assert [ended[lost][0], ended[1 - lost][0]] == [-signal.SIGKILL, 4], ended
     print(f"the last one ended {time.monotonic() - began:.0f} s after its other was killed")
+
+
+# The last process finds that its fourth batch is damaged.
+DAMAGED_FOR_ONE = """
+import dataclasses, itertools
+import jax
+from distil_jax import cli
+from distil_jax.commands import train
+from distil_jax.schema import InputError
+compile_run = train.compile_run
+def with_damaged_rows(parts):
+    program = compile_run(parts)
+    def damaged(step):
+        yield from itertools.islice(program.batches(step), 3)
+        raise InputError("Row 5 is damaged.")
+    return dataclasses.replace(program, batches=damaged) if jax.process_index() else program
+train.compile_run = with_damaged_rows
+cli.program()
+"""
+
+
+def test_where_one_process_refuses_its_rows_the_other_ends(workshop, tmp_path):
+    """The refusal alone is told; nobody waits for the clock of a hang, which is at 1,800 s."""
+    settings = ("train.steps=100000", "train.eval_every=0")
+    begun = start(2, words(workshop, tmp_path / "run", *settings), program=DAMAGED_FOR_ONE, devices=2)
+    (lost, _, other), (refused, _, said) = finish(begun)
+    assert (lost, refused) == (4, 2), (other, said)
+    assert said.splitlines()[-1] == "distil-jax: Row 5 is damaged." and "Traceback" not in said
+    assert other.count("distil-jax:") == 1, other
 
 
 # Rows whose file system stops answering at the fifth batch.

@@ -10,7 +10,7 @@ import signal
 import jax
 import numpy as np
 import pytest
-from conftest import run_numbers, same_leaves
+from conftest import file_hashes, run_numbers, same_leaves
 
 from distil_jax import cli
 from distil_jax.commands.finetune import compile_task
@@ -113,6 +113,29 @@ def test_a_task_is_learnt_and_the_best_checkpoint_is_what_remains(finished, task
     assert f"- train: {len(lines) - len({*map(tuple, lines)}):,} with the text of another one" in card
 
 
+def test_other_cadences_of_saving_deliver_the_same_model(finished, workshop, tasks, tmp_path, capsys):
+    """Of the evaluations of the finished run, every tenth step, the best is of none that is due here."""
+    run, chosen = tmp_path / "run", open_model(finished)
+    assert chosen.step % 7 and chosen.step < 60
+    assert finetune(workshop / "teacher", tasks / "sequence.toml", run, *LONG, "train.checkpoint_every=7") == 0
+    assert open_model(run).step == chosen.step
+    one, other = (huggingface.load_task(folder / "model")[2] for folder in (run, finished))
+    assert same_leaves(one, other)
+    # A model that is written is not given the numbers of another checkpoint, where its own is lost.
+    shutil.rmtree(run / "checkpoints" / str(chosen.step))
+    before = file_hashes(run / "model")
+    capsys.readouterr()
+    assert finetune(workshop / "teacher", tasks / "sequence.toml", run, *LONG, "train.checkpoint_every=7") == 2
+    assert f"is the checkpoint of step {chosen.step}" in capsys.readouterr().err
+    assert file_hashes(run / "model") == before
+    # Nor is it left unsaid, where none is written yet, that an evaluation was better than what is left.
+    shutil.rmtree(run / "model")
+    lines = [line | ({"accuracy": 2.0} if line["step"] == 20 else {}) for line in read_metrics(run)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert finetune(workshop / "teacher", tasks / "sequence.toml", run, *LONG, "train.checkpoint_every=7") == 0
+    assert "Step 20 was better" in capsys.readouterr().out
+
+
 def test_eval_judges_a_run_and_its_folder_as_the_run_did(finished, tasks, tmp_path, capsys):
     found = json.loads((finished / "scores.json").read_text())
     said = [
@@ -204,7 +227,7 @@ def test_patience_ends_a_run_that_gets_no_better(workshop, tasks, tmp_path, caps
         "train.eval_every=2",
         "train.patience=2",
     )
-    for said in ("the run ends after step 4", "nothing is left to train"):  # the untrained one stays the best
+    for said in ("the run ends after step 6", "nothing is left to train"):  # the untrained one cannot be had
         assert finetune(workshop / "teacher", tasks / "sequence.toml", tmp_path / "run", *settings) == 0
         assert said in capsys.readouterr().out
     assert open_model(tmp_path / "run").step == 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import math
 import os
@@ -10,7 +12,9 @@ import signal
 import subprocess
 import sys
 import tomllib
+import weakref
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -118,7 +122,7 @@ def test_the_folder_holds_what_the_design_says(finished_run, workshop):
     assert {"config.toml", "metrics.jsonl", "checkpoints", "tokenizer"} <= {
         path.name for path in finished_run.iterdir()
     }
-    assert saved_steps(finished_run) == [8, 12]  # the last one, and keep_checkpoints = 2
+    assert saved_steps(finished_run) == [10, 12]  # the last one, the best before it, and keep_checkpoints = 2
     assert file_hashes(finished_run / "tokenizer") == file_hashes(workshop / "rows" / "tokenizer")
     resolved = load(finished_run / "config.toml")
     given = load(workshop / "run.toml")
@@ -187,6 +191,108 @@ def test_the_same_run_again_gives_the_same_bits(finished_run, workshop, tmp_path
     whole = [line for line in run_numbers(finished_run) if line["kind"] == "train"]
     (pair,) = [line for line in of_kind(tmp_path / "again", "train") if line["step"] == 4][-1:]
     assert pair["loss"] == pytest.approx((whole[2]["loss"] + whole[3]["loss"]) / 2, rel=1e-12)  # a line is a mean
+
+
+# What is kept
+
+
+@pytest.fixture
+def scored(monkeypatch):
+    """Makes evaluations say these scores, by step."""
+    compile_run = command.compile_run
+
+    def arrange(scores: dict[int, float]) -> None:
+        def with_scores(parts):
+            return replace(compile_run(parts), held_out=lambda state, alive: {"mlm": scores[int(state.step)]})
+
+        monkeypatch.setattr(command, "compile_run", with_scores)
+
+    return arrange
+
+
+QUIET = ("train.keep_checkpoints=1", "train.tensorboard=false")
+
+
+def test_the_best_evaluation_is_kept_whatever_the_cadences(workshop, tmp_path, scored):
+    """An evaluation that is no number is not the best, nor is that of the untrained student, which nobody can have."""
+    scored({0: 0.1, 3: math.nan, 6: 2.0, 9: 3.0, 12: 4.0})
+    for every in (3, 5):
+        run = tmp_path / str(every)
+        assert train(workshop, run, *QUIET, "train.eval_every=3", f"train.checkpoint_every={every}") == 0
+        assert saved_steps(run) == [6, 12]
+        assert same_leaves(params_of(run, 6), params_of(tmp_path / "3", 6))
+        with contextlib.closing(Checkpoints(run / "checkpoints")) as checkpoints:
+            assert checkpoints.best() == (6, 2.0)
+
+
+def test_patience_counts_from_the_best_that_can_be_had(workshop, tmp_path, scored, at_step, capsys):
+    """Also where the run was stopped in between, and the lines of its metrics are counted again."""
+    scored({0: 0.1, 2: 3.0, 4: 2.0, 6: 2.5, 8: math.nan, 10: 1.0, 12: 1.0})
+    settings = (*QUIET, "train.eval_every=2", "train.checkpoint_every=100", "train.patience=2")
+    assert train(workshop, tmp_path / "unbroken", *settings) == 0
+    assert "the run ends after step 8" in capsys.readouterr().out
+    at_step(6, terminate)
+    assert train(workshop, tmp_path / "run", *settings) == 75
+    for said in ("the run ends after step 8", "nothing is left to train"):
+        assert train(workshop, tmp_path / "run", *settings) == 0
+        assert said in capsys.readouterr().out
+    assert saved_steps(tmp_path / "run") == saved_steps(tmp_path / "unbroken") == [4, 8]
+
+
+def test_where_the_best_is_damaged_the_next_best_is_kept(workshop, tmp_path, scored, at_step, capsys):
+    scored({0: 0.1, 3: 1.0, 6: 2.0, 9: 1.5, 12: 1.8})
+    run, settings = tmp_path / "run", (*QUIET, "train.eval_every=3", "train.checkpoint_every=100")
+    at_step(6, terminate)
+    assert train(workshop, run, *settings) == 75
+    assert saved_steps(run) == [3, 7]
+    files = (path for path in (run / "checkpoints" / "3").rglob("*") if path.is_file())
+    damaged = max(files, key=lambda path: path.stat().st_size)
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    assert train(workshop, run, *settings) == 0
+    assert "Checkpoint 3 in" in capsys.readouterr().err
+    assert saved_steps(run) == [3, 9, 12]
+    with contextlib.closing(Checkpoints(run / "checkpoints")) as checkpoints:
+        found, problems = checkpoints.best_valid()
+        assert found == 9 and len(problems) == 1
+
+
+# What it holds
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_no_copy_of_a_model_stays_on_the_host(workshop, resumed):
+    """Except the memory that a device of the CPU has in common with the host."""
+    parts = assemble(load(workshop / "run.toml"))
+    trees = (parts.teacher_params, parts.student_params)
+    leaves = [weakref.ref(leaf) for tree in trees for leaf in jax.tree.leaves(tree)]
+    program = command.compile_run(parts)
+    del parts, trees
+    state = program.first_state.drop() if resumed else jax.block_until_ready(program.first_state())
+    gc.collect()
+    placed = [shard.data for leaf in jax.tree.leaves(program.teacher_params) for shard in leaf.addressable_shards]
+    kept = [leaf() for leaf in leaves if leaf() is not None]
+    assert all(any(np.shares_memory(leaf, np.asarray(device)) for device in placed) for leaf in kept)
+    assert len(kept) < len(leaves) and (state is None) == resumed
+
+
+def test_nothing_but_rows_goes_to_the_devices_once_a_run_has_begun(workshop, monkeypatch):
+    """Neither the models nor the masking weights are copied at every step, or with every batch that is judged."""
+
+    def guarded(compile_for, *given):
+        compiled = compile_for(*given)
+
+        def run(*arguments):
+            with jax.transfer_guard("disallow"):
+                return compiled(*arguments)
+
+        return run
+
+    monkeypatch.setattr(command, "jit_step", partial(guarded, command.jit_step))
+    monkeypatch.setattr(command, "jit_eval", partial(guarded, command.jit_eval))
+    program = command.compile_run(assemble(load(workshop / "run.toml")))
+    rows = next(program.batches(0))
+    state, _ = program.step(program.first_state(), program.teacher_params, rows, *program.others)
+    assert program.held_out(state, lambda: None)["mlm"] > 0
 
 
 # Whom it trains
@@ -309,6 +415,49 @@ def test_a_teacher_that_computes_no_numbers_ends_the_run_too(workshop, tmp_path,
     # Other programs read these lines: JSON has no word for what is not a number.
     for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=pytest.fail)
+
+
+# Not its fault, or its own
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """Makes the first step raise what is given."""
+    compile_run = command.compile_run
+
+    def arrange(error: Exception) -> None:
+        def step(*_):
+            raise error
+
+        monkeypatch.setattr(
+            command, "compile_run", lambda parts: replace(compile_run(parts), step=step, held_out=lambda *_: {"mlm": 1})
+        )
+
+    return arrange
+
+
+def test_a_machine_that_fails_is_told_from_a_mistake(workshop, tmp_path, failing, capsys):
+    """Status 4 is answered with another start: of a mistake the traceback is shown instead."""
+    failing(jax.errors.JaxRuntimeError("UNAVAILABLE: a peer\nhas gone"))
+    assert train(workshop, tmp_path / "machine", "train.tensorboard=false") == 4
+    assert "UNAVAILABLE: a peer has gone" in capsys.readouterr().err
+    failing(jax.errors.JaxRuntimeError("INVALID_ARGUMENT: expected f32[2]"))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="expected f32"):
+        train(workshop, tmp_path / "mistake", "train.tensorboard=false")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["train.accumulation=1"], "set train.accumulation=2 (it is 1)"),
+        (["train.accumulation=2"], "already takes one row after the other; spread"),
+        (["train.accumulation=2", "mesh.tensor=2"], "set train.accumulation=4 (it is 2)"),
+    ],
+)
+def test_too_little_memory_is_said_with_what_helps(workshop, tmp_path, failing, capsys, settings, said):
+    failing(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"))
+    assert train(workshop, tmp_path / "run", "train.tensorboard=false", *settings) == 2
+    assert said in capsys.readouterr().err
 
 
 # Started again

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
+from typing import Any
 
 from distil_jax.commands.endings import Diverged
 from distil_jax.config import TrainConfig
@@ -18,11 +19,18 @@ class Divergence:
 
     Args:
       config: its `skips_allowed`, `spike_factor` and `spike_steps`.
+      memory: of the steps before, where a run goes on; see `memory`.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
-        self._config, self._usual = config, deque(maxlen=_WINDOW)
-        self._skipped = self._high = 0
+    def __init__(self, config: TrainConfig, memory: dict[str, Any] | None = None) -> None:
+        memory = memory or {"usual": [], "skipped": 0, "high": 0}
+        self._config, self._usual = config, deque(memory["usual"], maxlen=_WINDOW)
+        self._skipped, self._high = memory["skipped"], memory["high"]
+
+    @property
+    def memory(self) -> dict[str, Any]:
+        """All that is remembered of the steps so far, as plain values: whoever goes on with it judges alike."""
+        return {"usual": list(self._usual), "skipped": self._skipped, "high": self._high}
 
     def look(self, step: int, loss: float, *, skipped: bool) -> None:
         """Takes note of one step.

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from distil_jax.commands.assemble import check_tokenizer, resolve_compute, token_weights, with_compute
@@ -32,7 +31,15 @@ from distil_jax.models.encoder import abstract_params, count_parameters
 from distil_jax.objective.masking import most_targets
 from distil_jax.schema import InputError, quoted, require
 from distil_jax.task_config import StartConfig, TaskConfig, check_head, head_of, load_task
-from distil_jax.training.sharding import jit_eval, local_places, make_mesh, put_params, put_rows, shardings_of
+from distil_jax.training.sharding import (
+    jit_eval,
+    local_places,
+    make_mesh,
+    put_everywhere,
+    put_params,
+    put_rows,
+    shardings_of,
+)
 from distil_jax.training.state import TrainState, abstract_state, judged_state
 from distil_jax.training.step import mask_and_eval_step
 
@@ -119,7 +126,7 @@ def evaluate(model: Model, data: str | Path, *, teacher: Model | None = None, li
         judged_state(config, params),
         put_params(teacher.params, shardings_of(teacher_shapes, mesh)) if teacher else None,
         table,
-        token_weights(data, manifest, model.config, smoothing=0.0),
+        put_everywhere(token_weights(data, manifest, model.config, smoothing=0.0), mesh),
         mesh=mesh,
         batch_rows=mesh.size * max(1, _BATCH_TOKENS // manifest.sequence_length),
         limit=limit,
@@ -159,7 +166,7 @@ def held_out_numbers(
     state: TrainState,
     teacher_params: Any,
     table: RowTable,
-    weights: np.ndarray,
+    weights: jax.Array,
     *,
     mesh: Mesh,
     batch_rows: int,
@@ -173,7 +180,7 @@ def held_out_numbers(
       state: the student.
       teacher_params: the teacher's tree or None.
       table: held-out rows; the masks are the same at every call.
-      weights: [V].
+      weights: [V], on the mesh.
       mesh: where the rows go.
       batch_rows: rows per call of `step`.
       limit: only so many rows; 0: all.

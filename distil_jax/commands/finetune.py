@@ -29,14 +29,15 @@ from distil_jax.commands.card import card
 from distil_jax.commands.export import export
 from distil_jax.commands.judge import Judge, in_words
 from distil_jax.commands.loop import run_program
-from distil_jax.commands.program import Program, about_models, batches_on, first_state, keep_compiled, rows_of
-from distil_jax.commands.run_folder import Model, choose, open_model, restore
+from distil_jax.commands.program import FirstState, Program, about_models, batches_on, keep_compiled, rows_of
+from distil_jax.commands.run_folder import Model, choose_best, open_model, restore_params
 from distil_jax.config import HeadConfig, StepConfig
 from distil_jax.data.tasks import TaskData, read_task
 from distil_jax.data.told import told
 from distil_jax.files import write_whole
 from distil_jax.io import huggingface
 from distil_jax.io.checkpoint import Checkpoints
+from distil_jax.io.metrics import read_metrics
 from distil_jax.models.heads import with_fresh_head
 from distil_jax.schema import InputError, place, quoted, require, to_dict
 from distil_jax.task_config import FinetuneConfig, check_head, head_of, load_task, task_encoder
@@ -81,8 +82,8 @@ def finetune(config: FinetuneConfig, workdir: str | Path) -> dict[str, dict[str,
 
     Args:
       config: of the run.
-      workdir: gets what a training run has, and at the end `model/`, the checkpoint that is best on the dev examples,
-        and `scores.json`.
+      workdir: gets what a training run has, and at the end `model/`, the checkpoint of the evaluation that was best on
+        the dev examples (a tie goes to the earlier one), and `scores.json`.
 
     Returns:
       The numbers of that checkpoint on "dev" and, where there are such examples, on "test".
@@ -95,17 +96,20 @@ def finetune(config: FinetuneConfig, workdir: str | Path) -> dict[str, dict[str,
     run_program(lambda: compiled()[0], workdir)
     program, judge, data = compiled()
     with contextlib.closing(Checkpoints(workdir / "checkpoints")) as checkpoints:
-        best = choose(checkpoints, checkpoints.best())
+        best = choose_best(checkpoints)
+        _check_delivered(workdir, best)
+        if better := _lost(workdir, program, checkpoints):
+            print(f"Step {better} was better, but its checkpoint is not there any more: this is step {best}.")
         about = {"step": best, "task": to_dict(program.config.task), "judged": data.judged}
         if found := _judged_before(workdir, about):
             return found
-        params = restore(checkpoints, best, program.step_config, program.state_sharding).params
+        step, shardings = program.step_config, program.state_sharding.params
+        params = restore_params(checkpoints, best, step.student, step.head, shardings)
         facts = checkpoints.facts(best)
     found = judge.splits(params, data)
     params = multihost_utils.process_allgather(params, tiled=True)  # of several processes none has all of them
     if processes.is_first():
         write_whole(workdir / "scores.json", json.dumps(about | found, indent=1) + "\n")
-        step = program.step_config
         model = Model(step.student, params, workdir / "tokenizer", head=step.head, run=workdir, step=best, facts=facts)
         if (workdir / "model").exists():
             write_whole(workdir / "model" / "README.md", card(model))
@@ -113,6 +117,25 @@ def finetune(config: FinetuneConfig, workdir: str | Path) -> dict[str, dict[str,
             export(model, workdir / "model")
     processes.meet("the model is written")
     return found
+
+
+def _check_delivered(workdir: Path, best: int) -> None:
+    """Refuses to write the numbers of one checkpoint beside the model of another."""
+    written = workdir / "scores.json"
+    if (workdir / "model").exists() and written.exists():
+        before = json.loads(written.read_text(encoding="utf-8"))["step"]
+        require(
+            before == best,
+            f"{workdir / 'model'} is the checkpoint of step {before}, and now that of step {best} is the best that is "
+            f"whole: keep that folder as it is, or move it away to have the model of step {best} there.",
+        )
+
+
+def _lost(workdir: Path, program: Program, checkpoints: Checkpoints) -> int | None:
+    """The step of the best evaluation, where it was better than every checkpoint that is left."""
+    lines, best = read_metrics(workdir), checkpoints.best()[1]
+    better = [line for line in lines if line["kind"] == "held_out" and line["step"] and program.score(line) < best]
+    return min(better, key=program.score)["step"] if better else None
 
 
 def _judged_before(workdir: Path, about: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -174,7 +197,7 @@ def compile_task(config: FinetuneConfig) -> tuple[Program, Judge, TaskData]:
         held_out=lambda state, alive: judge.numbers(state.params, data.dev, limit=config.train.eval_rows, alive=alive),
         score=lambda numbers: -numbers[config.task.judges[0]],
         state_sharding=state_sharding,
-        first_state=lambda: first_state(step, config.seed, first, state_sharding),
+        first_state=FirstState(step, config.seed, first, state_sharding),
     )
     return program, judge, data
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import math
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from distil_jax.commands import interrupt, processes, run_folder
+from distil_jax.commands.divergence import Divergence
 from distil_jax.commands.endings import Diverged, MachineFailed, Stopped
 from distil_jax.commands.guards import StopRequest, Watchdog, folder_lock
 from distil_jax.commands.program import Program
@@ -22,7 +23,23 @@ from distil_jax.files import keep, missing, passing
 from distil_jax.io.checkpoint import Checkpoints
 from distil_jax.io.metrics import MetricsWriter, last_held_out, read_metrics
 from distil_jax.schema import InputError, place
+from distil_jax.training.sharding import shard_count
 from distil_jax.training.state import TrainState
+
+# How the sentences of JAX's errors begin where a new start may help: a device, a network or a process was lost, or what
+# they held. FAILED_PRECONDITION is what TPUs say of a program that was halted. With INVALID_ARGUMENT and the others it
+# would end in the same way again.
+_OF_MACHINES = (
+    "ABORTED",
+    "CANCELLED",
+    "DATA_LOSS",
+    "DEADLINE_EXCEEDED",
+    "FAILED_PRECONDITION",
+    "INTERNAL",
+    "UNAVAILABLE",
+    "UNKNOWN",
+)
+_MORE_DEVICES = "spread the run over more devices with mesh.fsdp, or look for what else is on them."
 
 
 def run_program(
@@ -59,7 +76,7 @@ def run_program(
         kept = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
         checkpoints = stack.enter_context(contextlib.closing(kept))
         stack.enter_context(interrupt.waits_for(checkpoints.saving))
-        state = _begin(program, checkpoints, resume_step)
+        state, divergence = _begin(program, checkpoints, resume_step)
         step = int(state.step)
         processes.together(lambda: run_folder.begin(workdir, program) if processes.is_first() else None)
         going_on = f", going on after step {step:,}" if step else ""
@@ -67,38 +84,46 @@ def run_program(
         writer = MetricsWriter(workdir, step=step, tensorboard=config.tensorboard, enabled=processes.is_first())
         processes.meet("the metrics are as of this step")
         stack.enter_context(contextlib.closing(writer))
-        try:
-            with _memory_named():
-                numbers = _loop(program, state, checkpoints, writer)
-                interrupt.note_saved()
-                return numbers
-        except jax.errors.JaxRuntimeError as error:
-            failure = MachineFailed(
-                f"A device or another process of this run failed ({_short(error)}): start the run again."
-            )
-            processes.leave(failure)
-            raise failure from error
+        with processes.leaving(), _failures_named(_smaller_steps(program)):
+            numbers = _loop(program, state, checkpoints, writer, divergence)
+            interrupt.note_saved()
+            return numbers
 
 
 @contextlib.contextmanager
-def _memory_named() -> Iterator[None]:
-    """Says of a device that has too little memory what to do about it."""
+def _failures_named(less_memory: str) -> Iterator[None]:
+    """Says in a sentence what JAX raises where a device, or another process, fails, or has too little memory.
+
+    Args:
+      less_memory: what to do about the latter.
+
+    Raises:
+      InputError: a device has too little memory.
+      MachineFailed: whatever else a new start may cure. A mistake in the program stays what it is.
+    """
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise InputError(
-            f"The devices have too little memory ({_short(error)}): lower train.tokens_per_device, which changes no "
-            "number, or spread the run over more of them with mesh.fsdp."
-        ) from error
+        said = " ".join(str(error).split())
+        if "RESOURCE_EXHAUSTED" in said:
+            raise InputError(f"The devices have too little memory ({said[:400]}): {less_memory}") from error
+        if said.partition(":")[0] in _OF_MACHINES:
+            sentence = f"A device or another process of this run failed ({said[:400]}): start the run again."
+            raise MachineFailed(sentence) from error
+        raise
 
 
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:400]
+def _smaller_steps(program: Program) -> str:
+    """What makes a step, and an evaluation, take less memory, and changes no number."""
+    pieces = program.step_config.accumulation
+    rows = program.config.train.batch_rows // shard_count(program.mesh)  # of a device, in all its micro-batches
+    more = next((number for number in range(pieces + 1, rows + 1) if rows % number == 0), None)
+    if more is None:
+        return f"each step already takes one row after the other; {_MORE_DEVICES}"
+    return f"set train.accumulation={more} (it is {pieces}), which changes no number, or {_MORE_DEVICES}"
 
 
-@_memory_named()
+@_failures_named(_MORE_DEVICES)
 def _ready(make: Callable[[], Program], workdir: Path) -> Program:
     """Everything that can be refused, before anything is written."""
     run_folder.check(workdir)
@@ -107,26 +132,31 @@ def _ready(make: Callable[[], Program], workdir: Path) -> Program:
     return program
 
 
-@_memory_named()
-def _begin(program: Program, checkpoints: Checkpoints, resume_step: int | None) -> TrainState:
-    step = run_folder.choose(checkpoints, resume_step)
+@_failures_named(_MORE_DEVICES)
+def _begin(program: Program, checkpoints: Checkpoints, resume_step: int | None) -> tuple[TrainState, Divergence]:
+    step, config = run_folder.choose(checkpoints, resume_step), program.config.train
     if step is None:
-        return program.first_state()
+        return program.first_state(), Divergence(config)
+    program.first_state.drop()
     state = run_folder.restore(checkpoints, step, program.step_config, program.state_sharding)
     for name in checkpoints.set_aside_after(step):
         print(f"Going on after step {step}; what is later is kept as {name}.")
-    return state
+    for problem in checkpoints.best_valid()[1]:
+        print(f"{problem} It is not the best one any more.", file=sys.stderr, flush=True)
+    return state, Divergence(config, checkpoints.facts(step).get("divergence"))
 
 
-def _loop(program: Program, state: TrainState, checkpoints: Checkpoints, writer: MetricsWriter) -> dict[str, float]:
+def _loop(
+    program: Program, state: TrainState, checkpoints: Checkpoints, writer: MetricsWriter, divergence: Divergence
+) -> dict[str, float]:
     config, start = program.config.train, int(state.step)
     told = read_metrics(writer.folder)
-    patience = Patience(config.patience, program, told)
+    patience = Patience(config.patience, program, checkpoints, told)
     if start == config.steps or patience.is_over:
         print("This run is finished: nothing is left to train.")
         return last_held_out(told)
     numbers: dict[str, float] = {}
-    progress = Progress(config, start, writer=writer, rows_of=program.rows_of)
+    progress = Progress(config, start, writer=writer, rows_of=program.rows_of, divergence=divergence)
     with (
         contextlib.closing(progress),
         contextlib.closing(prefetch(program.batches(start))) as batches,
@@ -136,7 +166,8 @@ def _loop(program: Program, state: TrainState, checkpoints: Checkpoints, writer:
     ):
         disk = DiskTrouble(checkpoints, writer, progress)
         if start == 0:
-            patience.look(program.score(_evaluate(program, state, progress, watchdog, 0)))
+            # Shown beside the others and not looked at: nobody can have the state before the first step.
+            _evaluate(program, state, progress, watchdog, 0)
         for step in range(start + 1, config.steps + 1):
             watchdog.alive()
             profiler.before(step)
@@ -146,19 +177,19 @@ def _loop(program: Program, state: TrainState, checkpoints: Checkpoints, writer:
             keep(writer.folder)
             last, stopping, score = step == config.steps, stop.requested(step), None
             evaluated = last or (config.eval_every > 0 and step % config.eval_every == 0)
+            due = step % config.checkpoint_every == 0 if config.checkpoint_every else evaluated
             if evaluated:
                 numbers = _evaluate(program, state, progress, watchdog, step)
                 score = program.score(numbers)
-                patience.look(score)
+                due = patience.look(score) or due  # the best is kept, whenever checkpoints are due
                 last = last or patience.is_over
-            due = step % config.checkpoint_every == 0 if config.checkpoint_every else evaluated
             if last or due or stopping:
                 watchdog.alive()
                 progress.flush()  # a run that diverges stops here, before it is saved
                 with progress.paused():
                     if not _finite(state.params):
                         raise Diverged(f"After step {step} the parameters are not finite")
-                    facts = run_folder.facts(program, step)
+                    facts = run_folder.facts(program, step, divergence)
                     checkpoints.save(step, run_folder.arrays(state), facts, score=score)
             disk.tell()
             if stopping and not last:
@@ -175,28 +206,30 @@ def _loop(program: Program, state: TrainState, checkpoints: Checkpoints, writer:
 class Patience:
     """Whether a run has stopped getting better: so many evaluations in a row without a better score than before.
 
+    Only scores of checkpoints count as those before: what is not on disk cannot be delivered.
+
     Args:
       allowed: so many; 0: any number.
       program: says what an evaluation's score is.
+      checkpoints: know the best so far.
       lines: of the run's metrics so far, so that a run that goes on ends where it would have ended.
     """
 
-    def __init__(self, allowed: int, program: Program, lines: list[dict[str, Any]]) -> None:
-        self._allowed, self._best, self._since = allowed, math.inf, 0
-        for line in lines:
-            if line["kind"] == "held_out":
-                self.look(program.score(line))
+    def __init__(self, allowed: int, program: Program, checkpoints: Checkpoints, lines: list[dict[str, Any]]) -> None:
+        self._allowed, self._checkpoints = allowed, checkpoints
+        step, best = checkpoints.best()
+        later = [line for line in lines if line["kind"] == "held_out" and line["step"] > (step or 0)]
+        self._since = sum(not program.score(line) < best for line in later)
 
     @property
     def is_over(self) -> bool:
         return 0 < self._allowed <= self._since
 
-    def look(self, score: float) -> None:
-        """Takes note of an evaluation; the lower its score the better."""
-        if score < self._best:
-            self._best, self._since = score, 0
-        else:
-            self._since += 1
+    def look(self, score: float) -> bool:
+        """Takes note of an evaluation, the lower its score the better; whether it is the best so far."""
+        improved = score < self._checkpoints.best()[1]
+        self._since = 0 if improved else self._since + 1
+        return improved
 
 
 class DiskTrouble:

@@ -11,15 +11,17 @@ import hashlib
 import os
 import re
 import signal
+import sys
+import traceback
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from distil_jax import __version__
-from distil_jax.commands.endings import MACHINE_FAILED, MachineFailed, tell
+from distil_jax.commands.endings import BAD_INPUT, MACHINE_FAILED, Diverged, MachineFailed, Stopped, tell
 from distil_jax.schema import InputError
 
 T = TypeVar("T")
@@ -138,11 +140,32 @@ def meet(where: str) -> None:
         multihost_utils.sync_global_devices(where)
 
 
-def leave(failure: MachineFailed) -> None:
-    """Ends this process, where there are others: an orderly end would wait for the one that is lost."""
-    if jax.process_count() > 1:
-        tell(failure)
-        os._exit(MACHINE_FAILED)
+@contextlib.contextmanager
+def leaving() -> Iterator[None]:
+    """Where there are others, a failure inside ends this process at once: an orderly end would wait for them.
+
+    They wait for this one, in the next exchange, until it is gone. All end alike of `Diverged` and `Stopped`, which
+    they raise after the same step.
+    """
+    try:
+        yield
+    except (Diverged, Stopped):
+        raise
+    except Exception as error:
+        if jax.process_count() > 1:
+            _leave(error)
+        raise
+
+
+def _leave(error: Exception) -> NoReturn:
+    """Ends this process with the status that the command line would end it with."""
+    known = isinstance(error, InputError | MachineFailed)
+    if known:
+        tell(error)
+    else:
+        traceback.print_exception(error)
+    sys.stdout.flush()
+    os._exit(BAD_INPUT if isinstance(error, InputError) else MACHINE_FAILED if known else 1)
 
 
 def environment() -> str:

@@ -39,7 +39,7 @@ class Program:
       held_out: what the held-out examples say of a state; the function it is given is called with every batch.
       score: of these numbers; the lower the better.
       state_sharding: where a state lives.
-      first_state: makes the one before the first step, there.
+      first_state: makes the one before the first step, there; once.
     """
 
     config: Config | FinetuneConfig
@@ -57,7 +57,31 @@ class Program:
     held_out: Callable[[TrainState, Callable[[], None]], dict[str, float]]
     score: Callable[[dict[str, Any]], float]
     state_sharding: Any
-    first_state: Callable[[], TrainState]
+    first_state: FirstState
+
+
+class FirstState:
+    """Makes the state before a run's first step, where it will live, and lets the host's copy of the parameters go.
+
+    Args:
+      config: of the step.
+      seed: for random parameters, and for every mask and dropout to come.
+      params: the student's first parameters; None: random ones.
+      sharding: of the state.
+    """
+
+    def __init__(self, config: StepConfig, seed: int, params: Any, sharding: Any) -> None:
+        self._make = partial(init_state, jax.random.key(seed), config)
+        self._params, self._sharding = params, sharding
+
+    def __call__(self) -> TrainState:
+        make, params = self._make, self._params
+        self.drop()
+        return jax.jit(lambda params: make(params=params), out_shardings=self._sharding)(params)
+
+    def drop(self) -> None:
+        """Lets the parameters go: nobody will ask for the state, because the run goes on from a later one."""
+        self._make = self._params = None
 
 
 def keep_compiled(compute: ComputeConfig, workdir: Path) -> None:
@@ -86,12 +110,6 @@ def batches_on(
 def rows_of(open_table: Callable[[], Table], batch_rows: int, seed: int, step: int) -> list[int]:
     """The numbers of the rows that a step trains on."""
     return numbers_at(open_table(), (step - 1) * batch_rows, batch_rows, seed=seed).tolist()
-
-
-def first_state(config: StepConfig, seed: int, params: Any, sharding: Any) -> TrainState:
-    """A state before its first step, made where it will live; `params` None: random ones."""
-    make = partial(init_state, jax.random.key(seed), config)
-    return jax.jit(lambda params: make(params=params), out_shardings=sharding)(params)
 
 
 def about_models(step: StepConfig, attention: str) -> str:

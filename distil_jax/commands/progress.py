@@ -24,13 +24,20 @@ class Progress:
       start: steps done before.
       writer: gets the same numbers.
       rows_of: the numbers of the rows that a step trains on.
+      divergence: looks at every step's loss.
     """
 
     def __init__(
-        self, config: TrainConfig, start: int, *, writer: MetricsWriter, rows_of: Callable[[int], list[int]]
+        self,
+        config: TrainConfig,
+        start: int,
+        *,
+        writer: MetricsWriter,
+        rows_of: Callable[[int], list[int]],
+        divergence: Divergence,
     ) -> None:
         self._steps, self._every, self._writer, self._rows_of = config.steps, config.log_every, writer, rows_of
-        self._divergence = Divergence(config)
+        self._divergence = divergence
         self._behind: tuple[int, Metrics] | None = None
         self._window: list[dict[str, float]] = []
         self._clock, self._idle, self._first = time.perf_counter(), 0.0, True

@@ -9,17 +9,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import tomli_w
 
 from distil_jax import __version__
 from distil_jax.commands import processes
+from distil_jax.commands.divergence import Divergence
 from distil_jax.commands.program import Program
-from distil_jax.config import Config, HeadConfig, LossConfig, ModelConfig, StepConfig, read_toml
+from distil_jax.config import Config, HeadConfig, ModelConfig, StepConfig, read_toml
 from distil_jax.files import copy_tokenizer, write_whole
 from distil_jax.io import huggingface
 from distil_jax.io.checkpoint import Checkpoints
 from distil_jax.io.tensors import local_folder
+from distil_jax.models.heads import abstract_model
 from distil_jax.schema import InputError, build, differences, place, require, to_dict
 from distil_jax.task_config import FinetuneConfig
 from distil_jax.training.state import TrainState, init_state
@@ -124,12 +127,16 @@ def begin(folder: Path, program: Program) -> None:
         raise InputError(f"Cannot write the run folder {folder}: {error.strerror or error}.") from error
 
 
-def facts(program: Program, step: int) -> dict[str, Any]:
-    """What a checkpoint says beside its arrays. `position`, the rows consumed, is all the state the data has."""
+def facts(program: Program, step: int, divergence: Divergence) -> dict[str, Any]:
+    """What a checkpoint says beside its arrays. `position`, the rows consumed, is all the state the data has.
+
+    Checkpoints from before 2026-11-26 lack `divergence`, what is remembered of the steps so far.
+    """
     models = program.step_config
     return {
         "version": __version__,
         "position": step * program.config.train.batch_rows,
+        "divergence": divergence.memory,
         "identity": program.identity,
         "config": to_dict(program.config),
         "student": to_dict(models.student),
@@ -144,16 +151,32 @@ def arrays(state: TrainState) -> dict[str, Any]:
     return {name: getattr(state, name) for name in ("step", "skipped", "params", "opt_state", "key")}
 
 
-def restore(checkpoints: Checkpoints, step: int, config: StepConfig, shardings: Any = None) -> TrainState:
+def restore(checkpoints: Checkpoints, step: int, config: StepConfig, shardings: Any) -> TrainState:
     """The state that the checkpoint of `step` holds; `shardings` (a state's) may be of any mesh."""
-    abstract = jax.eval_shape(partial(init_state, config=config), jax.random.key(0))
+    abstract = _laid_out(jax.eval_shape(partial(init_state, config=config), jax.random.key(0)), shardings)
+    return abstract.replace(**checkpoints.restore(step, arrays(abstract)))
+
+
+def restore_params(
+    checkpoints: Checkpoints, step: int, model: ModelConfig, head: HeadConfig | None, shardings: Any = None
+) -> Any:
+    """The model of the checkpoint of `step`, without the optimiser's moments, which are twice as large.
+
+    Args:
+      model, head: what was trained.
+      shardings: of its parameters; None: all of them on this process's first device.
+    """
+    shapes = nn.unbox(abstract_model(model, head))
     if shardings is None:
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        shardings = jax.tree.map(lambda _: here, abstract)
-    abstract = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
+        shardings = jax.tree.map(lambda _: here, shapes)
+    return checkpoints.restore(step, {"params": _laid_out(shapes, shardings)}, partial=True)["params"]
+
+
+def _laid_out(shapes: Any, shardings: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
     )
-    return abstract.replace(**checkpoints.restore(step, arrays(abstract)))
 
 
 def choose(checkpoints: Checkpoints, step: int | None) -> int | None:
@@ -167,7 +190,20 @@ def choose(checkpoints: Checkpoints, step: int | None) -> int | None:
         require(step in saved, f"There is no checkpoint of step {step}, only of the steps {saved}.")
         processes.together(lambda: checkpoints.verify(step) if processes.is_first() else None)
         return step
-    found, problems = checkpoints.newest_valid()
+    return _named(*checkpoints.newest_valid())
+
+
+def choose_best(checkpoints: Checkpoints) -> int | None:
+    """The valid checkpoint with the best score, or where none has a score the newest. Damaged ones are named.
+
+    Raises:
+      InputError: every checkpoint is damaged.
+    """
+    found, problems = checkpoints.best_valid()
+    return _named(choose(checkpoints, None) if found is None else found, problems)
+
+
+def _named(found: int | None, problems: list[str]) -> int | None:
     for problem in problems:
         print(f"{problem} The one of step {found} is taken.", file=sys.stderr, flush=True)
     return found
@@ -194,18 +230,13 @@ def open_model(path: str | Path, step: int | None = None) -> Model:
         config, params = huggingface.load(folder)
         return Model(config, params, tokenizer=folder)
     with contextlib.closing(Checkpoints(folder / "checkpoints")) as checkpoints:
-        if step is None and isinstance(read_config(folder), FinetuneConfig):
-            step = checkpoints.best()
-        step = choose(checkpoints, step)
+        tuned = isinstance(read_config(folder), FinetuneConfig)
+        step = choose_best(checkpoints) if tuned and step is None else choose(checkpoints, step)
         if step is None:
             raise InputError(f"{folder} has no checkpoint yet: let it train for longer.")
         found = checkpoints.facts(step)
         # Of the machine that trained it was its attention; whoever computes with it now chooses again.
         student = replace(build(ModelConfig, found["student"]), attention="xla")
         head = build(HeadConfig, found["head"]) if found.get("head") else None
-        # Enough to shape the state; a teacher or the data are not needed to read it.
-        optimizer = config_from(found["config"]).optimizer
-        alone = StepConfig(student, loss=LossConfig(kl=0, cosine=0), optimizer=optimizer, head=head)
-        state = restore(checkpoints, step, alone)
-    params = jax.device_get(state.params)
+        params = jax.device_get(restore_params(checkpoints, step, student, head))
     return Model(student, params, folder / "tokenizer", head=head, run=folder, step=step, facts=found)

@@ -13,10 +13,11 @@ from distil_jax.commands import processes
 from distil_jax.commands.assemble import Parts, assemble, place_teacher
 from distil_jax.commands.evaluate import held_out_numbers
 from distil_jax.commands.loop import run_program
-from distil_jax.commands.program import Program, about_models, batches_on, first_state, keep_compiled, rows_of
+from distil_jax.commands.program import FirstState, Program, about_models, batches_on, keep_compiled, rows_of
 from distil_jax.config import Config, load
+from distil_jax.data.loader import open_rows
 from distil_jax.schema import place, to_dict
-from distil_jax.training.sharding import jit_eval, jit_step, make_mesh, shardings_of
+from distil_jax.training.sharding import jit_eval, jit_step, make_mesh, put_everywhere, shardings_of
 from distil_jax.training.state import TrainState, abstract_state
 from distil_jax.training.step import mask_and_eval_step, mask_and_train_step
 
@@ -66,17 +67,20 @@ def compile_run(parts: Parts) -> Program:
     mesh, state_shapes = make_mesh(config.mesh), abstract_state(parts.step)
     shapes, teacher_params = place_teacher(parts.teacher_params, config.teacher, parts.step, mesh)
     eval_step = jit_eval(mask_and_eval_step, mesh, state_shapes, shapes)
-    batch_rows = config.train.batch_rows
+    batch_rows, accumulation = config.train.batch_rows, parts.step.accumulation
+    # Below, nothing may hold on to `parts`: its models would stay in the host's memory for as long as the run lasts.
+    train_rows, held_out_rows = (partial(open_rows, config.data.path, split) for split in ("train", "held_out"))
+    weights, held_out_weights = (put_everywhere(each, mesh) for each in (parts.weights, parts.held_out_weights))
 
     def held_out(state: TrainState, alive: Callable[[], None]) -> dict[str, float]:
         return held_out_numbers(
             eval_step,
             state,
             teacher_params,
-            parts.rows("held_out"),
-            parts.held_out_weights,
+            held_out_rows(),
+            held_out_weights,
             mesh=mesh,
-            batch_rows=batch_rows // parts.step.accumulation,
+            batch_rows=batch_rows // accumulation,
             limit=config.train.eval_rows,
             alive=alive,
         )
@@ -100,13 +104,13 @@ def compile_run(parts: Parts) -> Program:
         mesh=mesh,
         step=jit_step(mask_and_train_step, mesh, state_shapes, shapes),
         teacher_params=teacher_params,
-        others=(parts.weights,),
-        batches=batches_on(mesh, lambda: parts.rows("train"), config),
-        rows_of=partial(rows_of, lambda: parts.rows("train"), batch_rows, config.seed),
+        others=(weights,),
+        batches=batches_on(mesh, train_rows, config),
+        rows_of=partial(rows_of, train_rows, batch_rows, config.seed),
         held_out=held_out,
         score=lambda numbers: numbers["mlm"],
         state_sharding=state_sharding,
-        first_state=lambda: first_state(parts.step, config.seed, parts.student_params, state_sharding),
+        first_state=FirstState(parts.step, config.seed, parts.student_params, state_sharding),
     )
 
 

@@ -11,10 +11,12 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -35,8 +37,8 @@ _MANIFEST, _ARRAYS = "manifest.json", "state"
 _STEP = re.compile("0|[1-9][0-9]{0,17}")  # the name of a checkpoint's folder
 _LARGEST_MANIFEST = 64 * 2**20  # bytes; a real one has some thousand
 _ROOM = 1.25  # free bytes that a save needs for each byte of its arrays
-# What a disk, its file system and the layers above them raise; anything else is a mistake in the program.
-_DISK_FAILURES = (OSError, ValueError, RuntimeError, KeyError)
+# How TensorStore begins what it says of its files; it raises ValueError for them, as a mistake in the program would.
+_OF_TENSORSTORE = re.compile(r"[A-Z_]+: .*(in OCDBT database|at local file|os_error_code=)", re.DOTALL)
 # Of an array that several devices hold, each writes a slice, and Orbax compiles a program for every one: before the
 # first save of 80 small shapes on 8 devices that took 38 s, and 0.2 s where slices below this many bytes are not cut.
 _LEAST_SLICE = 2**20
@@ -87,6 +89,7 @@ class Checkpoints:
         handlers = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
         self._checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=handlers))
         self._sealer, self._sealing = ThreadPoolExecutor(1, thread_name_prefix="checkpoint"), None
+        self._found_damaged: set[int] = set()
         self.failure: str | None = None
         if keep is not None:
             if self._first:
@@ -131,35 +134,34 @@ class Checkpoints:
         Raises:
           InputError: there are some, and none is valid.
         """
-        found, problems = -1, []
-        if self._first:
-            for step in reversed(self.steps()):
-                try:
-                    self.verify(step)
-                except InputError as error:
-                    problems.append(str(error))
-                else:
-                    found = step
-                    break
-        if jax.process_count() > 1:
-            found, damaged = (int(n) for n in multihost_utils.broadcast_one_to_all(np.array([found, len(problems)])))
-        else:
-            damaged = len(problems)
-        if found < 0 and damaged:
+        found, problems, damaged = self._first_valid(reversed(self.steps()))
+        if found is None and damaged:
             reason = " ".join(problems) or "The first process says why."
             raise InputError(
                 f"None of the checkpoints in {self._folder} is valid: put a copy of one back, or name a new run folder "
                 f"to begin again; nothing was changed. {reason}"
             )
-        return (None if found < 0 else found), problems
+        return found, problems
 
-    def best(self) -> int | None:
-        """The step whose score is the best, as the first process sees it; None where no checkpoint has one."""
-        found = self._best() if self._first else None
-        if jax.process_count() > 1:
-            told = int(multihost_utils.broadcast_one_to_all(np.array(-1 if found is None else found)))
-            found = None if told < 0 else told
-        return found
+    def best_valid(self) -> tuple[int | None, list[str]]:
+        """The step with the best score among those that pass `verify`, and what is wrong with better ones.
+
+        None where no valid checkpoint has a score. Only the first process looks, as for `newest_valid`.
+        """
+        scores = self._scores()
+        found, problems, _ = self._first_valid(sorted(scores, key=scores.get))
+        return found, problems
+
+    def best(self) -> tuple[int | None, float]:
+        """The step with the best score and that score, as the first process sees them; (None, inf) where there is none.
+
+        A save that is under way counts: it is waited for. Files are not read; what `verify` has found damaged, or
+        whose manifest is, does not count.
+        """
+        self.wait()
+        scores = self._scores() if self._first else {}
+        found = self._same(min(scores, key=scores.get, default=None))
+        return found, math.inf if found is None else self._manifest(found).score
 
     def set_aside_after(self, step: int) -> list[str]:
         """Renames every checkpoint later than `step`, so that the run can write these steps again; the new names."""
@@ -178,7 +180,8 @@ class Checkpoints:
           step: its name; a step that is already there is left as it is.
           arrays: a tree of arrays.
           facts: plain values.
-          score: of the state, where it is known: the lower the better; the best checkpoint is never removed.
+          score: of the state, where it is known: the lower the better; the checkpoint with the best is never removed.
+            One that is not finite is none.
         """
         self.wait()
         if step in self.steps():
@@ -187,9 +190,13 @@ class Checkpoints:
         try:
             self._make(draft, sum(leaf.nbytes for leaf in jax.tree.leaves(arrays)))
             self._checkpointer.save(draft / _ARRAYS, args=ocp.args.PyTreeSave(arrays))
-        except _DISK_FAILURES as error:
+        except Exception as error:
+            if not _is_of_disk(error):
+                raise
             self._fail(step, error)
             return
+        self._found_damaged.discard(step)  # that one has been set aside
+        score = score if score is not None and math.isfinite(score) else None
         self._sealing = (step, self._sealer.submit(self._seal, step, facts, _described(arrays), score))
 
     def saving(self) -> bool:
@@ -209,30 +216,38 @@ class Checkpoints:
         try:
             future.result()
             self.failure = None
-        except _DISK_FAILURES as error:
+        except Exception as error:
+            if not _is_of_disk(error):
+                raise
             self._fail(step, error)
 
-    def restore(self, step: int, abstract: Any) -> Any:
+    def restore(self, step: int, abstract: Any, *, partial: bool = False) -> Any:
         """The arrays of `step`, which should have passed `verify`.
 
         Args:
           step: one of `steps()`.
           abstract: a tree of `jax.ShapeDtypeStruct` with shardings: of any mesh, not only the one that saved.
+          partial: whether `abstract` may lack some of what was saved, which is then not read.
 
         Raises:
           InputError: the checkpoint does not fit `abstract`, or is damaged.
         """
         saved, wanted = self._manifest(step).arrays, _described(abstract)
+        if partial:
+            saved = {name: described for name, described in saved.items() if name in wanted}
         if unlike := sorted(saved.items() ^ wanted.items()):
             name = unlike[0][0]
             raise InputError(
                 f"Checkpoint {step} in {self._folder} does not fit this run: {name} is {saved.get(name, 'not there')} "
                 f"and should be {wanted.get(name, 'absent')}: use the configuration it was written with."
             )
+        how = ocp.checkpoint_utils.construct_restore_args(abstract)
+        asked = ocp.args.PyTreeRestore(abstract, how, partial_restore=partial)
         try:
-            asked = ocp.args.PyTreeRestore(abstract, ocp.checkpoint_utils.construct_restore_args(abstract))
             return self._checkpointer.restore(self._folder / str(step) / _ARRAYS, args=asked)
-        except _DISK_FAILURES as error:
+        except Exception as error:
+            if not _is_of_disk(error):
+                raise
             raise self._damaged(step, " ".join(str(error).split())[:500]) from error
 
     def close(self) -> None:
@@ -278,22 +293,43 @@ class Checkpoints:
 
     def _retire(self) -> None:
         """Removes what is neither among the newest nor the best; a damaged checkpoint counts for nothing and stays."""
-        whole, best = self._whole(), self._best()
+        whole, scores = self._whole(), self._scores()
+        best = min(scores, key=scores.get, default=None)
         for step in sorted(whole)[: -self._keep]:
             if step != best:
                 shutil.rmtree((self._folder / str(step)).rename(self._folder / f".retired-{step}"))
 
-    def _best(self) -> int | None:
-        scores = {step: score for step, score in self._whole().items() if score is not None}
-        return min(scores, key=scores.get) if scores else None
+    def _scores(self) -> dict[int, float]:
+        """Of the whole checkpoints those that have a score, in order."""
+        return {step: score for step, score in self._whole().items() if score is not None}
 
     def _whole(self) -> dict[int, float | None]:
-        """The scores of the checkpoints whose manifests are whole."""
+        """The scores of the checkpoints whose manifests are whole, and of which nothing was found to be damaged."""
         found = {}
         for step in self.steps():
             with contextlib.suppress(InputError):
                 found[step] = self._manifest(step).score
-        return found
+        return {step: score for step, score in found.items() if step not in self._found_damaged}
+
+    def _first_valid(self, steps: Iterable[int]) -> tuple[int | None, list[str], bool]:
+        """The first of these steps that passes `verify`, what is wrong with those before, and whether there are any."""
+        found, problems = None, []
+        for step in steps if self._first else ():
+            try:
+                self.verify(step)
+            except InputError as error:
+                problems.append(str(error))
+            else:
+                found = step
+                break
+        return self._same(found), problems, self._same(1 if problems else None) is not None
+
+    def _same(self, step: int | None) -> int | None:
+        """The first process's, in every process."""
+        if jax.process_count() == 1:
+            return step
+        told = int(multihost_utils.broadcast_one_to_all(np.array(-1 if step is None else step)))
+        return None if told < 0 else told
 
     def _fail(self, step: int, error: Exception) -> None:
         said = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
@@ -309,7 +345,7 @@ class Checkpoints:
         try:
             require(path.stat().st_size <= _LARGEST_MANIFEST, f"{path} is too large to be one.")
             whole = json.loads(path.read_text(encoding="utf-8"))
-            manifest = build(_Manifest, whole["body"])
+            manifest = build(_Manifest, _with_numbers(whole["body"]))
             intact = _digest(whole["body"]) == whole["sha256"] and (manifest.format, manifest.step) == (FORMAT, step)
         except OSError as error:
             raise self._damaged(step, f"{_MANIFEST} cannot be read: {error.strerror}") from error
@@ -320,11 +356,19 @@ class Checkpoints:
         return manifest
 
     def _damaged(self, step: int, reason: str) -> InputError:
+        self._found_damaged.add(step)
         return InputError(f"Checkpoint {step} in {self._folder} is damaged ({reason}).")
 
     def _meet(self, where: str) -> None:
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(where)
+
+
+def _is_of_disk(error: BaseException) -> bool:
+    """Whether a disk, its file system or TensorStore above them failed; anything else is a mistake in the program."""
+    said = isinstance(error, ValueError) and _OF_TENSORSTORE.match(str(error))
+    below = error.__cause__ is not None and _is_of_disk(error.__cause__)
+    return isinstance(error, OSError) or bool(said) or below
 
 
 def _described(tree: Any) -> dict[str, str]:
@@ -333,6 +377,12 @@ def _described(tree: Any) -> dict[str, str]:
         jax.tree_util.keystr(path, simple=True, separator="/"): f"{np.dtype(leaf.dtype)}{list(leaf.shape)}"
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
+
+
+def _with_numbers(body: dict[str, Any]) -> dict[str, Any]:
+    """A manifest's body, without a score that is no number: they were written down once."""
+    score = body["score"]
+    return body | {"score": None} if isinstance(score, float) and not math.isfinite(score) else body
 
 
 def _digest(body: dict[str, Any]) -> str:

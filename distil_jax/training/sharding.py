@@ -145,6 +145,11 @@ def put_params(params: Any, shardings: Any) -> Any:
     )
 
 
+def put_everywhere(array: np.ndarray, mesh: Mesh) -> jax.Array:
+    """An array that every process holds whole, whole on every device of the mesh."""
+    return put_params(array, NamedSharding(mesh, P()))
+
+
 def jit_step(step: Callable, mesh: Mesh, abstract_state: Any, abstract_teacher: Any) -> Callable:
     """Compiles `train_step` or `mask_and_train_step` for a mesh; the state is donated.
 
