@@ -229,6 +229,18 @@ def test_ctrl_c_ends_a_command_wherever_it_stands_with_one_line_and_no_folder(tm
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
 
+def test_ctrl_c_after_a_run_was_saved_says_to_start_again(tmp_path):
+    """As between two fine-tunings of a comparison."""
+    (tmp_path / "text.txt").write_text("a text\n")
+    arguments = ["prepare", tmp_path / "text.txt", "--tokenizer", "none", "--output", tmp_path / "rows"]
+    saved = "from distil_jax.commands import interrupt; interrupt.note_saved()\n"
+    (process,) = start(1, arguments, program=saved + STANDS.format("time.sleep(600)"))
+    assert process.stderr.readline() == "here\n"
+    process.send_signal(signal.SIGINT)
+    (_, stderr) = done([process], 75)[0]
+    assert stderr == "distil-jax: Stopped; what was finished is saved: run the same command to go on.\n"
+
+
 def test_ctrl_c_before_the_first_step_does_not_wait_for_the_compilation(workshop, tmp_path):
     """And the new run folder goes again."""
     stands = f"from distil_jax.commands import loop; loop._evaluate = lambda *_: exec({IN_C!r}, {{}})"

@@ -80,8 +80,29 @@ def pytorch() -> Iterator[Callable[..., Elsewhere]]:
       `make(name, *arguments)`: what a class or function of `peer_torch` gives there for the platform on which JAX
         computes. The first one starts the process, with which all of them end.
     """
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_end_with_parent) as process:
+    with contextlib.ExitStack() as stack:
+        with _quiet_semaphores():
+            pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_end_with_parent)
+            process = stack.enter_context(pool)
+        # It never hears Ctrl-C, and ends with this process.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        process.submit(int)  # starts it
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         yield partial(Elsewhere, process)
+
+
+@contextlib.contextmanager
+def _quiet_semaphores() -> Iterator[None]:
+    """Python's process that unlinks semaphores, if it is started meanwhile, does not warn of those of a killed one."""
+    before = os.environ.get("PYTHONWARNINGS")
+    quiet = "ignore:resource_tracker:UserWarning"
+    os.environ["PYTHONWARNINGS"] = f"{before},{quiet}" if before else quiet
+    try:
+        yield
+    finally:
+        os.environ.pop("PYTHONWARNINGS")
+        if before is not None:
+            os.environ["PYTHONWARNINGS"] = before
 
 
 class Elsewhere:
@@ -105,7 +126,6 @@ _made: list[Any] = []  # in PyTorch's process
 
 
 def _end_with_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # without a word of its own
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 

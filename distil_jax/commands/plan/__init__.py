@@ -16,6 +16,7 @@ from distil_jax.commands.plan import show
 from distil_jax.commands.plan.aot import Compiled, Job, compile_for
 from distil_jax.config import Config, ModelConfig, StepConfig, StudentConfig, load
 from distil_jax.data.manifest import Manifest, read_manifest
+from distil_jax.files import keep, missing, passing
 from distil_jax.io.config_json import from_json
 from distil_jax.io.tensors import local_folder, read_json
 from distil_jax.objective.masking import most_targets
@@ -60,7 +61,9 @@ def run(arguments: argparse.Namespace) -> None:
     workload = read_workload(load(arguments.config, arguments.set), arguments.sequence_length, arguments.tokens)
     output = place(arguments.output) if arguments.output else None
     if output:  # before minutes are spent on what belongs there
+        made = missing(output)
         output.mkdir(parents=True, exist_ok=True)
+        passing(made)
     jobs = [workload.job(*machine) for machine in machines]
     found = []
     for job in jobs:
@@ -70,6 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
     lines = show.sweep(workload, pairs) if arguments.sweep else show.single(workload, *pairs[0])
     print("\n".join(lines))
     if output:
+        keep(output)
         print(f"\nWrote {show.write(workload, pairs, lines, output)}.")
     if not any(each.fits for each in found):
         raise InputError(_advice(jobs[0], found[0]))
