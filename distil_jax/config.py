@@ -46,7 +46,8 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters of a state stay float32
     unroll: bool = True  # every layer compiled on its own: faster on CPUs, slower to compile
     attention: Attention = "xla"
-    remat: Literal["none", "dots", "full"] = "none"  # what the backward pass computes again to save memory
+    # What the backward pass computes again to save memory; on a CPU it saves none where `unroll` is true.
+    remat: Literal["none", "dots", "full"] = "none"
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "num_layers", "hidden_size", "num_heads", "intermediate_size", "max_positions"):
@@ -130,7 +131,8 @@ class StudentConfig:
     intermediate_size: int | None = None
     max_positions: int | None = None
     token_types: int = 0  # 0 is DistilBERT; 2 keeps BERT's table
-    fold_token_types: bool = True  # adds the teacher's token-type row 0 into the positions: exact, and free
+    # Adds the teacher's token-type row 0 into learned positions: exact, and free. Sinusoidal ones cannot take it.
+    fold_token_types: bool = True
     positions: Literal["learned", "sinusoidal"] = "learned"
     hidden_dropout: float = 0.1
     attention_dropout: float = 0.1
@@ -172,7 +174,6 @@ class LossConfig:
     mse: float = 0.0  # between raw logits: matching logits
     temperature: float = 2.0
     soft_positions: Literal["all", "targets"] = "all"  # where kl and mse are taken: every token, or MLM targets only
-    targets_per_row: int | None = None  # no row has more targets (masking sets it); None: any number
     chunk: int = may_change(512)  # tokens of a device whose logits exist at a time (`fused.py`); 0: all of them
 
     def __post_init__(self) -> None:
@@ -222,7 +223,7 @@ class OptimizerConfig:
     weight_decay: float = 0.0  # never on biases and LayerNorm
     warmup: float = 0.05  # share of the steps
     clip: float = 5.0  # global norm
-    steps: int = 0  # length of the schedule; 0: taken from train.steps or train.epochs
+    steps: int = 0  # length of the schedule; 0: taken from train.steps or train.epochs (a bare `train_step` has none)
     freeze: tuple[str, ...] = ()  # parameters left as they are, by the start of their path: "embeddings/position"
 
     def __post_init__(self) -> None:
@@ -243,6 +244,7 @@ class StepConfig:
     accumulation: int = 1  # micro-batches per update
     head: HeadConfig | None = None  # a task's, on both models; None: masked language modelling
     task: TaskLossConfig = TaskLossConfig()  # what counts where there is a head, instead of `loss` and `masking`
+    targets_per_row: int | None = None  # of masking, which no row exceeds: `most_targets`; None: any number
 
     @property
     def needs_teacher(self) -> bool:
@@ -250,6 +252,10 @@ class StepConfig:
 
     def __post_init__(self) -> None:
         require(self.accumulation >= 1, f"accumulation must be at least 1, not {self.accumulation}.")
+        require(
+            self.targets_per_row is None or self.targets_per_row >= 1,
+            f"targets_per_row must be at least 1, not {self.targets_per_row}: leave it out for any number.",
+        )
         if self.head is not None:
             require(
                 not self.needs_teacher or self.teacher is not None,
@@ -357,7 +363,7 @@ class MeshConfig:
 @dataclass(frozen=True)
 class ComputeConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on accelerators, float32 on CPUs
-    unroll: Literal["auto", "yes", "no"] = may_change("auto")  # auto: on CPUs, where it is faster
+    unroll: Literal["auto", "yes", "no"] = may_change("auto")  # auto: on CPUs without remat, where it is faster
     attention: Literal["auto", "xla", "pallas"] = may_change("auto")  # auto: a Pallas kernel wherever it is lawful
     remat: Literal["auto", "none", "dots", "full"] = may_change("auto")  # auto: dots on TPUs, whose memory is slow
     cache: str = path_field("auto")  # folder of compiled programs; auto: in the run's, but "" (none) on CPUs

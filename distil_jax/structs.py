@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from distil_jax.schema import require
+
 Array = jax.Array
 
 IGNORED = -100  # the label of a position that is no target (the convention of PyTorch and `transformers`)
@@ -66,19 +68,59 @@ class Batch:
 
         Args:
           input_ids: [B, L] token ids.
-          attention_mask: [B, L], 1 at real tokens, 0 at padding.
-          labels: [B, L], `IGNORED` where a position is no target.
+          attention_mask: [B, L], 1 at real tokens, 0 at padding, of any type.
+          labels: [B, L], `IGNORED` where a position is no target; or a task's, see `TaskObjective`: [B] classes, [B]
+            floats of a regression, which stay floats, [B, 2] spans.
           token_type_ids: [B, L], or None for all zeros.
+
+        Raises:
+          InputError: a shape or a type is another, or a mask that is not being traced has other values than 0 and 1.
         """
-        input_ids = jnp.asarray(input_ids, jnp.int32)
-        positions_BxL = jnp.broadcast_to(jnp.arange(input_ids.shape[1], dtype=jnp.int32), input_ids.shape)
+        input_ids = _whole_numbers("input_ids", input_ids)
+        require(input_ids.ndim == 2, f"input_ids must be [B, L], one sequence a row, not {list(input_ids.shape)}.")
+        given = {"attention_mask": jnp.asarray(attention_mask)}
+        if token_type_ids is not None:
+            given["token_type_ids"] = _whole_numbers("token_type_ids", token_type_ids)
+        for name, array in given.items():
+            require(
+                array.shape == input_ids.shape,
+                f"{name} must be [B, L] as input_ids are, {list(input_ids.shape)}, not {list(array.shape)}.",
+            )
+        if not isinstance(given["attention_mask"], jax.core.Tracer):
+            mask = np.asarray(given["attention_mask"])
+            others = mask[(mask != 0) & (mask != 1)]
+            require(
+                not others.size,
+                "attention_mask must be 1 at real tokens and 0 at padding (neither packed nor additive), but holds "
+                f"{others[:1].tolist()}.",
+            )
         return cls(
             input_ids=input_ids,
-            segment_ids=jnp.asarray(attention_mask, jnp.int32),
-            position_ids=positions_BxL,
-            labels=jnp.asarray(labels, jnp.int32),
-            token_type_ids=None if token_type_ids is None else jnp.asarray(token_type_ids, jnp.int32),
+            segment_ids=given["attention_mask"].astype(jnp.int32),
+            position_ids=jnp.broadcast_to(jnp.arange(input_ids.shape[1], dtype=jnp.int32), input_ids.shape),
+            labels=_labels(labels, input_ids.shape),
+            token_type_ids=given.get("token_type_ids"),
         )
+
+
+def _whole_numbers(name: str, values: Array) -> Array:
+    array = jnp.asarray(values)
+    require(jnp.issubdtype(array.dtype, jnp.integer), f"{name} must be whole numbers, not {array.dtype}.")
+    return array.astype(jnp.int32)
+
+
+def _labels(values: Array, shape: tuple[int, int]) -> Array:
+    labels = jnp.asarray(values)
+    require(
+        labels.shape in (shape, shape[:1], (shape[0], 2)),
+        f"labels must be [B, L], [B] or [B, 2] with the B and L of input_ids, {list(shape)}, not {list(labels.shape)}.",
+    )
+    if not jnp.issubdtype(labels.dtype, jnp.floating):
+        return labels.astype(jnp.int32)
+    require(
+        labels.ndim == 1, f"labels of type {labels.dtype} are a regression's, one a row: [B], not {list(labels.shape)}."
+    )
+    return labels.astype(jnp.float32)
 
 
 @struct.dataclass
@@ -128,7 +170,11 @@ class Mean:
 
     @classmethod
     def of(cls, values: Array, where: Array) -> Mean:
-        """The mean of `values` over the positions where `where` is true; what stands elsewhere may be anything."""
+        """The mean of `values` over the positions where `where` is true.
+
+        What stands elsewhere may be anything and gets a gradient of 0. Whoever made it from numbers that may be
+        infinite or NaN sets those aside before: 0 times them is NaN on the way back.
+        """
         values = jnp.asarray(values, jnp.float32)
         return cls(jnp.sum(jnp.where(where, values, 0)), jnp.sum(where, dtype=jnp.float32))
 

@@ -78,7 +78,17 @@ def test_what_auto_means_depends_on_the_machine():
     found = {name: resolve_compute(ComputeConfig(), name) for name in ("cpu", "gpu", "tpu")}
     assert [each.dtype for each in found.values()] == ["float32", "bfloat16", "bfloat16"]
     assert [each.remat for each in found.values()] == ["none", "none", "dots"]
+    assert [each.unroll for each in found.values()] == ["yes", "no", "no"]
     assert resolve_compute(ComputeConfig(remat="full"), "tpu").remat == "full"
+
+
+def test_what_is_computed_again_saves_memory():
+    """On a CPU in a loop over the layers alone: that is what auto takes, and the other is refused."""
+    found = resolve_compute(ComputeConfig(remat="full"), "cpu")
+    assert (found.remat, found.unroll) == ("full", "no")
+    with pytest.raises(InputError, match='"full" saves no memory on a CPU'):
+        resolve_compute(ComputeConfig(remat="full", unroll="yes"), "cpu")
+    assert resolve_compute(ComputeConfig(remat="full", unroll="yes"), "tpu").unroll == "yes"
 
 
 BASE = ModelConfig(90, hidden_size=256, num_heads=4, intermediate_size=48)

@@ -13,6 +13,7 @@ from distil_jax.models.attention import attend
 from distil_jax.models.dropout import row_seeds
 from distil_jax.models.encoder import MaskedLm, count_parameters, layers_apart
 from distil_jax.objective.distillation import logits
+from distil_jax.schema import InputError
 from distil_jax.structs import Batch
 
 
@@ -85,6 +86,52 @@ def test_settings_of_the_machine_change_no_number(teacher_config, teacher_params
 
     plain, changed = value_and_gradient(teacher_config), value_and_gradient(replace(teacher_config, **change))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), plain, changed)
+
+
+@pytest.mark.parametrize("unroll", [False, True])
+def test_unrolled_layers_are_kept_from_being_computed_once(teacher_config, teacher_params, rows, unroll):
+    """In a loop XLA cannot merge the second computation with the first; side by side it would."""
+    config = replace(teacher_config, remat="full", unroll=unroll)
+    text = str(jax.make_jaxpr(lambda params: apply(config, params, as_batch(rows)).hidden)(teacher_params))
+    assert f"prevent_cse={unroll}" in text and f"prevent_cse={not unroll}" not in text
+
+
+IDS = np.ones((4, 8), np.int64)
+
+
+def test_padded_arrays_of_any_library_become_a_batch():
+    for dtype in (bool, np.int64, np.float64):
+        batch = Batch.from_padded(IDS.tolist(), np.ones((4, 8), dtype), IDS)
+        assert {leaf.dtype for leaf in jax.tree.leaves(batch)} == {jnp.dtype("int32")}
+    regression = Batch.from_padded(IDS, IDS, np.array([0.4, 1.7, -0.5, 2.9]))
+    np.testing.assert_array_equal(regression.labels, np.float32([0.4, 1.7, -0.5, 2.9]))
+    traced = jax.eval_shape(Batch.from_padded, IDS, IDS, IDS[:, 0] * 0.5)
+    assert traced.labels.dtype == jnp.float32 and traced.segment_ids.dtype == jnp.int32
+    with jax.enable_x64(True):
+        assert {leaf.dtype.itemsize for leaf in jax.tree.leaves(Batch.from_padded(IDS, IDS, IDS[:, 0] * 0.5))} == {4}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"input_ids": IDS * 1.5}, "input_ids must be whole numbers, not float32"),
+        ({"input_ids": IDS[0]}, r"input_ids must be \[B, L\], one sequence a row, not \[8\]"),
+        ({"attention_mask": IDS[:, :4]}, r"attention_mask must be .* \[4, 8\], not \[4, 4\]"),
+        ({"attention_mask": IDS * 0.5}, r"but holds \[0.5\]"),
+        ({"attention_mask": IDS * 2}, r"neither packed nor additive\), but holds \[2\]"),
+        ({"attention_mask": IDS * -1e9}, "attention_mask must be 1 at real tokens"),
+        ({"attention_mask": IDS * np.nan}, "attention_mask must be 1 at real tokens"),
+        ({"labels": IDS[:3]}, r"labels must be \[B, L\], \[B\] or \[B, 2\]"),
+        ({"labels": IDS[:, :1]}, r"not \[4, 1\]"),
+        ({"labels": IDS * 0.5}, "labels of type float32 are a regression's"),
+        ({"token_type_ids": IDS[:2]}, r"token_type_ids must be .* not \[2, 8\]"),
+        ({"token_type_ids": IDS * 0.5}, "token_type_ids must be whole numbers"),
+    ],
+)
+def test_arrays_that_are_no_batch_are_refused(changes, words):
+    given = {"input_ids": IDS, "attention_mask": IDS, "labels": IDS} | changes
+    with pytest.raises(InputError, match=words):
+        Batch.from_padded(**given)
 
 
 def test_padding_ids_take_no_probability(teacher_config, teacher_params, rows):

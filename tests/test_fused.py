@@ -102,6 +102,19 @@ def test_in_bfloat16_within_its_rounding_of_a_float64_oracle():
     same(np.asarray(slope, np.float64), slope_V @ kernel, rtol=2 * half, atol=4 * half)
 
 
+@pytest.mark.parametrize("names", [("kl", "mlm"), ("mlm",), ("mse", "mlm")], ids="+".join)
+def test_what_no_term_counts_may_be_anything(names):
+    """NaN and infinities in the features of both models: every gradient is that of the same batch without them."""
+    features, head, teacher_features, teacher_head, where, labels = problem()
+    soft = where if set(names) & {"kl", "mse"} else np.zeros_like(where)
+    counted = (soft | (labels != IGNORED))[..., None]
+    hostile = np.where(np.arange(L)[:, None] % 2, np.nan, np.inf)
+    changed = (jnp.where(counted, features, hostile), head, jnp.where(soft[..., None], teacher_features, hostile))
+    for loss in (dense_loss, partial(fused_loss, chunk=4 * B)):
+        loss = partial(loss, temperature=2.0)
+        same(compare(loss, names, (*changed, teacher_head, where, labels)), compare(loss, names, problem()))
+
+
 def test_logits_are_never_whole_and_nothing_is_computed_again():
     """No array of the lowered text has [B, L, V] elements, and a chunk has four vocabulary products, none twice."""
     loss = partial(fused_loss, temperature=2.0, chunk=4 * B)

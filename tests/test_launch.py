@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import jax
 import pytest
 
 REPOSITORY = Path(__file__).parents[1]
@@ -53,7 +54,11 @@ def test_what_the_readme_names_is_there():
 def test_the_readmes_research_example_runs_as_it_stands(capsys):
     (code,) = (block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "train_step" in block)
     assert len([line for line in code.splitlines() if line]) <= 25
-    exec(compile(code.replace('"MY_BERT"', repr(str(REPOSITORY / "distil_jax" / "teacher"))), "README", "exec"), {})
+    exec(
+        compile(code.replace('"MY_BERT"', repr(str(REPOSITORY / "distil_jax" / "teacher"))), "README", "exec"),
+        names := {},
+    )
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(names["teacher_params"])), "sent once"
     lines = capsys.readouterr().out.splitlines()
     losses = [float(re.search(r"'loss': ([\d.]+)", line).group(1)) for line in lines]
     assert len(losses) == 3 and losses[-1] < losses[0] * 1.01

@@ -1,7 +1,5 @@
 """The losses against independent formulas, their limits, and what must not change them (SPEC section 1)."""
 
-from dataclasses import replace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,18 +47,24 @@ def test_the_others_are_their_formulas():
 @pytest.mark.parametrize(
     "loss",
     [
-        lambda s: kl_loss(s, TEACHER, where=WHERE, temperature=2.0).total,
-        lambda s: mlm_loss(s, LABELS).total,
-        lambda s: mse_loss(s, TEACHER, where=WHERE).total,
-        lambda s: cosine_loss(s, TEACHER, where=WHERE).total,
+        lambda s, t: kl_loss(s, t, where=WHERE, temperature=2.0).total,
+        lambda s, t: mlm_loss(s, LABELS).total,
+        lambda s, t: mse_loss(s, t, where=WHERE).total,
+        lambda s, t: cosine_loss(s, t, where=WHERE).total,
     ],
     ids=["kl", "mlm", "mse", "cosine"],
 )
 def test_gradients_and_that_what_does_not_count_does_not_count(loss):
-    check_grads(loss, (STUDENT,), order=1, modes=["rev"], rtol=2e-2, atol=2e-2, eps=1e-2)
-    elsewhere = np.where(WHERE[..., None], STUDENT, 1e4)
-    np.testing.assert_array_equal(loss(elsewhere), loss(STUDENT))
-    np.testing.assert_array_equal(jax.grad(loss)(elsewhere)[~WHERE], 0)
+    check_grads(loss, (STUDENT, TEACHER), order=1, modes=["rev"], rtol=2e-2, atol=2e-2, eps=1e-2)
+    both = jax.value_and_grad(loss, argnums=(0, 1))
+    value, slopes = both(STUDENT, TEACHER)
+    for anything in (1e4, np.nan, np.inf, -np.inf):
+        elsewhere = (np.where(WHERE[..., None], logits, np.float32(anything)) for logits in (STUDENT, TEACHER))
+        found, found_slopes = both(*elsewhere)
+        assert found == value
+        for slope, expected in zip(found_slopes, slopes, strict=True):
+            np.testing.assert_array_equal(slope[~WHERE], 0)
+            np.testing.assert_allclose(slope, expected, rtol=1e-6)
 
 
 def test_equal_models_have_no_loss_and_opposite_ones_the_most():
@@ -147,18 +151,19 @@ def test_the_sum_is_weighted_and_not_normalised():
 @pytest.mark.parametrize("kl", [0.0, 5.0])
 def test_computing_targets_only_changes_no_number(soft_positions, kl):
     config = LossConfig(kl=kl, cosine=0, soft_positions=soft_positions)
-    few = replace(config, targets_per_row=4)
 
-    def value(student, config):
-        return distill_loss(student, encoded(1), batch(), config=config)[0]
+    def value(student, most):
+        return distill_loss(student, encoded(1), batch(), config=config, targets_per_row=most)[0]
 
-    found = [jax.value_and_grad(value)(encoded(0), config) for config in (config, few)]
+    found = [jax.value_and_grad(value)(encoded(0), most) for most in (None, 4)]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *found)
 
 
 def test_more_targets_than_promised_is_never_silent():
-    config = LossConfig(kl=0, cosine=0, targets_per_row=2)
-    assert np.isnan(distill_loss(encoded(0), None, batch(targets_per_row=3), config=config)[0])
+    config, many = LossConfig(kl=0, cosine=0), batch(targets_per_row=3)
+    assert np.isnan(distill_loss(encoded(0), None, many, config=config, targets_per_row=2)[0])
+    held_out = held_out_terms(encoded(0), encoded(1), many, config=config, targets_per_row=2)
+    assert {name for name, term in held_out.items() if np.isnan(term.value())} == {"mlm", "accuracy", "kl", "agreement"}
 
 
 def test_targets_are_gathered_whole():
@@ -169,9 +174,10 @@ def test_targets_are_gathered_whole():
         assert sorted(labels[row][labels[row] != IGNORED]) == sorted(batch().labels[row, positions])
 
 
-def test_held_out_numbers_against_plain_numpy():
+@pytest.mark.parametrize("chunk", [0, 3, 512])  # all at once, a position of each row at a time, all in one chunk
+def test_held_out_numbers_against_plain_numpy(chunk):
     student, teacher, held = encoded(0), encoded(1), batch()
-    found = held_out_terms(student, teacher, held, config=LossConfig(targets_per_row=5))
+    found = held_out_terms(student, teacher, held, config=LossConfig(chunk=chunk), targets_per_row=5)
     where = held.labels != IGNORED
     s, t = (e.features[where] @ e.head.kernel.T + e.head.bias for e in (student, teacher))
     p, q, gold = softmax(t), softmax(s), held.labels[where]

@@ -16,7 +16,7 @@ from distil_jax.commands.hardware import CHIPS
 from distil_jax.commands.plan.aot import Compiled, memory_asked
 from distil_jax.commands.plan.hlo import Program
 from distil_jax.commands.plan.roofline import roofline
-from distil_jax.config import EMBEDDED_TEACHER, LossConfig, ModelConfig, StepConfig, load
+from distil_jax.config import EMBEDDED_TEACHER, ModelConfig, StepConfig, load
 from distil_jax.schema import InputError
 
 GIB = 2**30
@@ -85,7 +85,7 @@ ENTRY %main (a: f32[10,64], i: s32[]) -> f32[1,64] {
 def test_the_formula_is_the_arithmetic_of_the_published_recipe():
     """MFLOP a token without attention: teacher 170 + 47, student 255 + 141 (issue: 613)."""
     teacher = ModelConfig(vocab_size=30_522)
-    step = StepConfig(replace(teacher, num_layers=6, token_types=0), teacher, loss=LossConfig(targets_per_row=77))
+    step = StepConfig(replace(teacher, num_layers=6, token_types=0), teacher, targets_per_row=77)
     attention = 4 * 512 * 768 * (12 + 3 * 6)
     heads = 4 * 2 * 768**2 + 4 * 2 * 768 * (30_592 - 30_522)
     assert round((step_flops(step, 512) - attention - heads) / 1e6) == 170 + 47 + 255 + 141 - 1  # rounded four times

@@ -4,6 +4,7 @@ from dataclasses import replace
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import assert_params_close
@@ -98,6 +99,31 @@ def test_the_work_is_shared_and_gradients_are_exchanged_once(step_config, studen
     assert set(pieces.exchanged) <= {"all-reduce", "reduce-scatter", "all-gather"}
     assert pieces.exchanged["all-gather"] <= 1.05 * 4 * (parameters + taught)
     assert sum(pieces.exchanged.values()) <= 1.05 * 4 * (2 * parameters + taught)
+
+
+def test_a_step_may_have_any_further_arguments():
+    """By place, by name, with defaults or without: on every device they are whole."""
+
+    def step(state, teacher_params, batch, *others, scale=1, bias):
+        return {"sum": state["sum"] + scale * jnp.sum(batch) * sum(map(jnp.sum, others)) + bias}, {}
+
+    mesh, state = make_mesh(MeshConfig()), {"sum": jnp.zeros((), jnp.float32)}
+    compiled = jit_step(step, mesh, state, None)
+    batch, other = jnp.ones((8, 2)), jnp.ones(3)
+    state, _ = compiled(state, None, batch, other, other, bias=jnp.float32(1))
+    assert state["sum"] == 16 * 6 + 1
+    state, _ = compiled(state, None, batch, other, scale=2, bias=jnp.zeros(()))
+    assert state["sum"] == 97 + 2 * 16 * 3
+    judged = jit_eval(lambda state, teacher_params, batch, *, by: batch * by, mesh, state, None)
+    np.testing.assert_array_equal(judged(state, None, batch, by=jnp.float32(3)), 3 * batch)
+
+
+def test_rows_that_do_not_divide_among_the_devices_are_one_sentence(
+    step_config, student_params, teacher_params, rows, weights
+):
+    state = init_state(KEY, step_config, params=student_params)
+    with jax.set_mesh(make_mesh(MeshConfig())), pytest.raises(InputError, match="12 rows does not divide among 8"):
+        jax.eval_shape(mask_and_train_step, state, teacher_params, jax.tree.map(lambda leaf: leaf[:12], rows), weights)
 
 
 @pytest.mark.parametrize(

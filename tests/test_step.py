@@ -144,6 +144,14 @@ def test_evaluation_has_no_dropout(step_config, student_params, teacher_params, 
     jax.tree.map(np.testing.assert_array_equal, plain, dropping)
 
 
+def test_evaluation_takes_what_training_takes(step_config, student_params, teacher_params, batch):
+    """Token types of a teacher, for a student that has none."""
+    typed = batch.replace(token_type_ids=batch.position_ids % 2)
+    state = init_state(KEY, step_config, params=student_params)
+    plain, found = (eval_step(state, teacher_params, each) for each in (batch, typed))
+    assert found["mlm"] == plain["mlm"] and found["kl"].total != plain["kl"].total
+
+
 def test_dropout_differs_between_steps_and_rows_but_not_with_the_cut(
     step_config, student_params, teacher_params, batch
 ):
@@ -195,6 +203,26 @@ def test_biases_and_norms_do_not_decay_and_frozen_parameters_stay(student_params
         make_optimizer(replace(config, freeze=("embedings",))).init(student_params)
 
 
+def test_what_is_frozen_counts_in_no_norm_and_stops_no_update(step_config, student_params, monkeypatch):
+    from distil_jax.training import step
+
+    config = replace(step_config, optimizer=replace(step_config.optimizer, warmup=0.0, freeze=("embeddings",)))
+    gradients = jax.tree.map(jnp.ones_like, student_params)
+    gradients["embeddings"]["word"] *= jnp.nan
+    monkeypatch.setattr(step, "_gradients", lambda *_: (gradients, {}, jnp.float32(1.0)))
+    before = init_state(KEY, config, params=student_params)
+    batch = Batch(*jnp.zeros((4, 1, 8), jnp.int32))
+    after, metrics = jax.jit(train_step)(before, None, batch)
+    moving = sum(
+        leaf.size for name, part in student_params.items() if name != "embeddings" for leaf in jax.tree.leaves(part)
+    )
+    assert metrics["skipped"].value() == 0 and metrics["gradient_norm"].value() == pytest.approx(np.sqrt(moving))
+    for name, part in student_params.items():
+        moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), after.params[name], part)
+        assert set(jax.tree.leaves(moved)) == {name != "embeddings"}
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after.opt_state))
+
+
 def test_equal_configs_compile_once(step_config, student_params, teacher_params, batch):
     traces = []
 
@@ -223,6 +251,8 @@ def test_abstract_state_is_the_state(step_config):
     [
         ({"loss": LossConfig(), "teacher": None}, "need a teacher"),
         ({"accumulation": 0}, "at least 1"),
+        ({"targets_per_row": 0}, "targets_per_row must be at least 1, not 0"),
+        ({"targets_per_row": -3}, "targets_per_row must be at least 1, not -3"),
     ],
 )
 def test_impossible_steps_are_refused(step_config, change, words):
@@ -237,6 +267,16 @@ def test_impossible_steps_are_refused(step_config, change, words):
 def test_teachers_that_do_not_fit_are_refused(step_config, change, words):
     with pytest.raises(InputError, match=words):
         replace(step_config, teacher=replace(step_config.teacher, **change))
+
+
+def test_what_a_step_cannot_do_is_one_sentence(step_config, student_params, teacher_params, batch):
+    for change, words in (
+        ({"accumulation": 3}, "16 rows .* do not divide into 3 micro-batches"),
+        ({"optimizer": OptimizerConfig()}, "optimizer.steps must be above 0"),
+    ):
+        state = init_state(KEY, replace(step_config, **change), params=student_params)
+        with pytest.raises(InputError, match=words):
+            jax.eval_shape(train_step, state, teacher_params, batch)
 
 
 # 64-bit types

@@ -41,6 +41,13 @@ def test_unfolded_is_the_original_which_drops_the_row(teacher_config, teacher_pa
     np.testing.assert_array_equal(params["embeddings"]["position"], teacher_params["embeddings"]["position"])
 
 
+def test_sinusoidal_positions_have_no_place_for_the_row(teacher_config, teacher_params):
+    config = replace(teacher_config, token_types=0, positions="sinusoidal")
+    params = student_from_teacher(teacher_params, teacher_config, config, layers=(0, 1, 2, 3))
+    assert params["embeddings"].keys() == {"word", "norm"}
+    np.testing.assert_array_equal(params["embeddings"]["word"], teacher_params["embeddings"]["word"])
+
+
 @pytest.mark.parametrize("layers", [(3,), (2, 0), (1, 1, 3)])
 def test_any_ordered_choice_is_copied_exactly(teacher_config, teacher_params, layers):
     config = replace(teacher_config, num_layers=len(layers))

@@ -352,6 +352,16 @@ def test_without_its_losses_a_teacher_only_judges_and_token_types_stay(workshop,
     assert moved.any(axis=1).tolist() == [True, False]
 
 
+def test_a_row_that_sinusoidal_positions_cannot_take_is_said(workshop, capsys):
+    assemble(load(workshop / "run.toml"))
+    assert "token-type row" not in capsys.readouterr().out
+    assemble(load(workshop / "run.toml", ["student.positions=sinusoidal"]))
+    assert "token-type row 0 is left out of the student" in capsys.readouterr().out
+    for settings in (["student.token_types=2"], ["student.fold_token_types=false"]):
+        assemble(load(workshop / "run.toml", ["student.positions=sinusoidal", *settings]))
+        assert "token-type row" not in capsys.readouterr().out
+
+
 ALONE = (
     "teacher.path=",
     "student.hidden_size=32",

@@ -36,7 +36,7 @@ from distil_jax.models.encoder import init_params
 from distil_jax.models.heads import abstract_model
 from distil_jax.models.student import choose_layers, student_from_teacher
 from distil_jax.objective.masking import masking_weights, most_targets
-from distil_jax.schema import InputError
+from distil_jax.schema import InputError, require
 from distil_jax.training.sharding import check_mesh, make_mesh, put_params, shard_count, shardings_of
 
 
@@ -107,9 +107,10 @@ def assemble(config: Config) -> Parts:
     step = StepConfig(
         student=student_config,
         teacher=teacher_config,
-        loss=replace(config.loss, targets_per_row=most_targets(manifest.sequence_length, config.masking.rate)),
+        loss=config.loss,
         masking=config.masking,
         optimizer=config.optimizer,
+        targets_per_row=most_targets(manifest.sequence_length, config.masking.rate),
     )
     step, attention = settle(step, config, make_mesh(config.mesh), manifest.sequence_length)
     identity = {"rows": _digest(manifest)}
@@ -272,12 +273,21 @@ def _digest(manifest: Manifest) -> str:
 
 
 def resolve_compute(compute: ComputeConfig, platform: str | None = None) -> ComputeConfig:
-    """`auto` replaced by what suits the machine (or the platform, "cpu", "gpu" or "tpu")."""
+    """`auto` replaced by what suits the machine (or the platform, "cpu", "gpu" or "tpu").
+
+    Raises:
+      InputError: layers are to be unrolled and computed again on a CPU, where that saves no memory.
+    """
     platform = platform or jax.default_backend()
     on_cpu = platform == "cpu"
     dtype = ("float32" if on_cpu else "bfloat16") if compute.dtype == "auto" else compute.dtype
-    unroll = ("yes" if on_cpu else "no") if compute.unroll == "auto" else compute.unroll
     remat = ("dots" if platform == "tpu" else "none") if compute.remat == "auto" else compute.remat
+    unroll = ("yes" if on_cpu and remat == "none" else "no") if compute.unroll == "auto" else compute.unroll
+    require(
+        not (on_cpu and unroll == "yes" and remat != "none"),
+        f'compute.remat = "{remat}" saves no memory on a CPU where layers are unrolled, and costs time: leave '
+        "compute.unroll out, or compute.remat.",
+    )
     return replace(compute, dtype=dtype, unroll=unroll, remat=remat)
 
 
@@ -300,6 +310,13 @@ def _student(
     if student.init == "random":
         return model, None, ()
     layers = student.layers or choose_layers(teacher.num_layers, model.num_layers)
+    if student.fold_token_types and teacher.token_types and not model.token_types and model.positions != "learned":
+        print(
+            "The teacher's token-type row 0 is left out of the student: sinusoidal positions have no parameters to add "
+            "it to, so the student does not begin exactly with the teacher's embeddings. student.token_types = "
+            f"{teacher.token_types} keeps the row.",
+            flush=True,
+        )
     params = student_from_teacher(
         teacher_params, teacher, model, layers=layers, fold_token_types=student.fold_token_types
     )

@@ -16,7 +16,7 @@ import numpy as np
 
 from distil_jax.commands import processes, run_folder
 from distil_jax.commands.guards import InUse, folder_lock
-from distil_jax.config import Config, LossConfig, MaskingConfig, MeshConfig, ModelConfig, OptimizerConfig, StepConfig
+from distil_jax.config import Config, MaskingConfig, MeshConfig, ModelConfig, OptimizerConfig, StepConfig
 from distil_jax.data.manifest import verify as verify_rows
 from distil_jax.io.checkpoint import Checkpoints
 from distil_jax.schema import InputError, place
@@ -74,9 +74,9 @@ def _devices() -> str:
     step = StepConfig(
         student=replace(model, num_layers=1, token_types=0),
         teacher=model,
-        loss=LossConfig(targets_per_row=4),
         masking=MaskingConfig(mask_token_id=4),
         optimizer=OptimizerConfig(steps=10),
+        targets_per_row=4,
     )
     ids_BxL = np.random.default_rng(0).integers(5, 128, (4, 16), np.int32)
     places_BxL = np.broadcast_to(np.arange(16, dtype=np.int32), ids_BxL.shape)

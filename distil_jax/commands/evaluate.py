@@ -112,9 +112,10 @@ def evaluate(model: Model, data: str | Path, *, teacher: Model | None = None, li
     config = StepConfig(
         student=with_compute(model.config, compute),
         teacher=with_compute(teacher.config, compute) if teacher else None,
-        loss=LossConfig(kl=0, cosine=0, targets_per_row=most_targets(manifest.sequence_length, masking.rate)),
+        loss=LossConfig(kl=0, cosine=0),
         masking=masking,
         optimizer=OptimizerConfig(steps=1),
+        targets_per_row=most_targets(manifest.sequence_length, masking.rate),
     )
     mesh = make_mesh(MeshConfig())
     config, _ = settle_attention(config, "auto", mesh, manifest.sequence_length)

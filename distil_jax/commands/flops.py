@@ -32,7 +32,7 @@ def step_flops(config: StepConfig, length: int) -> float:
       config: of the step.
       length: positions in a row.
     """
-    loss, targets = config.loss, (config.loss.targets_per_row or length) / length
+    loss, targets = config.loss, (config.targets_per_row or length) / length
     soft = max(loss.kl, loss.mse) > 0
     with_logits = 1.0 if soft and loss.soft_positions == "all" else targets
     flops = 3 * encoder_flops(config.student, length)

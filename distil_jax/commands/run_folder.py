@@ -23,7 +23,7 @@ from distil_jax.io import huggingface
 from distil_jax.io.checkpoint import Checkpoints
 from distil_jax.io.tensors import local_folder
 from distil_jax.models.heads import abstract_model
-from distil_jax.schema import InputError, build, differences, place, require, to_dict
+from distil_jax.schema import InputError, build, differences, place, require, table_of, to_dict
 from distil_jax.task_config import FinetuneConfig
 from distil_jax.training.state import TrainState, init_state
 
@@ -109,7 +109,9 @@ def read_config(folder: Path) -> Config | FinetuneConfig:
 
 def config_from(values: dict[str, Any]) -> Config | FinetuneConfig:
     """A resolved configuration from its plain values."""
-    return build(FinetuneConfig if "task" in values else Config, values)
+    # Earlier versions kept a key here that they did not read: it follows from masking.
+    loss = {name: value for name, value in table_of(values, "loss").items() if name != "targets_per_row"}
+    return build(FinetuneConfig if "task" in values else Config, values | {"loss": loss})
 
 
 def begin(folder: Path, program: Program) -> None:

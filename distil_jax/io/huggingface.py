@@ -35,7 +35,8 @@ def load(folder: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
 
     Returns:
       The architecture (`mlm_head` and `pooler` say what the file holds), and the parameters: float32 NumPy arrays,
-      layers stacked, the vocabulary padded with zeros.
+      layers stacked, the vocabulary padded with zeros. `jax.device_put` them once: a compiled step that is given NumPy
+      arrays sends them to the device at every call.
 
     Raises:
       InputError: not such a model, damaged, untied, or tensors missing, unexpected or of another shape.

@@ -173,9 +173,12 @@ class MaskedLm(nn.Module):
             seeds_Nx3xB = jnp.stack(rest).reshape(config.num_layers, 3, -1)
         hidden_BxLxD, words_VxD = Embeddings(config, name="embeddings")(batch, first_seeds_B)
         block = Block
+        apart = self.has_variable("params", _layer_name(0))
         if config.remat != "none":
-            block = nn.remat(Block, policy=_PRODUCTS if config.remat == "dots" else None, prevent_cse=False)
-        if self.has_variable("params", _layer_name(0)):
+            policy = _PRODUCTS if config.remat == "dots" else None
+            # In a loop nothing else could be taken for the second computation; unrolled, XLA would make them one.
+            block = nn.remat(Block, policy=policy, prevent_cse=apart or config.unroll)
+        if apart:
             for number in range(config.num_layers):
                 seeds_3xB = None if seeds_Nx3xB is None else seeds_Nx3xB[number]
                 hidden_BxLxD, _ = block(config, name=_layer_name(number))(hidden_BxLxD, batch.segment_ids, seeds_3xB)

@@ -43,6 +43,7 @@ def student_from_teacher(
       layers: which of the teacher's layers become the student's, in this order.
       fold_token_types: for a student without token types, adds the teacher's row 0 into the position table. Row 0 is
         what every single-segment text gets, so the embeddings stay exactly the teacher's (the original drops it).
+        Sinusoidal positions have no table, and the word table is the MLM head's too: there the row is dropped.
 
     Returns:
       A tree that fits `MaskedLm(student_config)`.

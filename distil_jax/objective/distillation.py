@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 
 from distil_jax.config import LossConfig
-from distil_jax.objective.fused import fused_loss
+from distil_jax.objective.fused import fused_loss, in_chunks
 from distil_jax.objective.losses import cosine_loss, kl_loss, mlm_loss, weighted_sum
 from distil_jax.objective.vocabulary import dense_loss, logits
-from distil_jax.structs import IGNORED, Array, Batch, Encoded, Mean, Metrics
+from distil_jax.structs import IGNORED, Array, Batch, Encoded, Head, Mean, Metrics
 
 
 def distill_loss(
-    student: Encoded, teacher: Encoded | None, batch: Batch, *, config: LossConfig
+    student: Encoded, teacher: Encoded | None, batch: Batch, *, config: LossConfig, targets_per_row: int | None = None
 ) -> tuple[Array, Metrics]:
     """kl L_ce + mlm L_mlm + cosine L_cos + mse L_mse, each a mean over its positions in the whole batch.
 
@@ -25,6 +25,7 @@ def distill_loss(
       teacher: of the same masked batch, without dropout; None when no term needs it.
       batch: [B, L].
       config: weights, temperature, positions. A weight of 0 leaves the term out.
+      targets_per_row: as in `StepConfig`.
 
     Returns:
       The scalar loss and the terms by name ("kl", "mlm", "cosine", "mse").
@@ -32,7 +33,7 @@ def distill_loss(
     Raises:
       ValueError: a term needs logits or a teacher that is not there.
     """
-    objective = Distillation(config)
+    objective = Distillation(config, targets_per_row)
     return objective.loss(student, teacher, batch, objective.counts(batch))
 
 
@@ -45,6 +46,7 @@ class Distillation:
     """
 
     config: LossConfig
+    targets_per_row: int | None = None  # as in `StepConfig`
 
     @property
     def weights(self) -> dict[str, float]:
@@ -76,34 +78,49 @@ class Distillation:
             terms["cosine"] = cosine_loss(student.hidden, teacher.hidden, where=batch.segment_ids > 0)
             loss += scale * terms["cosine"].total
         if scales:
-            vocabulary_loss, vocabulary_terms = _vocabulary_loss(student, teacher, batch, scales, config)
+            vocabulary_loss, vocabulary_terms = _vocabulary_loss(
+                student, teacher, batch, scales, config, self.targets_per_row
+            )
             loss, terms = loss + vocabulary_loss, terms | vocabulary_terms
         return loss, terms
 
 
 def at_targets(features_BxLxD: Array, labels_BxL: Array, most: int) -> tuple[Array, Array]:
-    """The features and labels of each row's targets, [B, M, D] and [B, M]; `IGNORED` fills up short rows."""
+    """The features and labels of each row's targets, [B, M, D] and [B, M]; `IGNORED` fills up short rows.
+
+    Whoever promises so few targets looks at `overfull`: of a row that has more, the others are lost.
+    """
     positions_BxM = jnp.argsort(labels_BxL == IGNORED, axis=1)[:, :most]  # targets first, in order
     features_BxMxD = jnp.take_along_axis(features_BxLxD, positions_BxM[..., None], axis=1)
     return features_BxMxD, jnp.take_along_axis(labels_BxL, positions_BxM, axis=1)
 
 
+def overfull(labels_BxL: Array, most: int) -> Array:
+    """Whether a row has more targets than that, which stops a run by a NaN: in silence some would be lost."""
+    return jnp.any(jnp.sum(labels_BxL != IGNORED, axis=1) > most)
+
+
 def _vocabulary_loss(
-    student: Encoded, teacher: Encoded | None, batch: Batch, scales: dict[str, Array], config: LossConfig
+    student: Encoded,
+    teacher: Encoded | None,
+    batch: Batch,
+    scales: dict[str, Array],
+    config: LossConfig,
+    most: int | None,
 ) -> tuple[Array, Metrics]:
     """The part of the loss that needs logits, at the targets alone where no term asks for more."""
     if student.head is None:
         raise ValueError("The student has no MLM head, so there are no logits to compare.")
-    soft, most = bool(scales.keys() & {"kl", "mse"}), config.targets_per_row
+    soft = bool(scales.keys() & {"kl", "mse"})
     if soft and teacher.head is None:
         raise ValueError("The teacher has no MLM head, so there are no soft targets.")
-    features, labels, overfull = student.features, batch.labels, jnp.zeros((), bool)
+    features, labels, lost = student.features, batch.labels, jnp.zeros((), bool)
     teacher_features, teacher_head = (teacher.features, teacher.head) if soft else (None, None)
     if soft and config.soft_positions == "all":
         where = batch.segment_ids > 0
     else:
         if most is not None:
-            overfull = jnp.any(jnp.sum(labels != IGNORED, axis=1) > most)
+            lost = overfull(labels, most)
             teacher_features = at_targets(teacher_features, labels, most)[0] if soft else None
             features, labels = at_targets(features, labels, most)
         where = labels != IGNORED
@@ -111,29 +128,55 @@ def _vocabulary_loss(
     loss, totals = compare(
         features, student.head, teacher_features, teacher_head, where, labels, scales, temperature=config.temperature
     )
-    # A row with more targets than promised would lose some of them silently; NaN stops the run instead.
-    loss, totals = jax.tree.map(lambda number: jnp.where(overfull, jnp.nan, number), (loss, totals))
+    loss, totals = jax.tree.map(lambda number: jnp.where(lost, jnp.nan, number), (loss, totals))
     counts = {"mlm": jnp.sum(labels != IGNORED, dtype=jnp.float32)}
     everywhere = jnp.sum(where, dtype=jnp.float32)
     return loss, {name: Mean(total, counts.get(name, everywhere)) for name, total in totals.items()}
 
 
-def held_out_terms(student: Encoded, teacher: Encoded | None, batch: Batch, *, config: LossConfig) -> Metrics:
+def held_out_terms(
+    student: Encoded, teacher: Encoded | None, batch: Batch, *, config: LossConfig, targets_per_row: int | None = None
+) -> Metrics:
     """What a held-out batch says of a student, all of it at the MLM targets.
 
     There a model has to predict; elsewhere it need only copy its input, and any two models agree.
+
+    Args:
+      student, teacher: of the same masked batch, without dropout; the teacher may be None.
+      batch: [B, L].
+      config: its `chunk` says how many positions' logits exist at a time; nothing else is read.
+      targets_per_row: as in `StepConfig`; a row with more makes every number NaN.
 
     Returns:
       "mlm" and "accuracy" against the text, and with a teacher that has an MLM head "kl" (temperature 1) and
       "agreement" (share of targets where both put the same id first).
     """
-    most = batch.labels.shape[1] if config.targets_per_row is None else config.targets_per_row
+    most = batch.labels.shape[1] if targets_per_row is None else targets_per_row
     features, labels = at_targets(student.features, batch.labels, most)
-    student_logits, where = logits(features, student.head), labels != IGNORED
+    teacher_features, teacher_head = None, None
+    if teacher is not None and teacher.head is not None:
+        teacher_features, teacher_head = at_targets(teacher.features, batch.labels, most)[0], teacher.head
+    cut = partial(in_chunks, chunk=config.chunk or labels.size)
+    chunks = (cut(features), cut(labels, fill=IGNORED), None if teacher_features is None else cut(teacher_features))
+
+    def add(sums: Metrics, chunk: tuple) -> tuple[Metrics, None]:
+        return jax.tree.map(jnp.add, sums, _terms_at_targets(student.head, teacher_head, *chunk)), None
+
+    zero = jnp.zeros((), jnp.float32)
+    names = ("mlm", "accuracy") if teacher_head is None else ("mlm", "accuracy", "kl", "agreement")
+    terms, _ = jax.lax.scan(add, dict.fromkeys(names, Mean(zero, zero)), chunks)
+    lost = overfull(batch.labels, most)
+    return {name: term.replace(total=jnp.where(lost, jnp.nan, term.total)) for name, term in terms.items()}
+
+
+def _terms_at_targets(
+    head: Head, teacher_head: Head | None, features: Array, labels: Array, teacher_features: Array | None
+) -> Metrics:
+    student_logits, where = logits(features, head), labels != IGNORED
     best = jnp.argmax(student_logits, axis=-1)
     terms = {"mlm": mlm_loss(student_logits, labels), "accuracy": Mean.of(best == labels, where)}
-    if teacher is not None and teacher.head is not None:
-        teacher_logits = logits(at_targets(teacher.features, batch.labels, most)[0], teacher.head)
+    if teacher_head is not None:
+        teacher_logits = logits(teacher_features, teacher_head)
         terms["kl"] = kl_loss(student_logits, teacher_logits, where=where, temperature=1.0)
         terms["agreement"] = Mean.of(best == jnp.argmax(teacher_logits, axis=-1), where)
     return terms

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from distil_jax.objective.vocabulary import dense_loss, logits
+from distil_jax.objective.vocabulary import counted_features, dense_loss, logits
 from distil_jax.structs import IGNORED, Array, Head
 
 
@@ -34,19 +34,20 @@ def fused_loss(
     none is smaller than a token of each row. Sums are float32. Only the student's features and head get a gradient:
     the teacher and the scales are constants.
     """
-    length = features.shape[1]
-    pieces = -(-length // max(1, chunk // features.shape[0]))
-    width = -(-length // pieces)  # even chunks, so that little is added to fill up the last
+    features, teacher_features = counted_features(features, teacher_features, where, labels, scales)
+    cut = functools.partial(in_chunks, chunk=chunk)
+    chunks = (None if teacher_features is None else cut(teacher_features), cut(where), cut(labels, fill=IGNORED))
+    return _fused(temperature, cut(features), head, teacher_head, chunks, dict(scales))
 
-    def cut(array_BxL: Array | None, fill: float) -> Array | None:
-        if array_BxL is None:
-            return None
-        ends = [(0, 0), (0, pieces * width - length)] + [(0, 0)] * (array_BxL.ndim - 2)
-        padded = jnp.pad(array_BxL, ends, constant_values=fill)
-        return jnp.moveaxis(padded.reshape(padded.shape[0], pieces, width, *padded.shape[2:]), 1, 0)
 
-    chunks = (cut(teacher_features, 0), cut(where, False), cut(labels, IGNORED))
-    return _fused(temperature, cut(features, 0), head, teacher_head, chunks, dict(scales))
+def in_chunks(array_BxL: Array, *, chunk: int, fill: int = 0) -> Array:
+    """[B, L, ...] -> [N, B, C, ...]: N even chunks of C positions, B x C of them about `chunk`, the last filled up."""
+    rows, length, *rest = array_BxL.shape
+    pieces = -(-length // max(1, chunk // rows))
+    width = -(-length // pieces)
+    ends = [(0, 0), (0, pieces * width - length)] + [(0, 0)] * len(rest)
+    padded = jnp.pad(array_BxL, ends, constant_values=fill)
+    return jnp.moveaxis(padded.reshape(rows, pieces, width, *rest), 1, 0)
 
 
 # features_NxBxCxD: N chunks of C positions; `chunks` holds the teacher's features, `where` and `labels` alike.

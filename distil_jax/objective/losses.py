@@ -1,7 +1,8 @@
 """The elementary losses, as plain functions of arrays (SPEC section 1).
 
 Each takes the positions that count and returns a `Mean` that is not divided yet, so that micro-batches and devices
-add up to the mean over the global batch. All of them compute in float32.
+add up to the mean over the global batch. All of them compute in float32. What stands at other positions may be
+anything, NaN too: it is set to 0 before it is computed with, so its gradient is 0.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ def kl_loss(student_logits: Array, teacher_logits: Array, *, where: Array, tempe
       temperature: T.
     """
     student_logits, teacher_logits = student_logits.astype(jnp.float32), teacher_logits.astype(jnp.float32)
+    student_logits, teacher_logits = counted(student_logits, where), counted(teacher_logits, where)
     student_log_probs = jax.nn.log_softmax(student_logits / temperature)
     teacher_log_probs = jax.nn.log_softmax(teacher_logits / temperature)
     divergence = jnp.sum(jnp.exp(teacher_log_probs) * (teacher_log_probs - student_log_probs), axis=-1)
@@ -40,7 +42,7 @@ def mlm_loss(logits: Array, labels: Array) -> Mean:
       labels: [...] int.
     """
     where = labels != IGNORED
-    log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
+    log_probs = jax.nn.log_softmax(counted(logits.astype(jnp.float32), where))
     chosen = jnp.take_along_axis(log_probs, jnp.where(where, labels, 0)[..., None], axis=-1)[..., 0]
     return Mean.of(-chosen, where)
 
@@ -57,7 +59,7 @@ def mse_loss(student_logits: Array, teacher_logits: Array, *, where: Array) -> M
       student_logits, teacher_logits: [..., V].
       where: [...] bool, the positions that count.
     """
-    difference = student_logits.astype(jnp.float32) - teacher_logits.astype(jnp.float32)
+    difference = counted(student_logits.astype(jnp.float32) - teacher_logits.astype(jnp.float32), where)
     return Mean.of(jnp.sum(jnp.square(difference), axis=-1), where)
 
 
@@ -69,7 +71,13 @@ def cosine_loss(student_hidden: Array, teacher_hidden: Array, *, where: Array) -
       where: [...] bool, the positions that count.
     """
     student_hidden, teacher_hidden = student_hidden.astype(jnp.float32), teacher_hidden.astype(jnp.float32)
+    student_hidden, teacher_hidden = counted(student_hidden, where), counted(teacher_hidden, where)
     dot = jnp.sum(student_hidden * teacher_hidden, axis=-1)
     student_square = jnp.sum(jnp.square(student_hidden), axis=-1) + _COSINE_EPSILON
     teacher_square = jnp.sum(jnp.square(teacher_hidden), axis=-1) + _COSINE_EPSILON
     return Mean.of(1 - dot * jax.lax.rsqrt(student_square) * jax.lax.rsqrt(teacher_square), where)
+
+
+def counted(values: Array, where: Array) -> Array:
+    """Values [..., N], and zeros at the positions [...] that do not count."""
+    return jnp.where(where[..., None], values, 0)

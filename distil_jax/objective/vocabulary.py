@@ -9,8 +9,8 @@ from collections.abc import Mapping
 
 import jax.numpy as jnp
 
-from distil_jax.objective.losses import kl_loss, mlm_loss, mse_loss
-from distil_jax.structs import Array, Head
+from distil_jax.objective.losses import counted, kl_loss, mlm_loss, mse_loss
+from distil_jax.structs import IGNORED, Array, Head
 
 
 def logits(features: Array, head: Head) -> Array:
@@ -47,6 +47,7 @@ def dense_loss(
     Returns:
       The loss, which is the sum of scale x total, and each term's total. Only the loss is differentiated in earnest.
     """
+    features, teacher_features = counted_features(features, teacher_features, where, labels, scales)
     student_logits = logits(features, head)
     totals = {}
     if "mlm" in scales:
@@ -58,3 +59,17 @@ def dense_loss(
         if "mse" in scales:
             totals["mse"] = mse_loss(student_logits, teacher_logits, where=where).total
     return sum(scales[name] * total for name, total in totals.items()), totals
+
+
+def counted_features(
+    features: Array, teacher_features: Array | None, where: Array, labels: Array, scales: Mapping[str, Array]
+) -> tuple[Array, Array | None]:
+    """Both models' features of `dense_loss`, and zeros at the positions that no term counts.
+
+    Before the products, where it costs least, because a kernel's gradient has a share of every position: one that is
+    NaN makes all of it NaN, and nothing times NaN is NaN too.
+    """
+    soft, targets = bool(scales.keys() & {"kl", "mse"}), labels != IGNORED
+    student_where = (where | targets if "mlm" in scales else where) if soft else targets
+    teacher_features = counted(teacher_features, where) if soft else teacher_features
+    return counted(features, student_where), teacher_features

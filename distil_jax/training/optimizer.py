@@ -10,23 +10,31 @@ import jax.numpy as jnp
 import optax
 
 from distil_jax.config import OptimizerConfig
-from distil_jax.schema import InputError
+from distil_jax.schema import InputError, require
+from distil_jax.structs import Array
 
 
 def learning_rate(config: OptimizerConfig) -> optax.Schedule:
-    """Linear from 0 to the peak over the warm-up, then linear to 0 at `config.steps`."""
-    if config.steps < 1:
-        raise InputError("optimizer.steps must be at least 1: the learning rate decays to 0 over that many steps.")
+    """Linear from 0 to the peak over the warm-up, then linear to 0 at `config.steps`.
+
+    Raises:
+      InputError: `config.steps` is 0, when the schedule is asked: a state that is only evaluated needs none.
+    """
     warmup = round(config.warmup * config.steps)
-    schedule = optax.join_schedules(
-        [
-            optax.linear_schedule(0.0, config.learning_rate, warmup),
-            optax.linear_schedule(config.learning_rate, 0.0, config.steps - warmup),
-        ],
-        [warmup],
-    )
-    # A whole number divided would be float64 where JAX has 64-bit types switched on.
-    return lambda step: schedule(jnp.asarray(step, jnp.float32))
+
+    def rate(step: Array) -> Array:
+        require(config.steps > 0, "optimizer.steps must be above 0: the learning rate decays to 0 over so many steps.")
+        schedule = optax.join_schedules(
+            [
+                optax.linear_schedule(0.0, config.learning_rate, warmup),
+                optax.linear_schedule(config.learning_rate, 0.0, config.steps - warmup),
+            ],
+            [warmup],
+        )
+        # A whole number divided would be float64 where JAX has 64-bit types switched on.
+        return schedule(jnp.asarray(step, jnp.float32))
+
+    return rate
 
 
 # Cached, because two chains never compare equal: whoever asks with an equal config gets the same one.
@@ -45,6 +53,13 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
             weight_decay=config.weight_decay,
             mask=functools.partial(_decays, prefixes=config.freeze),
         ),
+    )
+
+
+def without_frozen(gradients: Any, config: OptimizerConfig) -> Any:
+    """The gradients, and zeros for what is frozen."""
+    return jax.tree.map(
+        lambda frozen, leaf: jnp.zeros_like(leaf) if frozen else leaf, _frozen(gradients, config.freeze), gradients
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from distil_jax.config import MeshConfig, StepConfig
 from distil_jax.models.attention import HEADS_ALONG
-from distil_jax.schema import InputError
+from distil_jax.schema import InputError, require
 from distil_jax.structs import Rows
 
 _AXES = ("data", "fsdp", HEADS_ALONG)
@@ -154,7 +153,8 @@ def jit_step(step: Callable, mesh: Mesh, abstract_state: Any, abstract_teacher: 
     """Compiles `train_step` or `mask_and_train_step` for a mesh; the state is donated.
 
     Args:
-      step: (state, teacher_params, batch or rows, ...) -> (state, metrics); what follows the batch is replicated.
+      step: (state, teacher_params, batch or rows, ...) -> (state, metrics); whatever follows the batch, by place or by
+        name, is replicated.
       mesh: from `make_mesh`.
       abstract_state: from `abstract_state`.
       abstract_teacher: from `abstract_params`, or None without a teacher.
@@ -183,13 +183,13 @@ def lower_step(
     rows = Rows(input_ids=ids, segment_ids=ids, position_ids=ids, row_index=jax.ShapeDtypeStruct(shape[:1], jnp.int32))
     weights = jax.ShapeDtypeStruct((abstract_state.config.student.padded_vocab_size,), jnp.float32)
     with jax.set_mesh(mesh):
-        return compiled.lower(nn.unbox(abstract_state), nn.unbox(abstract_teacher), rows, weights)
+        return compiled.lower(nn.unbox(abstract_state), nn.unbox(abstract_teacher), rows, (weights,), {})
 
 
 def _on_mesh(mesh: Mesh, compiled: Callable) -> Callable:
-    def run(*arguments: Any) -> Any:
+    def run(state: Any, teacher_params: Any, batch: Any, *others: Any, **named: Any) -> Any:
         with jax.set_mesh(mesh):
-            return compiled(*arguments)
+            return compiled(state, teacher_params, batch, others, named)
 
     return run
 
@@ -200,9 +200,16 @@ def _jitted_step(step: Callable, mesh: Mesh, abstract_state: Any, abstract_teach
 
 
 def _jitted(step: Callable, mesh: Mesh, state_sharding: Any, abstract_teacher: Any, **options: Any) -> Callable:
+    """Of a step: (state, teacher_params, batch, others, named), the last two its further arguments."""
     teacher_sharding = None if abstract_teacher is None else shardings_of(abstract_teacher, mesh)
-    others = (NamedSharding(mesh, P()),) * (len(inspect.signature(step).parameters) - 3)
-    return jax.jit(step, in_shardings=(state_sharding, teacher_sharding, batch_sharding(mesh), *others), **options)
+    everywhere = NamedSharding(mesh, P())
+
+    @functools.wraps(step)
+    def call(state: Any, teacher_params: Any, batch: Any, others: tuple, named: dict[str, Any]) -> Any:
+        return step(state, teacher_params, batch, *others, **named)
+
+    shardings = (state_sharding, teacher_sharding, batch_sharding(mesh), everywhere, everywhere)
+    return jax.jit(call, in_shardings=shardings, **options)
 
 
 def gather_params(params: Any, abstract: Any) -> Any:
@@ -251,6 +258,8 @@ def map_shards(function: Callable) -> Callable:
             return jax.tree.map(lambda leaf: leaf[None], function(batch, *rest))
 
         def cut(leaf: Any) -> Any:
+            rows = leaf.shape[0]
+            require(rows % shards == 0, f"A batch of {rows} rows does not divide among {shards} shards of the mesh.")
             leaf = leaf.reshape(shards, leaf.shape[0] // shards, *leaf.shape[1:])
             return jax.lax.with_sharding_constraint(leaf, P(_BATCH))
 

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import optax
 
 from distil_jax.config import ModelConfig, StepConfig, TaskLossConfig
-from distil_jax.models.encoder import MaskedLm
 from distil_jax.models.heads import abstract_model, model_of
 from distil_jax.objective.distillation import Distillation, held_out_terms
 from distil_jax.objective.masking import mask_tokens
 from distil_jax.objective.tasks import TaskObjective
+from distil_jax.schema import require
 from distil_jax.structs import Array, Batch, Encoded, Mean, Metrics, Rows
-from distil_jax.training.optimizer import learning_rate, make_optimizer
+from distil_jax.training.optimizer import learning_rate, make_optimizer, without_frozen
 from distil_jax.training.sharding import gather_params, keep_params, map_shards, sum_over_shards
 from distil_jax.training.state import TrainState
 
@@ -47,15 +47,21 @@ def train_step(state: TrainState, teacher_params: Any, batch: Batch) -> tuple[Tr
 
     Args:
       state: the student.
-      teacher_params: the teacher's tree in any float dtype, or None when no term needs it.
+      teacher_params: the teacher's tree in any float dtype, on the device, or None when no term needs it.
       batch: [B, L]; B divides into `state.config.accumulation` micro-batches on every shard.
 
     Returns:
-      The next state, and the metrics of this step: the terms of the objective, "loss", "gradient_norm",
-      "learning_rate", "tokens" (the attended ones) and "skipped" (1 where the update was left out).
+      The next state, and the metrics of this step: the terms of the objective, "loss", "gradient_norm" (of what is
+      not frozen, before it is clipped), "learning_rate", "tokens" (the attended ones) and "skipped" (1 where the
+      update was left out).
+
+    Raises:
+      InputError: B does not divide so, or `state.config.optimizer` has no steps.
     """
     gradients, terms, loss = _gradients(state, teacher_params, batch)
     config = state.config
+    # What is frozen counts neither in the norm nor in whether it is finite, and XLA leaves out what made it.
+    gradients = without_frozen(gradients, config.optimizer)
     norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
@@ -89,15 +95,15 @@ def eval_step(state: TrainState, teacher_params: Any, batch: Batch) -> Metrics:
     Args:
       state: the student.
       teacher_params: the teacher's tree, or None to leave out the comparison with it.
-      batch: [B, L].
+      batch: [B, L], any that `train_step` takes.
     """
     config = state.config
 
     def shard_terms(batch: Batch, params: Any, teacher_params: Any) -> Metrics:
-        student, teacher = MaskedLm(config.student).apply({"params": params}, batch), None
+        student, teacher = _outputs(config, config.student, params, batch), None
         if teacher_params is not None:
-            teacher = MaskedLm(config.teacher).apply({"params": teacher_params}, batch)
-        return held_out_terms(student, teacher, batch, config=config.loss)
+            teacher = _outputs(config, config.teacher, teacher_params, batch)
+        return held_out_terms(student, teacher, batch, config=config.loss, targets_per_row=config.targets_per_row)
 
     params = gather_params(state.params, abstract_model(config.student, None))
     if teacher_params is not None:
@@ -152,7 +158,10 @@ def _gradients(state: TrainState, teacher_params: Any, batch: Batch) -> tuple[An
     Each shard of the batch adds up its micro-batches, and the shards exchange their sums once.
     """
     config = state.config
-    objective = Distillation(config.loss) if config.head is None else TaskObjective(config.head, config.task)
+    if config.head is None:
+        objective = Distillation(config.loss, config.targets_per_row)
+    else:
+        objective = TaskObjective(config.head, config.task)
     counts = objective.counts(batch)
 
     def loss_of(params: Any, teacher_params: Any, batch: Batch, counts: dict, key: Array) -> tuple[Array, Metrics]:
@@ -194,4 +203,9 @@ def _outputs(config: StepConfig, model: ModelConfig, params: Any, batch: Batch, 
 
 def _cut(leaf: Array, pieces: int) -> Array:
     """[B, ...] -> [pieces, B / pieces, ...]."""
+    require(
+        leaf.shape[0] % pieces == 0,
+        f"{leaf.shape[0]} rows (of one shard of the batch) do not divide into {pieces} micro-batches: give more or "
+        "fewer rows, or change StepConfig.accumulation.",
+    )
     return leaf.reshape(pieces, leaf.shape[0] // pieces, *leaf.shape[1:])

@@ -144,9 +144,10 @@ def read_work(arguments: argparse.Namespace, dropout: float) -> Work:
     step = StepConfig(
         student=student,
         teacher=teacher if config.teacher.path else None,
-        loss=replace(config.loss, targets_per_row=most_targets(length, config.masking.rate)),
+        loss=config.loss,
         masking=replace(config.masking, mask_token_id=mask_id),
         optimizer=config.optimizer,
+        targets_per_row=most_targets(length, config.masking.rate),
     )
     step, _ = assemble.settle(step, config, mesh, length)
     return Work(config, step, mesh, table, weights, length, arguments.steps, arguments.rounds)

@@ -137,9 +137,10 @@ def read_workload(config: Config, length: int | None = None, tokens: float | Non
     step = StepConfig(
         student=student,
         teacher=teacher,
-        loss=replace(config.loss, targets_per_row=most_targets(length, config.masking.rate)),
+        loss=config.loss,
         masking=config.masking,
         optimizer=replace(config.optimizer, steps=config.optimizer.steps or steps or 1),
+        targets_per_row=most_targets(length, config.masking.rate),
     )
     return Workload(config, step, length, row_tokens, steps, tuple(assumptions))
 
