@@ -11,7 +11,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from distil_jax.schema import InputError, build, may_change, path_field, place, require, set_value, table_of
+from distil_jax.schema import (
+    InputError,
+    build,
+    may_change,
+    path_field,
+    place,
+    require,
+    require_finite,
+    require_share,
+    set_value,
+    table_of,
+)
 
 # Who computes attention: XLA, or a kernel for the device; see `models/attention.py`.
 Attention = Literal["xla", "pallas_gpu", "pallas_tpu"]
@@ -21,6 +32,19 @@ EMBEDDED_TEACHER = Path(__file__).parent / "teacher"
 _MOST_PARAMETERS = 10**12  # larger sizes are damage or a slip, and must not reach an allocation
 _MOST_LABELS = 10_000_000  # as above
 _MOST_ROWS = 2**24  # of a batch, for the same reason
+MOST_STEPS = 2**31 - 1  # a state counts them in 32 bits
+_MOST_DEVICES = 2**20  # along one axis of a mesh
+_LAST_SEED = 2**32 - 1  # JAX reads no more bits of one
+# Of a `StudentConfig` and of the `ModelConfig` that it becomes.
+STUDENT_SHAPE = (
+    "num_layers",
+    "hidden_size",
+    "num_heads",
+    "intermediate_size",
+    "max_positions",
+    "token_types",
+    "positions",
+)
 
 
 @dataclass(frozen=True)
@@ -59,7 +83,9 @@ class ModelConfig:
         )
         require(self.token_types >= 0, f"token_types must be 0 or more, not {self.token_types}.")
         for name in ("hidden_dropout", "attention_dropout"):
-            require(0 <= getattr(self, name) < 1, f"{name} must be in [0, 1), not {getattr(self, name)}.")
+            require_share(name, getattr(self, name))
+        require_finite("initializer_range", self.initializer_range, least=0)
+        require_finite("layer_norm_eps", self.layer_norm_eps, above=0)
         rows = self.vocab_size + self.max_positions + self.token_types
         layer = 4 * self.hidden_size + 2 * self.intermediate_size
         parameters = self.hidden_size * (rows + self.num_layers * layer)
@@ -96,7 +122,7 @@ class HeadConfig:
         require(
             self.kind != "spans" or self.labels == 2, f"Spans have 2 labels, their start and end, not {self.labels}."
         )
-        require(0 <= self.dropout < 1, f"dropout must be in [0, 1), not {self.dropout}.")
+        require_share("dropout", self.dropout)
         require(
             not self.label_names or len(set(self.label_names)) == len(self.label_names) == self.labels,
             f"{self.labels} labels need as many different names, not {list(self.label_names)}.",
@@ -121,29 +147,56 @@ class TeacherConfig:
 
 @dataclass(frozen=True)
 class StudentConfig:
-    """The student's shape; None means: as the teacher's (or BERT-base's, where there is no teacher)."""
+    """The student's shape.
+
+    None means: as the folder in `init` has it, or else as the comment says; a resolved config says what it was.
+    """
 
     init: str = path_field("teacher", may_change=False)  # "teacher", "random", or the folder of an existing student
     layers: tuple[int, ...] = ()  # the teacher's layers that are copied; empty: 0,2,4,7,9,11 for 12 -> 6, else spread
-    num_layers: int | None = None  # None: as many as `layers`, or half the teacher's
-    hidden_size: int | None = None
+    num_layers: int | None = None  # as many as `layers`, or half the teacher's; without a teacher 12
+    hidden_size: int | None = None  # this and the next three: the teacher's, or BERT-base's where there is no teacher
     num_heads: int | None = None
     intermediate_size: int | None = None
     max_positions: int | None = None
-    token_types: int = 0  # 0 is DistilBERT; 2 keeps BERT's table
-    # Adds the teacher's token-type row 0 into learned positions: exact, and free. Sinusoidal ones cannot take it.
-    fold_token_types: bool = True
-    positions: Literal["learned", "sinusoidal"] = "learned"
+    token_types: int | None = None  # 0, which is DistilBERT; 2 keeps BERT's table
+    # Adds the teacher's token-type row 0 into the positions, which keeps the embeddings the teacher's. None: wherever
+    # that can be, which is with learned positions, and where the student has no token types of its own.
+    fold_token_types: bool | None = None
+    positions: Literal["learned", "sinusoidal"] | None = None  # learned
     hidden_dropout: float = 0.1
     attention_dropout: float = 0.1
 
     def __post_init__(self) -> None:
-        require(self.num_layers is None or self.num_layers > 0, "student.num_layers must be at least 1.")
+        for name in ("num_layers", "hidden_size", "num_heads", "intermediate_size", "max_positions"):
+            value = getattr(self, name)
+            require_finite(f"student.{name}", 1 if value is None else value, least=1)
+        require_finite("student.token_types", self.token_types or 0, least=0)
+        require(min(self.layers, default=0) >= 0, f"student.layers counts from 0, but is {list(self.layers)}.")
+        for name in ("hidden_dropout", "attention_dropout"):
+            require_share(f"student.{name}", getattr(self, name))
         require(
             not self.layers or self.num_layers in (None, len(self.layers)),
             f"student.layers names {len(self.layers)} layers and student.num_layers says {self.num_layers}: "
             "set one of them.",
         )
+        require(
+            not self.layers or self.init == "teacher",
+            f"student.layers names layers of the teacher to copy, and student.init = {self.init!r} copies none: leave "
+            'student.layers out (student.num_layers says how many there are), or set student.init = "teacher".',
+        )
+
+    def resolved(self, model: ModelConfig, teacher: ModelConfig | None) -> StudentConfig:
+        """What was left open, as it is in the student that was made.
+
+        Args:
+          model: the student's.
+          teacher: the teacher's; None: there is none.
+        """
+        kept = model.positions == "learned" and model.token_types == 0
+        foldable = self.init == "teacher" and kept and teacher is not None and teacher.token_types > 0
+        shape = {name: getattr(model, name) for name in STUDENT_SHAPE}
+        return replace(self, **shape, fold_token_types=foldable and self.fold_token_types is not False)
 
 
 @dataclass(frozen=True)
@@ -162,6 +215,8 @@ class MaskingConfig:
             self.mask >= 0 and self.random >= 0 and self.mask + self.random <= 1,
             f"masking.mask {self.mask} and masking.random {self.random} must be shares of one whole.",
         )
+        for name in ("smoothing", "mask_token_id"):
+            require_finite(f"masking.{name}", getattr(self, name), least=0)
 
 
 @dataclass(frozen=True)
@@ -178,14 +233,14 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         for name in ("kl", "mlm", "cosine", "mse"):
-            require(getattr(self, name) >= 0, f"loss.{name} must not be negative, but is {getattr(self, name)}.")
+            require_finite(f"loss.{name}", getattr(self, name), least=0)
         require(
             max(self.kl, self.mlm, self.cosine, self.mse) > 0,
             "Every loss weight is 0, so there is nothing to minimise: set at least one of loss.kl, loss.mlm, "
             "loss.cosine, loss.mse.",
         )
         require(self.chunk >= 0, f"loss.chunk must not be negative, but is {self.chunk}.")
-        require(self.temperature > 0, f"loss.temperature must be above 0, not {self.temperature}.")
+        require_finite("loss.temperature", self.temperature, above=0)
 
     @property
     def needs_teacher(self) -> bool:
@@ -201,11 +256,10 @@ class TaskLossConfig:
     temperature: float = 2.0
 
     def __post_init__(self) -> None:
-        require(
-            min(self.task, self.soft) >= 0 and max(self.task, self.soft) > 0,
-            f"loss.task {self.task} and loss.soft {self.soft} must not be negative, and not both 0.",
-        )
-        require(self.temperature > 0, f"loss.temperature must be above 0, not {self.temperature}.")
+        for name in ("task", "soft"):
+            require_finite(f"loss.{name}", getattr(self, name), least=0)
+        require(max(self.task, self.soft) > 0, "loss.task and loss.soft are both 0, so there is nothing to minimise.")
+        require_finite("loss.temperature", self.temperature, above=0)
 
     @property
     def needs_teacher(self) -> bool:
@@ -227,9 +281,14 @@ class OptimizerConfig:
     freeze: tuple[str, ...] = ()  # parameters left as they are, by the start of their path: "embeddings/position"
 
     def __post_init__(self) -> None:
-        require(self.learning_rate > 0, f"optimizer.learning_rate must be above 0, not {self.learning_rate}.")
+        for name in ("learning_rate", "eps", "clip"):
+            require_finite(f"optimizer.{name}", getattr(self, name), above=0)
+        for name in ("beta1", "beta2"):
+            require_share(f"optimizer.{name}", getattr(self, name))
+        for name in ("weight_decay", "steps"):
+            require_finite(f"optimizer.{name}", getattr(self, name), least=0)
         require(0 <= self.warmup <= 1, f"optimizer.warmup is a share of the steps, 0 to 1, not {self.warmup}.")
-        require(self.clip > 0, f"optimizer.clip must be above 0, not {self.clip}.")
+        require(self.steps <= MOST_STEPS, f"optimizer.steps must be at most {MOST_STEPS}, not {self.steps}.")
 
 
 @dataclass(frozen=True)
@@ -301,7 +360,7 @@ class TrainConfig:
     tokens_per_device: int = may_change(8192)  # of a micro-batch, at most; sets accumulation where that is 0
     log_every: int = may_change(20)  # steps
     eval_every: int = may_change(1000)  # steps; 0: only before the first and after the last; of a task: every epoch
-    eval_rows: int = may_change(512)  # held-out rows per evaluation; 0: all
+    eval_rows: int = may_change(512)  # held-out rows per evaluation, chosen at random but the same of every run; 0: all
     checkpoint_every: int = may_change(1000)  # steps; 0: at every evaluation; besides, whenever one is the best so far
     keep_checkpoints: int = may_change(3)  # the newest, and besides them the one with the best held-out score
     patience: int = 0  # evaluations without a better score that end the run; 0: any number
@@ -322,8 +381,10 @@ class TrainConfig:
             "profile_steps",
             "spike_steps",
         ):
-            require(getattr(self, name) >= 1, f"train.{name} must be at least 1, not {getattr(self, name)}.")
+            require_finite(f"train.{name}", getattr(self, name), least=1)
         for name in (
+            "steps",
+            "epochs",
             "accumulation",
             "eval_every",
             "checkpoint_every",
@@ -334,10 +395,13 @@ class TrainConfig:
             "spike_factor",
             "hang_seconds",
         ):
-            require(getattr(self, name) >= 0, f"train.{name} must not be negative, but is {getattr(self, name)}.")
-        most = f"train.batch_rows must be at most {_MOST_ROWS}, not {self.batch_rows}."
-        require(self.batch_rows <= _MOST_ROWS, most)
-        require(self.epochs < 2**31, f"train.epochs must be a number below 2**31, not {self.epochs}.")
+            require_finite(f"train.{name}", getattr(self, name), least=0)
+        require(
+            self.spike_factor == 0 or self.spike_factor >= 1,
+            f"train.spike_factor must be 0 (never) or at least 1, not {self.spike_factor}.",
+        )
+        for name, most in (("batch_rows", _MOST_ROWS), ("steps", MOST_STEPS), ("epochs", MOST_STEPS)):
+            require(getattr(self, name) <= most, f"train.{name} must be at most {most}, not {getattr(self, name)}.")
         require(
             (self.steps > 0) != (self.epochs > 0),
             f"Set either train.steps or train.epochs above 0 (steps is {self.steps}, epochs {self.epochs}).",
@@ -355,8 +419,8 @@ class MeshConfig:
     def __post_init__(self) -> None:
         sizes = (self.data, self.fsdp, self.tensor)
         require(
-            all(size > 0 or size == -1 for size in sizes) and sizes.count(-1) <= 1,
-            f"mesh sizes must be positive, and at most one of them -1, but are {sizes}.",
+            all(0 < size <= _MOST_DEVICES or size == -1 for size in sizes) and sizes.count(-1) <= 1,
+            f"mesh sizes must be from 1 to {_MOST_DEVICES:,}, and at most one of them -1, but are {sizes}.",
         )
 
 
@@ -385,6 +449,7 @@ class Config:
     compute: ComputeConfig = ComputeConfig()
 
     def __post_init__(self) -> None:
+        check_seeds(self.seed)
         if not self.teacher.path:
             require(
                 not self.loss.needs_teacher,
@@ -394,6 +459,12 @@ class Config:
                 self.student.init != "teacher",
                 'student.init = "teacher" needs a teacher: set teacher.path, or student.init = "random".',
             )
+
+
+def check_seeds(*seeds: int) -> None:
+    """Refuses seeds that JAX would read as others."""
+    for seed in seeds:
+        require(0 <= seed <= _LAST_SEED, f"A seed must be from 0 to {_LAST_SEED:,}, not {seed}.")
 
 
 def preset(path: str | Path, kind: str = "") -> Path:

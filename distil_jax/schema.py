@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import functools
 import json
+import math
 import os
 import re
 import tomllib
@@ -39,6 +40,22 @@ def require(condition: bool, sentence: str) -> None:
     """Raises `InputError` with the sentence where the condition does not hold."""
     if not condition:
         raise InputError(sentence)
+
+
+def require_finite(name: str, value: float, *, least: float | None = None, above: float | None = None) -> None:
+    """Raises `InputError` where a number is infinite, none at all (NaN), or below its bound."""
+    require(math.isfinite(value), f"{name} must be a finite number, not {value}.")
+    if least == 0:
+        require(value >= 0, f"{name} must not be negative, but is {value}.")
+    elif least is not None:
+        require(value >= least, f"{name} must be at least {least}, not {value}.")
+    if above is not None:
+        require(value > above, f"{name} must be above {above}, not {value}.")
+
+
+def require_share(name: str, value: float) -> None:
+    """Raises `InputError` where a number is not in [0, 1); NaN is in no range."""
+    require(0 <= value < 1, f"{name} must be in [0, 1), not {value}.")
 
 
 def shown(value: Any) -> str:
@@ -167,12 +184,15 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     if origin is tuple:
         require(isinstance(value, (list, tuple)), f"Config key {where} must be a list, not {shown(value)}.")
         return tuple(_convert(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-    if origin is types.UnionType:
+    if origin in (types.UnionType, typing.Union):  # with a Literal in it, `X | None` is the older of the two
         return None if value is None else _convert(arguments[0], value, where)
     if kind in (int, float) and type(value) is int:
         require(abs(value) < 2**63, f"Config key {where} must be a number of at most 63 bits, not {shown(value)}.")
         return kind(value)
     require(type(value) is kind, f"Config key {where} must be of type {kind.__name__}, not {shown(value)}.")
+    if kind is float:
+        # TOML and JSON have them, and a comparison with a bound lets NaN through or not as it is written.
+        require(math.isfinite(value), f"Config key {where} must be a finite number, not {value}.")
     if kind is str:
         require(not _SURROGATE.search(value), f"Config key {where} must be text that UTF-8 can hold, not {value!r}.")
     return value

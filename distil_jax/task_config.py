@@ -16,11 +16,21 @@ from distil_jax.config import (
     TaskLossConfig,
     TeacherConfig,
     TrainConfig,
+    check_seeds,
     preset,
     read_toml,
     settle_schedule,
 )
-from distil_jax.schema import build, path_field, require, set_value, table_of, to_dict
+from distil_jax.schema import (
+    build,
+    path_field,
+    require,
+    require_finite,
+    require_share,
+    set_value,
+    table_of,
+    to_dict,
+)
 
 # How a task is judged. f1: of the label 1 of two; macro_f1: the mean over all labels; entity_f1: of whole entities
 # (IOB2); exact_match and span_f1: SQuAD's; pearson and spearman: of a regression.
@@ -69,11 +79,10 @@ class TaskConfig:
             not wrong, f"task.metrics {', '.join(wrong)} cannot judge {self.kind}: choose from {', '.join(allowed)}."
         )
         require(0 < self.dev_share < 1, f"task.dev_share must be between 0 and 1, not {self.dev_share}.")
-        require(self.train_rows >= 0, f"task.train_rows must not be negative, but is {self.train_rows}.")
-        require(self.max_length >= 8, f"task.max_length must be at least 8, not {self.max_length}.")
-        require(self.max_answer >= 1, f"task.max_answer must be at least 1, not {self.max_answer}.")
+        for name, least in (("train_rows", 0), ("stride", 0), ("max_length", 8), ("max_answer", 1)):
+            require_finite(f"task.{name}", getattr(self, name), least=least)
         require(
-            self.kind != "spans" or 0 <= self.stride < self.max_length,
+            self.kind != "spans" or self.stride < self.max_length,
             f"task.stride must be from 0 to below task.max_length {self.max_length}, not {self.stride}.",
         )
 
@@ -92,6 +101,10 @@ class StartConfig:
     hidden_dropout: float = 0.1
     attention_dropout: float = 0.1
     head_dropout: float | None = None  # None: as published, see `head_of`
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_dropout", "attention_dropout", "head_dropout"):
+            require_share(f"model.{name}", getattr(self, name) or 0.0)
 
 
 # Those of the GLUE runs of BERT and DistilBERT; and a task is small: it is judged and saved once an epoch.
@@ -116,6 +129,7 @@ class FinetuneConfig:
     compute: ComputeConfig = ComputeConfig()
 
     def __post_init__(self) -> None:
+        check_seeds(self.seed)
         require(bool(self.model.path), "model.path is empty: name the model folder, or the run, to fine-tune.")
         require(
             bool(self.task.train),

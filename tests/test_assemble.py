@@ -1,5 +1,6 @@
 """What a configuration becomes on a mesh, before anything is compiled."""
 
+import re
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -8,14 +9,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tomli_w
 from jax.experimental import pallas as pl
 
 from distil_jax.commands import attention
-from distil_jax.commands.assemble import micro_batches, resolve_compute, teacher_compute, teacher_shapes
+from distil_jax.commands.assemble import (
+    assemble,
+    check_batch,
+    micro_batches,
+    resolve_compute,
+    teacher_compute,
+    teacher_shapes,
+)
 from distil_jax.commands.attention import settle_attention
-from distil_jax.config import ComputeConfig, LossConfig, MeshConfig, ModelConfig, StepConfig, TeacherConfig, TrainConfig
+from distil_jax.commands.program import about_pieces
+from distil_jax.commands.run_folder import open_model
+from distil_jax.config import (
+    STUDENT_SHAPE,
+    ComputeConfig,
+    LossConfig,
+    MeshConfig,
+    ModelConfig,
+    StepConfig,
+    TeacherConfig,
+    TrainConfig,
+    load,
+)
 from distil_jax.models import tpu_attention
-from distil_jax.schema import InputError
+from distil_jax.schema import InputError, to_dict
 from distil_jax.training.sharding import check_mesh, make_mesh, shardings_of
 
 
@@ -127,12 +148,115 @@ def test_a_kernel_that_cannot_be_is_refused_where_it_was_asked_for():
 
 
 def test_a_kernel_is_tried_before_it_is_trusted(monkeypatch):
-    tried = partial(attention._tried, "pallas_tpu", BASE, 128)
+    tried = partial(attention._tried, "pallas_tpu", (4, 64), 128, "float32")
     name, why = tried()
-    assert name == "xla" and why.startswith("the kernel does not compile here: Only interpret mode")
+    assert name == "xla" and why.startswith("the kernel does not compile here: ValueError: Only interpret mode")
     monkeypatch.setattr(pl, "pallas_call", partial(pl.pallas_call, interpret=True))
     assert tried() == ("pallas_tpu", "")
     monkeypatch.setattr(tpu_attention, "_NEVER", 0.0)  # a kernel that looks across segments
     jax.clear_caches()
     name, why = tried()
     assert name == "xla" and "off by" in why
+
+
+class NotToBeHad(Exception):
+    """As Mosaic's and Triton's are: of no class that one could name."""
+
+
+@pytest.mark.parametrize("error", [NotToBeHad("no\n such  layout"), TypeError("no layout"), KeyError("layout")])
+def test_a_kernel_that_fails_in_any_way_means_xla_where_nobody_asked_for_it(monkeypatch, error):
+    tried = []
+
+    def one_row(heads, length, implementation, dtype):
+        if implementation == "xla":
+            return (np.ones(3),)
+        tried.append((heads, length))
+        raise error
+
+    here = SimpleNamespace(devices=np.array([SimpleNamespace(platform="cpu")]), shape={"tensor": 2})
+    monkeypatch.setattr(attention, "choose_attention", lambda *_, **__: ("pallas_tpu", ""))
+    monkeypatch.setattr(attention, "_one_row", one_row)
+    step, said = settle_attention(STEP, "auto", here, 128)
+    assert step.student.attention == step.teacher.attention == "xla"
+    assert f"xla (the kernel does not compile here: {type(error).__name__}: " in said and "layout" in said
+    assert "\n" not in said
+    assert tried == [((2, 64), 128)], "once for both models, with the heads that one device has"
+    with pytest.raises(InputError, match=f"cannot be for the student.*{type(error).__name__}"):
+        settle_attention(STEP, "pallas", here, 128)
+
+
+# What a config asks for is done or refused
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            ("student.init={teacher}", "student.hidden_size=64"),
+            r"num_layers = 2 \(4\), .*hidden_size = 64 \(32\)",
+        ),
+        (("student.init={teacher}", "student.num_layers=4", "student.num_heads=2"), r"num_heads = 2 \(4\)\. Set"),
+        (("student.init={teacher}", "student.num_layers=4", "student.intermediate_size=8"), r"intermediate_size = 8"),
+        (("student.init={teacher}", "student.num_layers=4", "student.max_positions=24"), r"max_positions = 24 \(32\)"),
+        (("student.init={teacher}", "student.num_layers=4", "student.token_types=0"), r"token_types = 0 \(2\)"),
+        (("student.init={teacher}", "student.num_layers=4", "student.positions=sinusoidal"), r"\('learned'\)"),
+        (("student.init={teacher}", "student.num_layers=4", "student.layers=[0,1,2,3]"), "copies none"),
+        (("student.init={teacher}", "student.num_layers=4", "student.fold_token_types=true"), "leave it out"),
+        (("student.init=random", "student.layers=[1,3]"), "copies none"),
+        (("student.init=random", "student.fold_token_types=true"), "leave it out"),
+        (("student.positions=sinusoidal", "student.fold_token_types=true"), "leave it out"),
+        (("student.token_types=2", "student.fold_token_types=true"), "leave it out"),
+        (("masking.mask_token_id=7",), "masking.mask_token_id is 7, but the .MASK. of the rows' tokenizer is 4"),
+        (("train.steps=30",), "optimizer.steps = 20, and the run has 30 steps"),
+        (("train.batch_rows=1000", "train.accumulation=1"), r"only \d+ rows .* set train.batch_rows = \d+ or less"),
+        (("teacher.path=", "student.init=random", "teacher.dtype=bfloat16"), "set teacher.path, or leave it out"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(workshop, settings, said):
+    settings = [each.format(teacher=workshop / "teacher") for each in settings]
+    with pytest.raises(InputError, match=said):
+        assemble(load(workshop / "run.toml", settings))
+
+
+def test_the_batch_that_is_named_can_be(workshop):
+    for mesh in ({"data": 8}, {"data": 1}):
+        devices = make_mesh(MeshConfig(**mesh), jax.devices()[: mesh["data"]])
+        for accumulation in (0, 2):
+            train = TrainConfig(steps=1, batch_rows=48, accumulation=accumulation)
+            with pytest.raises(InputError, match=r"train.batch_rows = \d+ or less") as error:
+                check_batch(train, 41, devices)
+            named = replace(train, batch_rows=int(re.search(r"= (\d+)", str(error.value))[1]))
+            check_batch(named, 41, devices)
+            assert named.batch_rows >= 32 and micro_batches(named, devices, 16)
+    with pytest.raises(InputError, match="train on 8 rows or more"):
+        check_batch(TrainConfig(steps=1, batch_rows=8), 7, make_mesh(MeshConfig()))
+
+
+def test_a_resolved_config_tells_what_the_student_is(workshop, tmp_path):
+    teacher = open_model(workshop / "teacher").config
+    from_folder = (f"student.init={workshop / 'teacher'}", "student.num_layers=4", "student.hidden_size=32")
+    random = ("student.init=random", "student.hidden_size=64", "student.positions=sinusoidal", "loss.cosine=0")
+    sinusoidal = ("student.positions=sinusoidal",)
+    for settings, folded in (((), True), (sinusoidal, False), (random, False), (from_folder, False)):
+        parts = assemble(load(workshop / "run.toml", settings))
+        student, model = parts.config.student, parts.step.student
+        assert [getattr(student, name) for name in STUDENT_SHAPE] == [getattr(model, name) for name in STUDENT_SHAPE]
+        assert student.fold_token_types is folded
+        assert student.resolved(model, teacher) == student
+        # And as a config it makes the same student.
+        (tmp_path / "config.toml").write_text(tomli_w.dumps(to_dict(parts.config)))
+        again = assemble(load(tmp_path / "config.toml"))
+        assert (again.config, again.step) == (parts.config, parts.step)
+
+
+def test_it_is_said_where_a_device_has_more_at_a_time_than_asked_for():
+    mesh, model = make_mesh(MeshConfig()), replace(BASE, num_layers=1)
+    for settings, said in (
+        ({"batch_rows": 64}, ""),
+        ({"batch_rows": 64, "accumulation": 2, "tokens_per_device": 300}, "512 tokens .* train.accumulation is 2"),
+        ({"batch_rows": 64, "tokens_per_device": 100}, "128 tokens of a device .* a row is the least"),
+    ):
+        train = TrainConfig(steps=1, **settings)
+        step = StepConfig(model, loss=LossConfig(kl=0, cosine=0), accumulation=micro_batches(train, mesh, 128))
+        found = about_pieces(train, step, mesh, 128)
+        assert re.search(said, found) if said else not found

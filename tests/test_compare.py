@@ -48,6 +48,7 @@ def test_names_are_told_apart(capsys, tmp_path):
         (["--distil"], "b-distilled is where b learns from the teacher"),
         (["--set", "seed=1"], "compare sets seed of every run itself"),
         (["--set", "loss.soft=0.9"], "loss.soft is of students with a teacher: add --distil."),
+        (["--seeds", "0", "-1"], "A seed must be from 0 to 4,294,967,295, not -1."),
         (["--seeds", "1", "1"], "Each seed may be named once"),
     ],
 )

@@ -1,10 +1,13 @@
 """Configs: every key checked, every mistake one sentence, nothing lost on the way through TOML."""
 
 import dataclasses
+import math
 import subprocess
 import sys
 import tomllib
+import typing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,13 +16,27 @@ import tomli_w
 from distil_jax.commands import run_folder
 from distil_jax.commands.assemble import student_model
 from distil_jax.commands.flops import step_flops
-from distil_jax.config import EMBEDDED_TEACHER, Config, LossConfig, ModelConfig, StepConfig, load, read_toml
+from distil_jax.config import (
+    EMBEDDED_TEACHER,
+    Config,
+    LossConfig,
+    MaskingConfig,
+    ModelConfig,
+    OptimizerConfig,
+    StepConfig,
+    TaskLossConfig,
+    TrainConfig,
+    check_seeds,
+    load,
+    read_toml,
+)
+from distil_jax.data.prepare import PrepareConfig
 from distil_jax.io import huggingface
 from distil_jax.models.encoder import count_parameters
 from distil_jax.models.student import choose_layers
 from distil_jax.objective.masking import most_targets
 from distil_jax.schema import InputError, build, differences, to_dict
-from distil_jax.task_config import load_task
+from distil_jax.task_config import FinetuneConfig, load_task
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))  # those of tasks: test_tasks.py
 ABLATION = Path(__file__).parents[1] / "configs" / "ablation"
@@ -46,6 +63,7 @@ def write(folder, text):
         ("[train]\nsteps = 1\nepochs = 2", "either train.steps or train.epochs"),
         ("[train]\naccumulation = -1\nsteps = 1", "train.accumulation must not be negative"),
         ("[student]\nlayers = [0, 1]\nnum_layers = 3", "names 2 layers"),
+        ("[student]\nlayers = [0, 1]", r"student\.init = 'random' copies none"),
         ("[loss]\nkl = 1.0", "need a teacher"),
         ('[student]\ninit = "teacher"', "needs a teacher"),
         ('[teacher]\npath = "t"\n[loss]\nkl = 0\nmlm = 0\ncosine = 0', "nothing to minimise"),
@@ -66,6 +84,128 @@ def test_a_mistake_is_one_sentence(tmp_path, text, words):
         load(write(tmp_path, text))
 
 
+# Every number that a config holds, and what it cannot be.
+BOUNDS = {
+    "seed": (-1, 2**32),
+    "student.num_layers": (0,),
+    "student.hidden_size": (0,),
+    "student.num_heads": (0,),
+    "student.intermediate_size": (0,),
+    "student.max_positions": (0,),
+    "student.token_types": (-1,),
+    "student.hidden_dropout": (-0.1, 1.0),
+    "student.attention_dropout": (-0.1, 1.0),
+    "masking.rate": (0.0, 1.0),
+    "masking.mask": (-0.1, 1.1),
+    "masking.random": (-0.1, 1.1),
+    "masking.smoothing": (-0.1,),
+    "masking.mask_token_id": (-1,),
+    "loss.kl": (-0.1,),
+    "loss.mlm": (-0.1,),
+    "loss.cosine": (-0.1,),
+    "loss.mse": (-0.1,),
+    "loss.temperature": (0.0,),
+    "loss.chunk": (-1,),
+    "optimizer.learning_rate": (0.0,),
+    "optimizer.beta1": (-0.1, 1.0),
+    "optimizer.beta2": (-0.1, 1.0),
+    "optimizer.eps": (0.0,),
+    "optimizer.weight_decay": (-0.1,),
+    "optimizer.warmup": (-0.1, 1.1),
+    "optimizer.clip": (0.0,),
+    "optimizer.steps": (-1, 2**31),
+    "train.batch_rows": (0, 2**24 + 1),
+    "train.steps": (-1, 2**31),
+    "train.epochs": (-1.0, 2.0**31),
+    "train.accumulation": (-1,),
+    "train.tokens_per_device": (0,),
+    "train.log_every": (0,),
+    "train.eval_every": (-1,),
+    "train.eval_rows": (-1,),
+    "train.checkpoint_every": (-1,),
+    "train.keep_checkpoints": (0,),
+    "train.patience": (-1,),
+    "train.skips_allowed": (-1,),
+    "train.spike_factor": (-1.0, 0.5),
+    "train.spike_steps": (0,),
+    "train.hang_seconds": (-1.0,),
+    "train.profile_at": (-1,),
+    "train.profile_steps": (0,),
+    "mesh.data": (0, -2, 2**20 + 1),
+    "mesh.fsdp": (0, -2, 2**20 + 1),
+    "mesh.tensor": (0, -2, 2**20 + 1),
+}
+TASK_BOUNDS = {
+    "seed": (-1, 2**32),
+    "task.dev_share": (0.0, 1.0),
+    "task.train_rows": (-1,),
+    "task.max_length": (7,),
+    "task.stride": (-1,),
+    "task.max_answer": (0,),
+    "model.hidden_dropout": (-0.1, 1.0),
+    "model.attention_dropout": (-0.1, 1.0),
+    "model.head_dropout": (-0.1, 1.0),
+    "loss.task": (-0.1,),
+    "loss.soft": (-0.1,),
+    "loss.temperature": (0.0,),
+}
+
+
+def numbers_of(kind, where=""):
+    """The names of a config's numbers, and whether each is a float."""
+    for name, hint in typing.get_type_hints(kind).items():
+        kinds = {hint, *typing.get_args(hint)}
+        if dataclasses.is_dataclass(hint):
+            yield from numbers_of(hint, f"{where}{name}.")
+        elif kinds & {int, float}:
+            yield where + name, float in kinds
+
+
+def test_every_number_of_a_config_has_bounds_and_is_finite(tmp_path):
+    """Numbers of the task's config that the training's has too are bounded there."""
+    lists = {"student.layers"}
+    derived = {"loss.targets_per_row"}  # from the masking
+    known = dict(numbers_of(Config))
+    assert known.keys() - lists - derived == BOUNDS.keys()
+    assert dict(numbers_of(FinetuneConfig)).keys() - BOUNDS.keys() == TASK_BOUNDS.keys() - BOUNDS.keys()
+    path = write(tmp_path, '[teacher]\npath = "t"')
+
+    def task(overrides):
+        return load_task("sst2", ["model.path=m", *overrides])
+
+    for bounds, floats, read in (
+        (BOUNDS, known, lambda overrides: load(path, overrides)),
+        (TASK_BOUNDS, dict(numbers_of(FinetuneConfig)), task),
+    ):
+        for name, values in bounds.items():
+            for value in (*values, *(("inf", "-inf", "nan") if floats[name] else ())):
+                with pytest.raises(InputError) as error:
+                    read([f"{name}={value}"])
+                assert name.rpartition(".")[2] in str(error.value).lower().replace("mesh sizes", name), (name, value)
+
+
+def test_numbers_are_bounded_in_python_too():
+    inf, nan = math.inf, math.nan
+    for make in (
+        partial(LossConfig, kl=inf),
+        partial(LossConfig, temperature=nan),
+        partial(TaskLossConfig, soft=nan),
+        partial(OptimizerConfig, learning_rate=inf),
+        partial(OptimizerConfig, weight_decay=nan),
+        partial(TrainConfig, steps=1, hang_seconds=inf),
+        partial(MaskingConfig, smoothing=-inf),
+        partial(ModelConfig, 90, initializer_range=nan),
+        partial(ModelConfig, 90, layer_norm_eps=0.0),
+        partial(PrepareConfig, ("t",), tokenizer="t", held_out=nan),
+        partial(PrepareConfig, ("t",), tokenizer="t", max_unknown=inf),
+        partial(PrepareConfig, ("t",), tokenizer="t", train_vocabulary=-5),
+        partial(PrepareConfig, ("t",), train_vocabulary=10**12),
+        partial(check_seeds, 3, -1),
+    ):
+        with pytest.raises(InputError):
+            make()
+
+
 def test_a_config_that_is_not_there_names_those_that_are():
     with pytest.raises(InputError, match="distilbert_base_uncased"):
         load("distilbert_base_unkased")
@@ -81,7 +221,8 @@ def test_bad_overrides(tmp_path, override):
 
 
 def test_overrides_win_and_are_typed(tmp_path):
-    config = load(write(tmp_path, "[train]\nsteps = 5"), ["train.steps=7", "data.path=a/b", "student.layers=[1, 3]"])
+    overrides = ["train.steps=7", "data.path=a/b", "teacher.path=t", "student.layers=[1, 3]"]
+    config = load(write(tmp_path, "[train]\nsteps = 5"), overrides)
     assert (config.train.steps, config.data.path, config.student.layers) == (7, "a/b", (1, 3))
 
 

@@ -75,6 +75,22 @@ def test_what_a_killed_start_left_does_not_stop_the_next(text, tmp_path):
     assert not (tmp_path / ".rows.unfinished-0123abcd").exists() and (tmp_path / "rows").is_dir()
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"seeds": (0, 2**32)}, "A seed must be from 0"),
+        ({"seeds": (1, 1)}, "named once"),
+        ({"overrides": ["seed=3"]}, "demo sets seed itself"),
+        ({"overrides": ["teacher.path=t"]}, "demo sets teacher.path itself"),
+        ({"overrides": ["data.path=t"]}, "demo sets data.path itself"),
+    ],
+)
+def test_what_would_be_ignored_is_refused_before_anything_is_written(tmp_path, settings, said):
+    with pytest.raises(InputError, match=said):
+        demo(tmp_path / "demo", **settings)
+    assert not (tmp_path / "demo").exists()
+
+
 def test_another_folder_is_left_alone(tmp_path):
     (tmp_path / "mine").write_text("precious")
     with pytest.raises(InputError, match="something other than a demonstration"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import shutil
 from dataclasses import replace
@@ -14,19 +15,25 @@ import pytest
 from conftest import file_hashes, random_params, same_leaves
 
 from distil_jax import cli
+from distil_jax.commands.assemble import assemble
 from distil_jax.commands.card import card
 from distil_jax.commands.evaluate import evaluate
 from distil_jax.commands.export import export
 from distil_jax.commands.fill_mask import fill_mask
-from distil_jax.commands.run_folder import open_model
+from distil_jax.commands.run_folder import Model, open_model
+from distil_jax.commands.train import compile_run
+from distil_jax.config import ModelConfig, load
+from distil_jax.data import loader
+from distil_jax.data.loader import open_rows
 from distil_jax.data.manifest import read_manifest
+from distil_jax.data.prepare import PrepareConfig, prepare
 from distil_jax.data.tokenizer import fingerprint, load_tokenizer
 from distil_jax.io import huggingface
-from distil_jax.io.metrics import read_metrics
+from distil_jax.io.metrics import Sums, read_metrics
 from distil_jax.models.encoder import MaskedLm, count_parameters
 from distil_jax.objective.distillation import logits
 from distil_jax.schema import InputError
-from distil_jax.structs import Batch
+from distil_jax.structs import Batch, Mean
 
 TEXTS = ["the cat hunts the [MASK] in the garden.", "the [MASK] hears the wolf in the house. the dog sees the bear."]
 
@@ -74,13 +81,67 @@ def test_eval_of_a_model_folder_gives_the_same(exported, workshop, of_the_run, c
 
 
 def test_eval_can_be_short_and_of_an_older_step(finished_run, workshop, of_the_run):
-    model, rows = open_model(finished_run, 8), workshop / "rows"
-    assert model.step == 8 and open_model(finished_run).step == 12
+    model, rows = open_model(finished_run, 10), workshop / "rows"
+    assert model.step == 10 and open_model(finished_run).step == 12
     teacher = open_model(workshop / "teacher")
     fewer = read_manifest(rows).held_out.rows - 2
     whole, few = (evaluate(model, rows, teacher=teacher, limit=limit) for limit in (0, fewer))
     assert whole["kl"] != few["kl"] and whole["kl"] > of_the_run["kl"]
     assert evaluate(model, rows, teacher=teacher, limit=10**6) == whole
+
+
+def test_some_held_out_rows_stand_for_all_of_them_whatever_their_sources(tmp_path, monkeypatch):
+    """Rows stand in the order of their sources; here the model knows the words of the first one alone."""
+    draw = random.Random(0)
+    sources = {"animals": ["cat", "dog", "bird", "fish", "horse"], "tools": ["saw", "axe", "drill", "hammer", "wrench"]}
+    for name, words in sources.items():
+        lines = "\n".join(" ".join(draw.choices(words, k=14)) for _ in range(1000))
+        (tmp_path / f"{name}.txt").write_text(lines + "\n")
+    texts = tuple(str(tmp_path / f"{name}.txt") for name in sources)
+    manifest = prepare(
+        PrepareConfig(texts, train_vocabulary=80, sequence_length=16, held_out=0.3, document="line"), tmp_path / "rows"
+    )
+    config = ModelConfig(manifest.vocab_size, 1, 8, 2, 8, 16, token_types=0)
+    params = jax.tree.map(np.zeros_like, random_params(config, 0))
+    tokenizer = load_tokenizer(tmp_path / "rows" / "tokenizer")
+    params["mlm"]["bias"][tokenizer.convert_tokens_to_ids(sources["animals"])] = 4.0
+    model = Model(config, params, tmp_path / "rows" / "tokenizer")
+    table = open_rows(tmp_path / "rows", "held_out")
+    second = np.isin(table.input_ids, tokenizer.convert_tokens_to_ids(sources["tools"])).any(axis=1)
+    monkeypatch.setattr("distil_jax.commands.evaluate._BATCH_TOKENS", 16 * 16)  # less to compute
+    assert not second[:100].any() and 0.4 < second.mean() < 0.6
+    whole, few = (evaluate(model, tmp_path / "rows", limit=limit)["mlm"] for limit in (0, 100))
+    monkeypatch.setattr(loader, "judged_rows", lambda rows, limit: np.arange(limit))
+    first = evaluate(model, tmp_path / "rows", limit=100)["mlm"]
+    # The rows differ by their source alone: the deviation of a row is that between two values, the first one `first`.
+    deviation = (whole - first) * np.sqrt((1 - second.mean()) / second.mean())
+    standard_error = deviation / np.sqrt(100)
+    assert abs(few - whole) < 2 * standard_error
+    assert abs(first - whole) > 8 * standard_error
+
+
+def test_train_and_eval_judge_by_the_same_masks_whatever_the_training_masks(finished_run, workshop):
+    parts = assemble(load(workshop / "run.toml", ["masking.mask=0.2", "masking.random=0", "masking.rate=0.3"]))
+    program = compile_run(parts)
+    state = program.first_state()
+    said = program.held_out(state, lambda: None)
+    model = Model(parts.step.student, jax.device_get(state.params), parts.tokenizer)
+    teacher = open_model(workshop / "teacher")
+    assert said == pytest.approx(evaluate(model, workshop / "rows", teacher=teacher), rel=1e-5)
+    # The run with other masks, which begins with the same student, says the same of it.
+    untrained = read_metrics(finished_run)[0]
+    assert said == pytest.approx({name: untrained[name] for name in said}, rel=1e-5)
+
+
+def test_sums_lose_nothing_however_many_batches_there_are(monkeypatch):
+    fetched, sums, batches = [], Sums(), 200
+    monkeypatch.setattr(jax, "device_get", lambda tree: fetched.append(tree) or tree)
+    sums.add({"mlm": Mean(np.float32(2**26), np.float32(2**26))})
+    for number in range(batches):
+        sums.add({"mlm": Mean(np.float32(9), np.float32(3))})  # a float32 of 2**26 does not grow by 3
+        assert 0 <= number + 2 - len(fetched) <= 20, "some batches late, and not at the end"
+    expected = (2**26 + 9 * batches) / (2**26 + 3 * batches)
+    assert sums.numbers() == {"mlm": pytest.approx(expected, rel=1e-12)}
 
 
 def test_eval_refuses_what_it_cannot_judge(finished_run, exported, workshop, tmp_path, capsys):
@@ -95,7 +156,7 @@ def test_eval_refuses_what_it_cannot_judge(finished_run, exported, workshop, tmp
         ([str(tmp_path / "bare"), *data], ["no MLM head"]),
         ([str(tmp_path / "short"), *data], ["24", "16", "positions"]),
         ([str(exported), *data, "--teacher", str(tmp_path / "short")], ["24", "16", "positions"]),
-        ([str(finished_run), "--step", "7"], ["8", "12", "7"]),
+        ([str(finished_run), "--step", "7"], ["10", "12", "7"]),
     ):
         assert cli.main(["eval", *arguments]) == 2, arguments
         message = capsys.readouterr().err
@@ -160,18 +221,18 @@ def test_what_the_text_lost_travels_into_the_card(finished_run, workshop):
 
 
 def test_an_older_step_is_exported_with_its_own_numbers(finished_run, tmp_path, capsys):
-    assert cli.main(["export", str(finished_run), str(tmp_path / "older"), "--step", "8"]) == 0
+    assert cli.main(["export", str(finished_run), str(tmp_path / "older"), "--step", "10"]) == 0
     _, params = huggingface.load(tmp_path / "older")
-    assert same_leaves(params, open_model(finished_run, 8).params)
+    assert same_leaves(params, open_model(finished_run, 10).params)
     assert not same_leaves(params, open_model(finished_run).params)
     text = (tmp_path / "older" / "README.md").read_text()
     lines = {line["step"]: line for line in read_metrics(finished_run) if line["kind"] == "held_out"}
-    assert "8 of 12" in text
-    assert f"{lines[5]['mlm']:.4f}" in text and f"{lines[12]['mlm']:.4f}" not in text
+    assert "10 of 12" in text
+    assert f"{lines[10]['mlm']:.4f}" in text and f"{lines[12]['mlm']:.4f}" not in text
     assert cli.main(["export", str(finished_run), str(tmp_path / "none"), "--step", "7"]) == 2
     assert not (tmp_path / "none").exists()
     message = capsys.readouterr().err
-    assert message.count("\n") == 1 and "8" in message and "12" in message
+    assert message.count("\n") == 1 and "10" in message and "12" in message
 
 
 def test_half_precision_on_disk(exported, finished_run, tmp_path):

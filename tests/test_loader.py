@@ -151,13 +151,26 @@ def test_held_out_rows_come_once_and_are_filled_up(folder, batch_rows, limit, pr
         for places in np.split(np.arange(batch_rows), process_count)
     ]
     rows = concatenate([concatenate(parts) for parts in zip(*shares, strict=True)])
-    real = min(limit or HELD_OUT, HELD_OUT)
+    judged = loader.judged_rows(HELD_OUT, limit)
+    real = len(judged)
     total = -(-real // batch_rows) * batch_rows
-    assert rows.row_index.tolist() == list(range(total))
-    assert same(jax.tree.map(lambda leaf: leaf[:real], rows), table.gather(np.arange(real)))
+    assert rows.row_index.tolist() == [*judged, *range(HELD_OUT, HELD_OUT + total - real)]
+    assert same(jax.tree.map(lambda leaf: leaf[:real], rows), table.gather(judged))
     assert not rows.segment_ids[real:].any()
     assert not rows.position_ids[real:].any()
     assert (rows.input_ids[real:] == PAD).all()
+
+
+def test_some_held_out_rows_are_a_random_choice_that_is_always_the_same():
+    for limit in (0, 1000, 2000):
+        assert loader.judged_rows(1000, limit).tolist() == list(range(1000))
+    found = {limit: loader.judged_rows(1000, limit) for limit in (1, 100, 500)}
+    assert found[100][:4].tolist() == [7, 11, 15, 18], "a newer NumPy would judge other rows"
+    assert {*found[1]} < {*found[100]} < {*found[500]}
+    for limit, rows in found.items():
+        assert len(rows) == limit and (np.diff(rows) > 0).all()
+    # From everywhere: each tenth of the rows gives about a tenth of the choice.
+    assert np.histogram(found[500], 10, (0, 1000))[0].min() > 30
 
 
 def test_no_rows_are_refused():

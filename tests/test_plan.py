@@ -197,6 +197,13 @@ def test_without_libtpu_it_says_what_to_install(monkeypatch, capsys):
     assert "pip install 'distil-jax[tpu]'" in capsys.readouterr().err
 
 
+def test_rows_have_a_length(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    for length in ("0", "-5"):
+        assert cli.main([*SMALL, "--sequence-length", length]) == 2
+        assert f"--sequence-length must be at least 1, not {length}." in capsys.readouterr().err
+
+
 def test_the_presets_need_neither_data_nor_teacher_at_hand():
     workload = plan.read_workload(load("distilbert_base_multilingual"), tokens=4e9)
     assert workload.step.teacher.vocab_size == 119_547 and workload.step.student.dtype == "bfloat16"

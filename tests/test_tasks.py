@@ -15,7 +15,8 @@ import jax
 import numpy as np
 import pytest
 
-from distil_jax.config import EMBEDDED_TEACHER
+from distil_jax.commands.judge import Judge
+from distil_jax.config import EMBEDDED_TEACHER, HeadConfig, MeshConfig, ModelConfig, OptimizerConfig, StepConfig
 from distil_jax.data import loader
 from distil_jax.data.examples import read_splits
 from distil_jax.data.loader import RowTable
@@ -24,8 +25,9 @@ from distil_jax.data.tasks import read_task
 from distil_jax.data.tokenizer import load_tokenizer
 from distil_jax.data.told import told
 from distil_jax.schema import InputError
-from distil_jax.structs import IGNORED
+from distil_jax.structs import IGNORED, Mean
 from distil_jax.task_config import TaskConfig, load_task
+from distil_jax.training.sharding import make_mesh
 
 PRESETS = sorted(path.stem for path in (Path(__file__).parents[1] / "configs" / "tasks").glob("*.toml"))
 WORDS = ["the", "a", "film", "was", "unwatchably", "good,", "bad", "—", "naïve!", "1990s", "$5", "don't", "e-mail"]
@@ -228,17 +230,18 @@ def test_judged_rows_come_once_and_are_filled_up(table, batch_rows, limit, proce
         list(loader.held_out_batches(table, batch_rows=batch_rows, limit=limit, places=places))
         for places in np.split(np.arange(batch_rows), processes)
     ]
-    rows = min(limit or 68, 68)
-    seen = 0
+    judged = loader.judged_rows(68, limit)
+    rows, seen = len(judged), 0
     for parts in zip(*shares, strict=True):
         batch = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
         real = min(batch_rows, rows - seen)
-        assert batch.row_index.tolist() == list(range(seen, seen + batch_rows))
-        whole = table.gather(np.arange(seen, seen + real), batch.input_ids.shape[1])
+        numbers = judged[seen : seen + real]
+        assert batch.row_index.tolist() == [*numbers, *range(68, 68 + batch_rows - real)]
+        whole = table.gather(numbers, batch.input_ids.shape[1])
         assert same(jax.tree.map(lambda leaf: leaf[:real], batch), whole)  # noqa: B023
         assert not batch.segment_ids[real:].any() and not batch.token_type_ids[real:].any()
         assert (batch.labels[real:] == IGNORED).all()
-        assert (batch.segment_ids[:real].sum(axis=1) == table.lengths[seen : seen + real]).all()
+        assert (batch.segment_ids[:real].sum(axis=1) == table.lengths[numbers]).all()
         seen += real
     assert seen == rows
 
@@ -254,6 +257,36 @@ def test_no_examples_are_refused(table):
     empty = jax.tree.map(lambda leaf: leaf[:0], (table.input_ids, table.lengths, table.second, table.labels))
     with pytest.raises(InputError, match="no examples to train on"):
         loader.batches(TaskTable(*empty, pad_id=0), batch_rows=2, seed=0)
+
+
+@pytest.mark.parametrize("kind", ["sequence", "tokens", "regression"])
+def test_some_of_the_examples_are_judged_by_their_own_labels(kind):
+    """Sorted by label, as files often are: the first of them would be of one class. The model here is always right."""
+    labels = np.repeat(np.arange(2, dtype=np.int32), 50)
+    if kind == "tokens":
+        labels = np.stack([np.full(100, IGNORED, np.int32), labels], axis=1).repeat([1, 15], axis=1)
+    if kind == "regression":
+        labels = np.linspace(0, 1, 100, dtype=np.float32)
+    ids = np.ones((100, 16), np.uint16)
+    examples = TaskTable(ids, np.full(100, 16, np.int32), np.full(100, 16, np.int32), labels, pad_id=0)
+    head = HeadConfig("sequence" if kind == "regression" else kind, labels=1 if kind == "regression" else 2)
+    model = head.encoder(ModelConfig(90, 1, 8, 2, 8, 16))
+    step = StepConfig(model, optimizer=OptimizerConfig(steps=1), head=head)
+    judge = Judge(TaskConfig(kind=kind), step, make_mesh(MeshConfig()), ("O", "B-X"), 8)
+    seen = []
+
+    def always_right(state, teacher_params, batch):
+        seen.extend(int(row) for row in batch.row_index if row < 100)
+        right = batch.labels[..., None] if kind == "regression" else jax.nn.one_hot(batch.labels, 2)
+        return {"loss": Mean(batch.labels.sum(), np.float32(len(batch.labels)))}, right
+
+    judge._eval = always_right
+    for limit in (0, 30):
+        seen.clear()
+        found = judge.numbers(None, examples, limit=limit)
+        assert found[judge._task.judges[0]] == pytest.approx(1.0)
+        assert seen == loader.judged_rows(100, limit).tolist()
+    assert 5 < sum(row < 50 for row in seen) < 25, "of both classes"
 
 
 # What trains and what judges

@@ -28,8 +28,8 @@ from distil_jax.commands import loop, run_folder
 from distil_jax.commands import train as command
 from distil_jax.commands.assemble import assemble
 from distil_jax.commands.run_folder import open_model
+from distil_jax.config import STUDENT_SHAPE, load
 from distil_jax.config import Config as RunConfig
-from distil_jax.config import load
 from distil_jax.data.manifest import read_manifest
 from distil_jax.data.prepare import PrepareConfig, prepare
 from distil_jax.io import huggingface
@@ -127,13 +127,16 @@ def test_the_folder_holds_what_the_design_says(finished_run, workshop):
     resolved = load(finished_run / "config.toml")
     given = load(workshop / "run.toml")
     assert resolved.student.layers and resolved.student.num_layers == len(resolved.student.layers)
+    assert resolved.student.resolved(open_model(finished_run).config, open_model(workshop / "teacher").config) == (
+        resolved.student
+    ), "nothing is left open, and what is said is what was trained"
     assert resolved.compute.dtype == resolved.teacher.dtype == "float32"
     assert resolved.masking.mask_token_id == read_manifest(workshop / "rows").mask_id
     # Nothing else was changed by resolving.
     plain = [
         replace(
             config,
-            student=replace(config.student, layers=(), num_layers=None),
+            student=replace(config.student, layers=(), fold_token_types=None, **dict.fromkeys(STUDENT_SHAPE)),
             compute=given.compute,
             teacher=given.teacher,
             masking=given.masking,
@@ -352,14 +355,14 @@ def test_without_its_losses_a_teacher_only_judges_and_token_types_stay(workshop,
     assert moved.any(axis=1).tolist() == [True, False]
 
 
-def test_a_row_that_sinusoidal_positions_cannot_take_is_said(workshop, capsys):
-    assemble(load(workshop / "run.toml"))
-    assert "token-type row" not in capsys.readouterr().out
-    assemble(load(workshop / "run.toml", ["student.positions=sinusoidal"]))
-    assert "token-type row 0 is left out of the student" in capsys.readouterr().out
-    for settings in (["student.token_types=2"], ["student.fold_token_types=false"]):
-        assemble(load(workshop / "run.toml", ["student.positions=sinusoidal", *settings]))
-        assert "token-type row" not in capsys.readouterr().out
+def test_a_token_type_row_that_the_student_begins_without_is_said(workshop):
+    def about(*settings):
+        return command.compile_run(assemble(load(workshop / "run.toml", settings))).about
+
+    assert "token-type row" not in about()
+    assert "token-type row, because sinusoidal positions cannot take it in" in about("student.positions=sinusoidal")
+    assert "token-type row, because fold_token_types is false" in about("student.fold_token_types=false")
+    assert "token-type row" not in about("student.positions=sinusoidal", "student.token_types=2")
 
 
 ALONE = (

@@ -17,10 +17,13 @@ from jax.sharding import Mesh
 from distil_jax.commands.attention import settle_attention
 from distil_jax.commands.processes import is_first
 from distil_jax.config import (
+    MOST_STEPS,
+    STUDENT_SHAPE,
     ComputeConfig,
     Config,
     HeadConfig,
     ModelConfig,
+    OptimizerConfig,
     StepConfig,
     StudentConfig,
     TeacherConfig,
@@ -89,19 +92,21 @@ def assemble(config: Config) -> Parts:
         teacher_config, teacher_params = huggingface.load(folder)
         check_tokenizer(folder, teacher_config, config.data.path, manifest)
         teacher_config = with_compute(teacher_config, teacher_compute(config.teacher, compute))
-    student_config, student_params, layers = _student(
+    elif config.teacher.dtype != "auto":
+        raise InputError("teacher.dtype is a teacher's, and there is none: set teacher.path, or leave it out.")
+    student, student_config, student_params = _student(
         config.student, teacher_config, teacher_params, config.data.path, manifest, config.seed
     )
     student_config = with_compute(student_config, compute)
     _check_positions(manifest, student=student_config, teacher=teacher_config)
-    steps = total_steps(config.train, manifest.train.rows)
+    steps, schedule = schedule_of(config.train, config.optimizer, manifest.train.rows)
     config = replace(
         config,
         compute=replace(config.compute, dtype=compute.dtype),
         teacher=replace(config.teacher, dtype=teacher_config.dtype if teacher_config else "auto"),
-        student=replace(config.student, layers=layers, num_layers=student_config.num_layers),
-        masking=replace(config.masking, mask_token_id=config.masking.mask_token_id or manifest.mask_id),
-        optimizer=replace(config.optimizer, steps=config.optimizer.steps or steps),
+        student=student,
+        masking=replace(config.masking, mask_token_id=manifest.mask_id),
+        optimizer=schedule,
         train=replace(config.train, steps=steps, epochs=0.0),
     )
     step = StepConfig(
@@ -112,7 +117,9 @@ def assemble(config: Config) -> Parts:
         optimizer=config.optimizer,
         targets_per_row=most_targets(manifest.sequence_length, config.masking.rate),
     )
-    step, attention = settle(step, config, make_mesh(config.mesh), manifest.sequence_length)
+    mesh = make_mesh(config.mesh)
+    check_batch(config.train, manifest.train.rows, mesh)
+    step, attention = settle(step, config, mesh, manifest.sequence_length)
     identity = {"rows": _digest(manifest)}
     if teacher_params is not None:
         identity["teacher"] = huggingface.fingerprint(teacher_params)
@@ -137,10 +144,10 @@ def _manifest(config: Config) -> Manifest:
     manifest = read_manifest(config.data.path)
     if not manifest.held_out.rows:
         raise InputError(f"{config.data.path} has no held-out rows to judge by: prepare it with --held-out above 0.")
-    if not 0 <= config.masking.mask_token_id < manifest.vocab_size:
+    if config.masking.mask_token_id not in (0, manifest.mask_id):
         raise InputError(
-            f"masking.mask_token_id {config.masking.mask_token_id} is no id of this vocabulary of "
-            f"{manifest.vocab_size}: leave it out, and the tokenizer's own is taken."
+            f"masking.mask_token_id is {config.masking.mask_token_id}, but the [MASK] of the rows' tokenizer is "
+            f"{manifest.mask_id}, by which a student is judged and used: leave it out."
         )
     return manifest
 
@@ -155,8 +162,49 @@ def _check_positions(manifest: Manifest, **models: ModelConfig | None) -> None:
 
 
 def total_steps(train: TrainConfig, rows: float) -> int:
-    """Optimiser steps of a run over a training side of so many rows."""
-    return train.steps or max(1, int(train.epochs * rows / train.batch_rows))
+    """Optimiser steps of a run over a training side of so many rows.
+
+    Raises:
+      InputError: more than can be counted.
+    """
+    steps = train.steps or max(1, int(train.epochs * rows / train.batch_rows))
+    require(
+        steps <= MOST_STEPS,
+        f"train.epochs = {train.epochs:g} is {steps:,} steps, and a run has at most {MOST_STEPS:,}.",
+    )
+    return steps
+
+
+def schedule_of(train: TrainConfig, optimizer: OptimizerConfig, rows: int) -> tuple[int, OptimizerConfig]:
+    """The steps of a run, and its optimiser with the length of the schedule written out.
+
+    Raises:
+      InputError: the schedule ends before the run.
+    """
+    steps = total_steps(train, rows)
+    if 0 < optimizer.steps < steps:
+        raise InputError(
+            f"The learning rate reaches 0 after optimizer.steps = {optimizer.steps}, and the run has {steps} steps, so "
+            f"the last of them would train nothing: leave optimizer.steps out, or set it to {steps} or more."
+        )
+    return steps, replace(optimizer, steps=optimizer.steps or steps)
+
+
+def check_batch(train: TrainConfig, rows: int, mesh: Mesh) -> None:
+    """Refuses a batch that holds a row more than once: both times it would have the same masks and dropout.
+
+    Raises:
+      InputError: it does; the largest batch that can be is named.
+    """
+    if train.batch_rows <= rows:
+        return
+    pieces = shard_count(mesh) * max(1, train.accumulation)
+    largest = rows // pieces * pieces
+    advice = f"set train.batch_rows = {largest} or less" if largest else f"train on {pieces} rows or more"
+    raise InputError(
+        f"train.batch_rows is {train.batch_rows}, but there are only {rows} rows to train on, and a batch would repeat "
+        f"them: {advice}."
+    )
 
 
 def settle(step: StepConfig, config: Config, mesh: Mesh, length: int) -> tuple[StepConfig, str]:
@@ -293,48 +341,73 @@ def resolve_compute(compute: ComputeConfig, platform: str | None = None) -> Comp
 
 def _student(
     student: StudentConfig, teacher: ModelConfig | None, teacher_params: Any, data: str, manifest: Manifest, seed: int
-) -> tuple[ModelConfig, Any, tuple[int, ...]]:
-    """The student's architecture, its first parameters (None: random) and the teacher's layers they came from."""
+) -> tuple[StudentConfig, ModelConfig, Any]:
+    """The student's config with nothing left open, its architecture, and its first parameters (None: random)."""
     if student.init not in ("teacher", "random"):
         folder = local_folder(student.init)
         model, params = huggingface.load(folder)
         check_tokenizer(folder, model, data, manifest)
-        model = replace(model, hidden_dropout=student.hidden_dropout, attention_dropout=student.attention_dropout)
-        if not model.mlm_head:
+        model = student_in(folder, model, student)
+        if "mlm" not in params:
             # A bare encoder gets a new head; everything else is kept.
-            model = replace(model, mlm_head=True)
             fresh = nn.unbox(init_params(jax.random.key(seed), model))
             params = params | {"mlm": jax.device_get(fresh["mlm"])}
-        return model, params, ()
+        return student.resolved(model, teacher), model, params
     model = student_model(student, teacher, manifest.vocab_size)
+    resolved = student.resolved(model, teacher)
     if student.init == "random":
-        return model, None, ()
+        return resolved, model, None
     layers = student.layers or choose_layers(teacher.num_layers, model.num_layers)
-    if student.fold_token_types and teacher.token_types and not model.token_types and model.positions != "learned":
-        print(
-            "The teacher's token-type row 0 is left out of the student: sinusoidal positions have no parameters to add "
-            "it to, so the student does not begin exactly with the teacher's embeddings. student.token_types = "
-            f"{teacher.token_types} keeps the row.",
-            flush=True,
-        )
     params = student_from_teacher(
-        teacher_params, teacher, model, layers=layers, fold_token_types=student.fold_token_types
+        teacher_params, teacher, model, layers=layers, fold_token_types=resolved.fold_token_types
     )
-    return model, params, layers
+    return replace(resolved, layers=layers), model, params
+
+
+def student_in(folder: Path, model: ModelConfig, student: StudentConfig) -> ModelConfig:
+    """The architecture of a student that goes on from a folder: the folder's, with an MLM head and the run's dropout.
+
+    Raises:
+      InputError: the config asks for another shape than the folder's.
+    """
+    both = [(name, getattr(student, name), getattr(model, name)) for name in STUDENT_SHAPE]
+    if wrong := [
+        f"student.{name} = {ours!r} ({theirs!r})" for name, ours, theirs in both if ours not in (None, theirs)
+    ]:
+        raise InputError(
+            f"The config asks for another student than that of {folder} (student.init), whose numbers stand in "
+            f"brackets: {', '.join(wrong)}. Set them so, leave them out, or name another folder."
+        )
+    _check_fold(student, model)
+    dropouts = {"hidden_dropout": student.hidden_dropout, "attention_dropout": student.attention_dropout}
+    return replace(model, mlm_head=True, **dropouts)
+
+
+def _check_fold(student: StudentConfig, model: ModelConfig) -> None:
+    possible = student.init == "teacher" and model.positions == "learned" and model.token_types == 0
+    if student.fold_token_types and not possible:
+        raise InputError(
+            "student.fold_token_types = true adds the teacher's token-type row to the learned positions of a student "
+            'that begins with the teacher\'s (student.init = "teacher") and has no token types: leave it out.'
+        )
 
 
 def student_model(student: StudentConfig, teacher: ModelConfig | None, vocab_size: int) -> ModelConfig:
-    """The student's architecture: the teacher's (or BERT-base's, for `vocab_size`) where the config says nothing."""
+    """The student's architecture: the teacher's (or BERT-base's, for `vocab_size`) where the config says nothing.
+
+    Raises:
+      InputError: sizes that cannot be, or a token-type row that cannot be folded.
+    """
     base = teacher or ModelConfig(vocab_size=vocab_size)
     layers = student.num_layers or len(student.layers) or (max(1, teacher.num_layers // 2) if teacher else 12)
     named = ("hidden_size", "num_heads", "intermediate_size", "max_positions")
     given = {name: getattr(student, name) for name in named if getattr(student, name) is not None}
-    return replace(
+    model = replace(
         base,
         **given,
         num_layers=layers,
-        token_types=student.token_types,
-        positions=student.positions,
+        token_types=student.token_types or 0,
+        positions=student.positions or "learned",
         pooler=False,
         mlm_head=True,
         hidden_dropout=student.hidden_dropout,
@@ -342,3 +415,5 @@ def student_model(student: StudentConfig, teacher: ModelConfig | None, vocab_siz
         # DistilBERT has no such setting: `transformers` computes it with 1e-12.
         layer_norm_eps=base.layer_norm_eps if student.token_types else 1e-12,
     )
+    _check_fold(student, model)
+    return model

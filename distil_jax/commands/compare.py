@@ -17,6 +17,7 @@ from distil_jax.commands.finetune import finetune
 from distil_jax.commands.program import keep_compiled
 from distil_jax.commands.run_folder import Model, open_model
 from distil_jax.commands.speed import encoder_seconds
+from distil_jax.config import check_seeds
 from distil_jax.models.encoder import count_parameters
 from distil_jax.schema import InputError, at_home, place, quoted, require
 from distil_jax.task_config import FinetuneConfig, load_task
@@ -152,6 +153,7 @@ def _check(
     distil: Sequence[str],
 ) -> None:
     """Refuses what could not be told apart, or would be ignored."""
+    check_seeds(*seeds)
     require(len(set(seeds)) == len(seeds) > 0, f"Each seed may be named once, but they are {seeds}.")
     same = len({Path(task).stem for task in tasks}) < len(tasks)
     require(not same, "Two of the tasks have the same name, so a table could not tell them apart.")

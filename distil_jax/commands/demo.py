@@ -23,12 +23,12 @@ from distil_jax.commands.report.page import Paragraph, Table, to_markdown
 from distil_jax.commands.run_folder import open_model
 from distil_jax.commands.speed import encoder_seconds
 from distil_jax.commands.train import train
-from distil_jax.config import EMBEDDED_TEACHER, ModelConfig, load
+from distil_jax.config import EMBEDDED_TEACHER, ModelConfig, check_seeds, load
 from distil_jax.data.prepare import PrepareConfig
 from distil_jax.files import unfinished
 from distil_jax.io.metrics import read_metrics
 from distil_jax.models.encoder import count_parameters
-from distil_jax.schema import InputError, place
+from distil_jax.schema import InputError, place, require
 
 TEXT = PrepareConfig(sources=("docstrings",), tokenizer=str(EMBEDDED_TEACHER), sequence_length=128, held_out=0.05)
 _EXAMPLES = (
@@ -75,8 +75,17 @@ def demo(
 
     Returns:
       The held-out numbers by model, one for each seed.
+
+    Raises:
+      InputError: as `prepare_rows` and `train`, or an override of what the demonstration sets itself.
     """
     began = time.monotonic()
+    check_seeds(*seeds)
+    require(len(set(seeds)) == len(seeds) > 0, f"Each seed may be named once, but they are {list(seeds)}.")
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        ours = key in ("seed", "teacher.path", "data.path")
+        require(not ours, f"demo sets {key} itself: leave it out of --set (--seeds names the seeds).")
     rows = output / "rows"
     left = unfinished(rows)  # by starts that were killed while they prepared the rows
     if output.exists() and not (output.is_dir() and (rows.exists() or set(left).issuperset(output.iterdir()))):
@@ -92,16 +101,16 @@ def demo(
         _title(f"Seed {seed}: the same student from the same beginning, without the teacher")
         train(replace(undistilled, seed=seed), output / f"undistilled-{seed}")
     _title("What it was good for")
-    return _judge(output, seeds, began)
+    return _judge(output, seeds, began, config.train.eval_rows)
 
 
-def _judge(output: Path, seeds: Sequence[int], began: float) -> dict[str, list[dict[str, float]]]:
+def _judge(output: Path, seeds: Sequence[int], began: float, limit: int) -> dict[str, list[dict[str, float]]]:
     teacher, student = open_model(EMBEDDED_TEACHER), open_model(output / f"distilled-{seeds[0]}")
     runs = {name: [output / f"{name}-{seed}" for seed in seeds] for name in ("distilled", "undistilled")}
     lines = {name: [read_metrics(folder) for folder in folders] for name, folders in runs.items()}
     held_out = {name: [[each for each in run if each["kind"] == "held_out"] for run in lines[name]] for name in lines}
     numbers = {
-        "teacher": [evaluate(teacher, output / "rows") | {"agreement": 1.0}],
+        "teacher": [evaluate(teacher, output / "rows", limit=limit) | {"agreement": 1.0}],
         "student, untrained": [held_out["distilled"][0][0]],
         "student, distilled": [found[-1] for found in held_out["distilled"]],
         "student, no teacher": [found[-1] for found in held_out["undistilled"]],

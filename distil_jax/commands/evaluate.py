@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from distil_jax.commands.assemble import check_tokenizer, resolve_compute, token_weights, with_compute
@@ -26,9 +25,8 @@ from distil_jax.config import (
 from distil_jax.data.loader import RowTable, held_out_batches, open_rows
 from distil_jax.data.manifest import read_manifest
 from distil_jax.data.tasks import read_task
-from distil_jax.io.metrics import perplexity, to_numbers
+from distil_jax.io.metrics import Sums, perplexity
 from distil_jax.models.encoder import abstract_params, count_parameters
-from distil_jax.objective.masking import most_targets
 from distil_jax.schema import InputError, quoted, require
 from distil_jax.task_config import StartConfig, TaskConfig, check_head, head_of, load_task
 from distil_jax.training.sharding import (
@@ -53,7 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", help="prepared rows (default for a run folder: the run's own)")
     parser.add_argument("--teacher", help="a model to compare with (default for a run folder: the run's own)")
     parser.add_argument("--step", type=int, help="of a run folder: this checkpoint, not the newest")
-    parser.add_argument("--rows", type=int, default=0, help="only so many held-out rows (default: all)")
+    parser.add_argument(
+        "--rows",
+        type=int,
+        default=0,
+        help="only so many held-out rows, always the same (default: all)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -89,7 +92,7 @@ def evaluate(model: Model, data: str | Path, *, teacher: Model | None = None, li
       model: whose numbers.
       data: a folder of prepared rows.
       teacher: adds kl and agreement with it.
-      limit: only so many rows; 0: all.
+      limit: only so many rows, see `judged_rows`; 0: all.
 
     Raises:
       InputError: a model without an MLM head, or rows of another tokenizer.
@@ -108,14 +111,12 @@ def evaluate(model: Model, data: str | Path, *, teacher: Model | None = None, li
                 )
     if not len(table):
         raise InputError(f"{data} has no held-out rows: prepare it with --held-out above 0.")
-    masking = MaskingConfig(mask_token_id=manifest.mask_id)
     config = StepConfig(
         student=with_compute(model.config, compute),
         teacher=with_compute(teacher.config, compute) if teacher else None,
         loss=LossConfig(kl=0, cosine=0),
-        masking=masking,
+        masking=MaskingConfig(mask_token_id=manifest.mask_id),
         optimizer=OptimizerConfig(steps=1),
-        targets_per_row=most_targets(manifest.sequence_length, masking.rate),
     )
     mesh = make_mesh(MeshConfig())
     config, _ = settle_attention(config, "auto", mesh, manifest.sequence_length)
@@ -180,18 +181,17 @@ def held_out_numbers(
       step: `mask_and_eval_step`, compiled with `jit_eval`.
       state: the student.
       teacher_params: the teacher's tree or None.
-      table: held-out rows; the masks are the same at every call.
+      table: held-out rows; the masks are the same at every call, and of a row whatever the limit.
       weights: [V], on the mesh.
       mesh: where the rows go.
       batch_rows: rows per call of `step`.
-      limit: only so many rows; 0: all.
+      limit: only so many rows, see `judged_rows`; 0: all.
       alive: called with every batch.
     """
-    sums, places = None, local_places(mesh, batch_rows)
+    sums, places = Sums(), local_places(mesh, batch_rows)
     for rows in held_out_batches(table, batch_rows=batch_rows, limit=limit, places=places):
         alive()
-        metrics = step(state, teacher_params, put_rows(rows, mesh, batch_rows=batch_rows), weights)
-        # Sums stay on the device: the host waits once, at the end.
-        sums = metrics if sums is None else jax.tree.map(jnp.add, sums, metrics)
-    numbers = to_numbers(sums)
-    return {"mlm": numbers.pop("mlm"), "perplexity": perplexity(float(sums["mlm"].value())), **numbers}
+        sums.add(step(state, teacher_params, put_rows(rows, mesh, batch_rows=batch_rows), weights))
+    numbers = sums.numbers()
+    mlm = numbers.pop("mlm")
+    return {"mlm": mlm, "perplexity": perplexity(mlm), **numbers}

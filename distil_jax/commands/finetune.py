@@ -13,23 +13,33 @@ from typing import Any
 import jax
 import tomli_w
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from distil_jax.commands import processes
 from distil_jax.commands.assemble import (
+    check_batch,
     in_dtype_of,
     place_teacher,
     resolve_compute,
+    schedule_of,
     settle,
     teacher_compute,
     tokenizers_agree,
-    total_steps,
     with_compute,
 )
 from distil_jax.commands.card import card
 from distil_jax.commands.export import export
 from distil_jax.commands.judge import Judge, in_words
 from distil_jax.commands.loop import run_program
-from distil_jax.commands.program import FirstState, Program, about_models, batches_on, keep_compiled, rows_of
+from distil_jax.commands.program import (
+    FirstState,
+    Program,
+    about_models,
+    about_pieces,
+    batches_on,
+    keep_compiled,
+    rows_of,
+)
 from distil_jax.commands.run_folder import Model, choose_best, open_model, restore_params
 from distil_jax.config import HeadConfig, StepConfig
 from distil_jax.data.tasks import TaskData, read_task
@@ -154,6 +164,7 @@ def compile_task(config: FinetuneConfig) -> tuple[Program, Judge, TaskData]:
     Raises:
       InputError: anything that is missing, or does not fit.
     """
+    _check_settings(config)
     start = open_model(config.model.path)
     teacher = open_model(config.teacher.path) if config.teacher.path and config.loss.needs_teacher else None
     models = [model for model in (start, teacher) if model is not None]
@@ -166,8 +177,9 @@ def compile_task(config: FinetuneConfig) -> tuple[Program, Judge, TaskData]:
     if teacher is not None:
         _check_teacher(teacher, head, start)
         teacher_config = with_compute(head.encoder(teacher.config), teacher_compute(config.teacher, compute))
-    config = _resolved(config, data, head, compute.dtype, length)
+    asked, config = config.task.max_length, _resolved(config, data, head, compute.dtype, length)
     mesh = make_mesh(config.mesh)
+    check_batch(config.train, len(data.train), mesh)
     step = StepConfig(student=student, teacher=teacher_config, optimizer=config.optimizer, head=head, task=config.loss)
     step, attention = settle(step, config, mesh, length)
     identity = {"examples": data.digest, "model": huggingface.fingerprint(start.params)}
@@ -187,7 +199,7 @@ def compile_task(config: FinetuneConfig) -> tuple[Program, Judge, TaskData]:
         tokenizer=start.tokenizer,
         data={"examples": len(data.train), "dev": len(data.dev), "test": len(data.test) if data.test else 0}
         | {"counts": {split: dict(counts) for split, counts in data.counts.items()}},
-        about=f"{told(data)}\n" + _about(config, step, attention, data),
+        about=f"{told(data)}\n" + _about(config, step, attention, data, mesh, asked),
         mesh=mesh,
         step=jit_step(train_step, mesh, state_shapes, shapes),
         teacher_params=teacher_params,
@@ -200,6 +212,19 @@ def compile_task(config: FinetuneConfig) -> tuple[Program, Judge, TaskData]:
         first_state=FirstState(step, config.seed, first, state_sharding),
     )
     return program, judge, data
+
+
+def _check_settings(config: FinetuneConfig) -> None:
+    """Refuses what would be ignored."""
+    require(
+        config.task.kind != "spans" or config.train.eval_rows == 0,
+        "train.eval_rows cannot be of spans, an example of which may have several rows: leave it at 0, which is all.",
+    )
+    require(
+        not config.teacher.path or config.loss.needs_teacher,
+        "teacher.path names a teacher, and loss.soft = 0 leaves nothing to learn from it: set loss.soft above 0, or "
+        "leave the teacher out.",
+    )
 
 
 def _check_teacher(teacher: Model, head: HeadConfig, start: Model) -> None:
@@ -217,7 +242,7 @@ def _check_teacher(teacher: Model, head: HeadConfig, start: Model) -> None:
 
 def _resolved(config: FinetuneConfig, data: TaskData, head: HeadConfig, dtype: str, length: int) -> FinetuneConfig:
     """Every choice that depended on the examples, the models or the machine, written out."""
-    steps = total_steps(config.train, len(data.train))
+    steps, schedule = schedule_of(config.train, config.optimizer, len(data.train))
     every = config.train.eval_every or max(1, round(len(data.train) / config.train.batch_rows))
     return replace(
         config,
@@ -230,18 +255,20 @@ def _resolved(config: FinetuneConfig, data: TaskData, head: HeadConfig, dtype: s
         ),
         model=replace(config.model, head_dropout=head.dropout),
         teacher=replace(config.teacher, dtype=dtype if config.teacher.dtype == "auto" else config.teacher.dtype),
-        optimizer=replace(config.optimizer, steps=config.optimizer.steps or steps),
+        optimizer=schedule,
         train=replace(config.train, steps=steps, epochs=0.0, eval_every=every),
         compute=replace(config.compute, dtype=dtype),
     )
 
 
-def _about(config: FinetuneConfig, step: StepConfig, attention: str, data: TaskData) -> str:
+def _about(config: FinetuneConfig, step: StepConfig, attention: str, data: TaskData, mesh: Mesh, asked: int) -> str:
     test = f", {len(data.test):,} to test" if data.test else ""
     examples = f"{len(data.train):,} examples to train on, {len(data.dev):,} to choose by{test}"
-    full = (data.train.lengths == data.train.input_ids.shape[1]).mean()
-    cut = f"; {full:.1%} of them fill {config.task.max_length} tokens (task.max_length), where longer ones are cut"
+    length, full = config.task.max_length, (data.train.lengths == data.train.input_ids.shape[1]).mean()
+    cut = f"; {full:.1%} of them fill {length} tokens (task.max_length), where longer ones are cut"
+    shorter = f"; task.max_length is {length}, because the models have no more positions, and not {asked}"
     return (
-        f"{about_models(step, attention)}\n{examples}{cut if full and config.task.kind != 'spans' else ''}; "
-        f"{config.train.steps:,} steps of {config.train.batch_rows:,}"
+        f"{about_models(step, attention)}\n{examples}{cut if full and config.task.kind != 'spans' else ''}"
+        f"{shorter if length < asked else ''}; {config.train.steps:,} steps of {config.train.batch_rows:,}"
+        f"{about_pieces(config.train, step, mesh, length)}"
     )

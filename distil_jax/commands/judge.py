@@ -6,15 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from distil_jax.config import StepConfig
-from distil_jax.data.loader import held_out_batches
+from distil_jax.data.loader import held_out_batches, judged_rows
 from distil_jax.data.spans import answers
 from distil_jax.data.task_table import TaskTable
 from distil_jax.data.tasks import TaskData
+from distil_jax.io.metrics import Sums
 from distil_jax.objective.scores import scores
 from distil_jax.structs import IGNORED
 from distil_jax.task_config import TaskConfig
@@ -49,28 +49,27 @@ class Judge:
         Args:
           params: on the mesh.
           table: the examples.
-          limit: only so many; 0: all, and always all of spans, whose examples have several rows.
+          limit: only so many, see `judged_rows`; 0: all, as it must be of spans, whose examples have several rows.
           alive: called with every batch.
         """
-        limit = 0 if self._task.kind == "spans" else limit
-        state, sums, found = judged_state(self._step, params), None, []
+        state, sums, found = judged_state(self._step, params), Sums(), []
         places = local_places(self._mesh, self._batch_rows)
         for batch in held_out_batches(table, batch_rows=self._batch_rows, limit=limit, places=places):
             alive()
             metrics, logits = self._eval(state, None, put_rows(batch, self._mesh, batch_rows=self._batch_rows))
-            sums = metrics if sums is None else jax.tree.map(jnp.add, sums, metrics)
-            found.append(logits)  # fetched at the end: the host waits once
-        rows = min(limit or len(table), len(table))
-        logits = [row for batch in jax.device_get(found) for row in batch][:rows]
-        return {**self._scores(logits, table), "loss": float(sums["loss"].value())}
+            sums.add(metrics)
+            found.append(logits)  # fetched at the end
+        judged = judged_rows(len(table), limit)
+        logits = [row for batch in jax.device_get(found) for row in batch][: len(judged)]
+        return {**self._scores(logits, table, table.labels[judged]), **sums.numbers()}
 
     def splits(self, params: Any, data: TaskData) -> dict[str, dict[str, float]]:
         """`numbers` of the task's "dev" and, where there are such examples, "test"."""
         tables = {"dev": data.dev, "test": data.test}
         return {name: self.numbers(params, table) for name, table in tables.items() if table is not None}
 
-    def _scores(self, logits: list[np.ndarray], table: TaskTable) -> dict[str, float]:
-        metrics, labels = self._task.judges, table.labels[: len(logits)]
+    def _scores(self, logits: list[np.ndarray], table: TaskTable, labels: np.ndarray) -> dict[str, float]:
+        metrics = self._task.judges
         if self._task.kind == "regression":
             return scores(metrics, np.array(logits)[:, 0], labels)
         if self._task.kind == "sequence":

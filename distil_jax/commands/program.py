@@ -11,11 +11,11 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from distil_jax.config import ComputeConfig, Config, StepConfig
+from distil_jax.config import ComputeConfig, Config, StepConfig, TrainConfig
 from distil_jax.data.loader import Table, batches, numbers_at
 from distil_jax.models.encoder import count_parameters
 from distil_jax.task_config import FinetuneConfig
-from distil_jax.training.sharding import local_places, put_rows
+from distil_jax.training.sharding import local_places, put_rows, shard_count
 from distil_jax.training.state import TrainState, init_state
 
 
@@ -119,3 +119,12 @@ def about_models(step: StepConfig, attention: str) -> str:
     teacher = f", teacher {step.teacher.num_layers} x {step.teacher.hidden_size}" if step.teacher else ""
     devices = f"{jax.device_count()} {jax.devices()[0].device_kind} device(s), {step.student.dtype}"
     return f"{student} ({parameters}){teacher}; {devices}; {attention}"
+
+
+def about_pieces(train: TrainConfig, step: StepConfig, mesh: Mesh, length: int) -> str:
+    """Where a device has more tokens at a time than `train.tokens_per_device` asks for, that and why; else nothing."""
+    rows = train.batch_rows // shard_count(mesh) // step.accumulation
+    if rows * length <= train.tokens_per_device:
+        return ""
+    why = f"train.accumulation is {train.accumulation}" if train.accumulation else "a row is the least"
+    return f"; {rows * length:,} tokens of a device at a time, above train.tokens_per_device, because {why}"

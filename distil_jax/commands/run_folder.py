@@ -17,7 +17,7 @@ from distil_jax import __version__
 from distil_jax.commands import processes
 from distil_jax.commands.divergence import Divergence
 from distil_jax.commands.program import Program
-from distil_jax.config import Config, HeadConfig, ModelConfig, StepConfig, read_toml
+from distil_jax.config import Config, HeadConfig, ModelConfig, StepConfig, StudentConfig, read_toml
 from distil_jax.files import copy_tokenizer, write_whole
 from distil_jax.io import huggingface
 from distil_jax.io.checkpoint import Checkpoints
@@ -77,22 +77,18 @@ def check(folder: Path, program: Program | None = None) -> None:
         raise InputError(f"{folder} holds something other than a run: name a new folder; nothing was changed.")
     if program is None or not is_run(folder):
         return
-    before = read_config(folder)
+    before, newest = read_config(folder), _newest_facts(folder)
     if type(before) is not type(program.config):
         raise InputError(f"{folder} holds a run of another command: name a new folder; nothing was changed.")
+    if isinstance(before, Config):
+        before = replace(before, student=_student(before.student, program, newest))
     changed = differences(before, program.config)
     if changed:
         raise InputError(
             f"{folder} holds a run with another configuration ({'; '.join(changed)}): give it the same one to go on, "
             "or name a new folder."
         )
-    if not (folder / "checkpoints").is_dir():
-        return
-    identity = program.identity
-    with contextlib.closing(Checkpoints(folder / "checkpoints")) as checkpoints:
-        for step in checkpoints.steps():
-            with contextlib.suppress(InputError):  # whether a damaged one matters is seen when one is restored
-                identity = checkpoints.facts(step)["identity"]
+    identity = newest["identity"] if newest else program.identity
     for name, digest in program.identity.items():
         if identity.get(name) != digest:
             what = {"rows": "prepared rows", "examples": "examples", "teacher": "teacher weights", "model": "weights"}
@@ -100,6 +96,29 @@ def check(folder: Path, program: Program | None = None) -> None:
                 f"The run was started with other {what[name]}: point the config at the ones it began with, or start a "
                 "new run folder."
             )
+
+
+def _newest_facts(folder: Path) -> dict[str, Any] | None:
+    """What the newest checkpoint that can be read says beside its arrays; None where there is none."""
+    if not (folder / "checkpoints").is_dir():
+        return None
+    with contextlib.closing(Checkpoints(folder / "checkpoints")) as checkpoints:
+        for step in reversed(checkpoints.steps()):
+            with contextlib.suppress(InputError):  # whether a damaged one matters is seen when one is restored
+                return checkpoints.facts(step)
+    return None
+
+
+def _student(written: StudentConfig, program: Program, newest: dict[str, Any] | None) -> StudentConfig:
+    """A student's config as this version writes it: older ones left open, or said wrongly, what its shape came to.
+
+    The checkpoints always knew. Where there is none, nothing is trained yet that could be of another shape.
+    """
+    models = program.step_config
+    if newest is None:
+        return written.resolved(models.student, models.teacher)
+    teacher = build(ModelConfig, newest["teacher"]) if newest["teacher"] else None
+    return written.resolved(build(ModelConfig, newest["student"]), teacher)
 
 
 def read_config(folder: Path) -> Config | FinetuneConfig:

@@ -8,12 +8,21 @@ from functools import partial
 from pathlib import Path
 
 import tomli_w
+from jax.sharding import Mesh
 
 from distil_jax.commands import processes
 from distil_jax.commands.assemble import Parts, assemble, place_teacher
 from distil_jax.commands.evaluate import held_out_numbers
 from distil_jax.commands.loop import run_program
-from distil_jax.commands.program import FirstState, Program, about_models, batches_on, keep_compiled, rows_of
+from distil_jax.commands.program import (
+    FirstState,
+    Program,
+    about_models,
+    about_pieces,
+    batches_on,
+    keep_compiled,
+    rows_of,
+)
 from distil_jax.config import Config, load
 from distil_jax.data.loader import open_rows
 from distil_jax.schema import place, to_dict
@@ -100,7 +109,7 @@ def compile_run(parts: Parts) -> Program:
             "sources": list(manifest.settings["sources"]),
             "counts": dict(manifest.counts),
         },
-        about=_about(parts),
+        about=_about(parts, mesh),
         mesh=mesh,
         step=jit_step(mask_and_train_step, mesh, state_shapes, shapes),
         teacher_params=teacher_params,
@@ -114,11 +123,22 @@ def compile_run(parts: Parts) -> Program:
     )
 
 
-def _about(parts: Parts) -> str:
+def _about(parts: Parts, mesh: Mesh) -> str:
     config, manifest = parts.config.train, parts.manifest
     row_tokens = manifest.train.tokens / manifest.train.rows
     row_sequences = manifest.train.sequences / manifest.train.rows
+    pieces = about_pieces(config, parts.step, mesh, manifest.sequence_length)
     return (
         f"{about_models(parts.step, parts.attention)}\n{config.steps:,} steps of {config.batch_rows:,} rows (about "
         f"{config.batch_rows * row_sequences:,.0f} sequences, {config.batch_rows * row_tokens:,.0f} tokens)"
+        f"{pieces}{_about_fold(parts)}"
     )
+
+
+def _about_fold(parts: Parts) -> str:
+    """That the student begins without a part of the teacher's embeddings, where it does."""
+    student, teacher = parts.config.student, parts.step.teacher
+    if student.init != "teacher" or student.token_types or student.fold_token_types or not teacher.token_types:
+        return ""
+    why = "sinusoidal positions cannot take it in" if student.positions == "sinusoidal" else "fold_token_types is false"
+    return f"; the student begins without the teacher's token-type row, because {why}"

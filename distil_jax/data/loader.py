@@ -27,6 +27,7 @@ from distil_jax.schema import InputError, place
 from distil_jax.structs import Rows
 
 _LONGEST_GOODBYE = 2.0  # seconds; a thread that is not stuck ends after the item that it is reading
+_JUDGED = 2**32  # of the draw of held-out rows; the seeds of runs are smaller
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 # The header of a .npy file as NumPy writes it: its length after the first ten bytes, the type, and one or two sizes.
@@ -200,15 +201,30 @@ def batches(
     )
 
 
+def judged_rows(rows: int, limit: int) -> np.ndarray:
+    """[min(limit, rows)] the numbers of the held-out rows that are judged, ascending; a limit of 0 means all.
+
+    They are drawn at random, because rows stand in the order of their sources: the first of them may all be of one
+    kind. The draw is the same of every run, and a smaller limit takes some of the rows that a larger one takes.
+    """
+    if not 0 < limit < rows:
+        return np.arange(rows)
+    draws_N = np.random.Philox(key=[_JUDGED, 0]).random_raw(rows)
+    return np.flatnonzero(draws_N <= np.partition(draws_N, limit - 1)[limit - 1])[:limit]
+
+
 def held_out_batches(
     table: Table[T], *, batch_rows: int, limit: int = 0, places: np.ndarray | None = None
 ) -> Iterator[T]:
-    """The first `limit` rows (0: all) in order, once; empty rows fill the last batch up. `places` as in `batches`."""
+    """The rows of `judged_rows`, once; empty rows fill the last batch up. `places` as in `batches`."""
     places = np.arange(batch_rows) if places is None else places
-    rows = min(limit or len(table), len(table))
-    for start in range(0, rows, batch_rows):
-        numbers = np.arange(start, min(start + batch_rows, rows))
-        yield _fill(table.take(numbers, places[places < len(numbers)]), start + places, table.filling)
+    judged = judged_rows(len(table), limit)
+    for start in range(0, len(judged), batch_rows):
+        numbers = judged[start : start + batch_rows]
+        present = places < len(numbers)
+        empty = len(table) + places[~present] - len(numbers)  # numbers that no row has
+        rows = table.take(numbers, places[present])
+        yield _fill(rows, np.concatenate([numbers[places[present]], empty]), table.filling)
 
 
 def _fill(rows: T, numbers: np.ndarray, filling: dict[str, float]) -> T:

@@ -35,6 +35,8 @@ from distil_jax.schema import InputError, require, to_dict
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_LARGEST_VOCABULARY = 10_000_000  # more is a slip
+
 Progress = Callable[[Counter[str]], None]
 
 
@@ -56,6 +58,10 @@ class PrepareConfig:
             raise InputError("There is nothing to prepare: name text files, folders or data sets.")
         if bool(self.tokenizer) == (self.train_vocabulary > 0):
             raise InputError("Name either a tokenizer, or the size of a vocabulary to train.")
+        if not 0 <= self.train_vocabulary <= _LARGEST_VOCABULARY:
+            raise InputError(
+                f"train_vocabulary must be from 0 to {_LARGEST_VOCABULARY:,} tokens, not {self.train_vocabulary}."
+            )
         if not 3 <= self.min_tokens <= self.sequence_length <= 65_535:  # segment ids have 16 bits
             raise InputError(
                 "min_tokens must be at least 3, and sequence_length from there to 65,535: they are "

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import time
+from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,42 @@ import jax
 
 from distil_jax.files import write_whole
 from distil_jax.schema import InputError, require
-from distil_jax.structs import Metrics
+from distil_jax.structs import Mean, Metrics
+
+_BATCHES_LATE = 16  # that may be under way before their numbers are fetched
 
 
 def to_numbers(metrics: Metrics) -> dict[str, float]:
     """Fetches metrics from the device and divides; a mean over nothing is 0."""
     return {name: float(mean.total) / max(float(mean.count), 1.0) for name, mean in jax.device_get(metrics).items()}
+
+
+class Sums:
+    """Adds up what batches say, on the host and in float64: a float32 sum loses the counts of 100 million tokens.
+
+    Numbers are fetched some batches late, so that the host does not wait for the device at every batch.
+    """
+
+    def __init__(self) -> None:
+        self._late: deque[Metrics] = deque()
+        self._sums: dict[str, Mean] = {}
+
+    def add(self, metrics: Metrics) -> None:
+        """Takes what one batch says; its arrays may still be in the making."""
+        self._late.append(metrics)
+        if len(self._late) > _BATCHES_LATE:
+            self._fetch()
+
+    def numbers(self) -> dict[str, float]:
+        """The means over everything that was added, as `to_numbers` says."""
+        while self._late:
+            self._fetch()
+        return to_numbers(self._sums)
+
+    def _fetch(self) -> None:
+        for name, mean in jax.device_get(self._late.popleft()).items():
+            mean = Mean(float(mean.total), float(mean.count))
+            self._sums[name] = self._sums[name] + mean if name in self._sums else mean
 
 
 def perplexity(mlm: float) -> float:

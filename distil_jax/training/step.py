@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from distil_jax.config import ModelConfig, StepConfig, TaskLossConfig
+from distil_jax.config import MaskingConfig, ModelConfig, StepConfig, TaskLossConfig
 from distil_jax.models.heads import abstract_model, model_of
 from distil_jax.objective.distillation import Distillation, held_out_terms
-from distil_jax.objective.masking import mask_tokens
+from distil_jax.objective.masking import mask_tokens, most_targets
 from distil_jax.objective.tasks import TaskObjective
 from distil_jax.schema import require
 from distil_jax.structs import Array, Batch, Encoded, Mean, Metrics, Rows
@@ -139,13 +140,18 @@ def task_eval_step(state: TrainState, teacher_params: Any, batch: Batch) -> tupl
 def mask_and_eval_step(state: TrainState, teacher_params: Any, rows: Rows, weights: Array) -> Metrics:
     """`eval_step` on rows whose masks come from a fixed seed and the row's number: always the same ones.
 
+    How much is masked, and how, is the published recipe's too, whatever the student is trained with: the numbers of
+    any two students on the same rows compare.
+
     Args:
-      state, teacher_params: as in `eval_step`.
+      state, teacher_params: as in `eval_step`; of its masking, the id of [MASK] is read.
       rows: [B, L].
       weights: [V], see `masking_weights`.
     """
-    batch = mask_tokens(jax.random.key(_HELD_OUT_SEED), rows, weights=weights, config=state.config.masking)
-    return eval_step(state, teacher_params, batch)
+    masking = MaskingConfig(mask_token_id=state.config.masking.mask_token_id)
+    batch = mask_tokens(jax.random.key(_HELD_OUT_SEED), rows, weights=weights, config=masking)
+    config = replace(state.config, targets_per_row=most_targets(rows.input_ids.shape[1], masking.rate))
+    return eval_step(state.replace(config=config), teacher_params, batch)
 
 
 def _key(state: TrainState, purpose: int) -> Array:

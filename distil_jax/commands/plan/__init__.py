@@ -11,7 +11,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from distil_jax.commands.assemble import resolve_compute, student_model, teacher_compute, total_steps, with_compute
+from distil_jax.commands.assemble import (
+    resolve_compute,
+    student_in,
+    student_model,
+    teacher_compute,
+    total_steps,
+    with_compute,
+)
 from distil_jax.commands.plan import show
 from distil_jax.commands.plan.aot import Compiled, Job, compile_for
 from distil_jax.config import Config, ModelConfig, StepConfig, StudentConfig, load
@@ -58,6 +65,8 @@ def run(arguments: argparse.Namespace) -> None:
     machines = [_topology(name) for name in (arguments.sweep or one).split(",")]
     finite = arguments.tokens is None or 0 < arguments.tokens < 1e18
     require(finite, f"--tokens must be a number above 0, not {arguments.tokens}.")
+    length = arguments.sequence_length
+    require(length is None or length >= 1, f"--sequence-length must be at least 1, not {length}.")
     workload = read_workload(load(arguments.config, arguments.set), arguments.sequence_length, arguments.tokens)
     output = place(arguments.output) if arguments.output else None
     if output:  # before minutes are spent on what belongs there
@@ -162,8 +171,7 @@ def _architecture(path: str) -> ModelConfig:
 def _student(student: StudentConfig, teacher: ModelConfig | None, manifest: Manifest | None) -> ModelConfig:
     if student.init in ("teacher", "random"):
         return student_model(student, teacher, _vocabulary(manifest, teacher))
-    dropouts = {"hidden_dropout": student.hidden_dropout, "attention_dropout": student.attention_dropout}
-    return replace(_architecture(student.init), **dropouts)
+    return student_in(local_folder(student.init), _architecture(student.init), student)
 
 
 def _vocabulary(manifest: Manifest | None, teacher: ModelConfig | None) -> int:
