@@ -86,7 +86,7 @@ def test_eval_can_be_short_and_of_an_older_step(finished_run, workshop, of_the_r
     teacher = open_model(workshop / "teacher")
     fewer = read_manifest(rows).held_out.rows - 2
     whole, few = (evaluate(model, rows, teacher=teacher, limit=limit) for limit in (0, fewer))
-    assert whole["kl"] != few["kl"] and whole["kl"] > of_the_run["kl"]
+    assert len({whole["kl"], few["kl"], of_the_run["kl"]}) == 3
     assert evaluate(model, rows, teacher=teacher, limit=10**6) == whole
 
 
