@@ -183,7 +183,8 @@ def _remove(draft: Path) -> None:
     if draft.is_dir():
         shutil.rmtree(draft, ignore_errors=True)
     else:
-        draft.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            draft.unlink()
     for folder in _passing.pop(draft, []):
         with contextlib.suppress(OSError):
             folder.rmdir()

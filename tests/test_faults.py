@@ -26,7 +26,7 @@ from distil_jax.io.metrics import read_metrics
 # How many kills: 30 in the series that README reports, fewer where time is short.
 KILLS = int(os.environ.get("DISTIL_KILLS", "3"))
 TEXT_MIB = int(os.environ.get("DISTIL_TEXT_MIB", "64"))  # of the text that is larger than memory; 512 in README
-QUICK = ("train.eval_rows=16", "train.tensorboard=false", "train.accumulation=1", "optimizer.steps=1000")
+QUICK = ("train.eval_rows=16", "train.tensorboard=false", "train.accumulation=1", "optimizer.steps=100000")
 
 
 def words(workshop, output, *settings, command=()):

@@ -174,6 +174,8 @@ def lower_step(
 ) -> jax.stages.Lowered:
     """`mask_and_train_step` for a mesh whose devices need not be there, ready to be compiled (or read).
 
+    What it compiles to takes (state, teacher_params, rows, (weights,), {}).
+
     Args:
       step, mesh, abstract_state, abstract_teacher: as for `jit_step`; the teacher's leaves in the compute dtype.
       shape: [B, L] of the rows.

@@ -266,7 +266,7 @@ class Ours:
             asked = time.perf_counter()
             batch, real = next(rows)
             waited += time.perf_counter() - asked
-            self._state, metrics = self._step(self._state, self._teacher, batch, self._work.weights)
+            self._state, metrics = self._step(self._state, self._teacher, batch, (self._work.weights,), {})
             tokens += real
         jax.block_until_ready((self._state, metrics))
         positions = steps * self._work.batch_rows * self._work.length
