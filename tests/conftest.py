@@ -6,6 +6,7 @@ import hashlib
 import os
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -35,6 +36,10 @@ import pytest
 from distil_jax.config import LossConfig, MaskingConfig, ModelConfig, OptimizerConfig, StepConfig
 from distil_jax.models.encoder import init_params
 from distil_jax.structs import Rows
+
+# A shell lets what it starts in the background ignore Ctrl-C, and so would all that the tests start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The models here are tiny and compiled often: XLA's optimisations cost more time than they save.
 jax.config.update("jax_disable_most_optimizations", True)

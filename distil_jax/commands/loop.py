@@ -42,6 +42,33 @@ _OF_MACHINES = (
 _MORE_DEVICES = "spread the run over more devices with mesh.fsdp, or look for what else is on them."
 
 
+@contextlib.contextmanager
+def _failures_named(less_memory: str) -> Iterator[None]:
+    """Says in a sentence what JAX raises where a device, or another process, fails, or has too little memory.
+
+    Args:
+      less_memory: what to do about the latter.
+
+    Raises:
+      InputError: a device has too little memory.
+      MachineFailed: whatever else a new start may cure. A mistake in the program stays what it is.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        # A ValueError is what JAX raises where the failure meets it while it hands a program to the device.
+        said = " ".join(str(error).split())
+        if "RESOURCE_EXHAUSTED" in said:
+            raise InputError(f"The devices have too little memory ({said[:400]}): {less_memory}") from error
+        if said.partition(":")[0] in _OF_MACHINES:
+            sentence = f"A device or another process of this run failed ({said[:400]}): start the run again."
+            raise MachineFailed(sentence) from error
+        raise
+
+
+@_failures_named(_MORE_DEVICES)
 def run_program(
     make: Callable[[], Program], workdir: str | Path, *, resume_step: int | None = None
 ) -> dict[str, float]:
@@ -90,29 +117,6 @@ def run_program(
             return numbers
 
 
-@contextlib.contextmanager
-def _failures_named(less_memory: str) -> Iterator[None]:
-    """Says in a sentence what JAX raises where a device, or another process, fails, or has too little memory.
-
-    Args:
-      less_memory: what to do about the latter.
-
-    Raises:
-      InputError: a device has too little memory.
-      MachineFailed: whatever else a new start may cure. A mistake in the program stays what it is.
-    """
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        said = " ".join(str(error).split())
-        if "RESOURCE_EXHAUSTED" in said:
-            raise InputError(f"The devices have too little memory ({said[:400]}): {less_memory}") from error
-        if said.partition(":")[0] in _OF_MACHINES:
-            sentence = f"A device or another process of this run failed ({said[:400]}): start the run again."
-            raise MachineFailed(sentence) from error
-        raise
-
-
 def _smaller_steps(program: Program) -> str:
     """What makes a step, and an evaluation, take less memory, and changes no number."""
     pieces = program.step_config.accumulation
@@ -132,7 +136,6 @@ def _ready(make: Callable[[], Program], workdir: Path) -> Program:
     return program
 
 
-@_failures_named(_MORE_DEVICES)
 def _begin(program: Program, checkpoints: Checkpoints, resume_step: int | None) -> tuple[TrainState, Divergence]:
     step, config = run_folder.choose(checkpoints, resume_step), program.config.train
     if step is None:
