@@ -9,21 +9,19 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
 from distil_jax.commands import processes, run_folder
 from distil_jax.commands.guards import InUse, folder_lock
-from distil_jax.config import Config, MaskingConfig, MeshConfig, ModelConfig, OptimizerConfig, StepConfig
+from distil_jax.config import Config, MaskingConfig, ModelConfig, OptimizerConfig, StepConfig
 from distil_jax.data.manifest import verify as verify_rows
 from distil_jax.io.checkpoint import Checkpoints
 from distil_jax.schema import InputError, place
 from distil_jax.structs import Rows
 from distil_jax.task_config import FinetuneConfig
-from distil_jax.training.sharding import jit_step, make_mesh
-from distil_jax.training.state import abstract_state, init_state
+from distil_jax.training.state import init_state
 from distil_jax.training.step import mask_and_train_step
 
 _GIB = 2**30
@@ -82,16 +80,12 @@ def _devices() -> str:
     places_BxL = np.broadcast_to(np.arange(16, dtype=np.int32), ids_BxL.shape)
     rows = Rows(ids_BxL, np.ones_like(ids_BxL), places_BxL, np.arange(4, dtype=np.int32))
     weights = (np.arange(128) >= 5).astype(np.float32)
-    key = jax.random.key(0)
-    state = jax.device_get(init_state(key, step))
-    teacher = jax.device_get(init_state(key, replace(step, student=model)).params)
+    key, initial, train = jax.random.key(0), jax.jit(init_state, static_argnums=1), jax.jit(mask_and_train_step)
+    teacher = initial(key, replace(step, student=model)).params
+    arguments = jax.device_get((initial(key, step), teacher, rows, weights))
     losses = []
     for device in jax.local_devices():
-        mesh = make_mesh(MeshConfig(), [device])
-        compiled = jit_step(mask_and_train_step, mesh, abstract_state(step), teacher)
-        here = jax.sharding.SingleDeviceSharding(device)
-        arguments: Any = jax.device_put((state, teacher, rows), here)
-        _, metrics = compiled(*arguments, weights)
+        _, metrics = train(*jax.device_put(arguments, device))
         losses.append(float(metrics["loss"].value()))
     if not np.all(np.isfinite(losses)) or max(losses) - min(losses) > 1e-2 * abs(losses[0]):
         raise InputError(f"the devices found the losses {losses}: take the odd one out of service.")

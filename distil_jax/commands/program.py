@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from distil_jax.config import ComputeConfig, Config, StepConfig, TrainConfig
 from distil_jax.data.loader import Table, batches, numbers_at
 from distil_jax.models.encoder import count_parameters
+from distil_jax.structs import Array
 from distil_jax.task_config import FinetuneConfig
 from distil_jax.training.sharding import local_places, put_rows, shard_count
 from distil_jax.training.state import TrainState, init_state
@@ -71,17 +72,20 @@ class FirstState:
     """
 
     def __init__(self, config: StepConfig, seed: int, params: Any, sharding: Any) -> None:
-        self._make = partial(init_state, jax.random.key(seed), config)
-        self._params, self._sharding = params, sharding
+        self._seed, self._config, self._params, self._sharding = np.uint32(seed), config, params, sharding
 
     def __call__(self) -> TrainState:
-        make, params = self._make, self._params
+        params = self._params
         self.drop()
-        return jax.jit(lambda params: make(params=params), out_shardings=self._sharding)(params)
+        return jax.jit(_seeded_state, static_argnums=1, out_shardings=self._sharding)(self._seed, self._config, params)
 
     def drop(self) -> None:
         """Lets the parameters go: nobody will ask for the state, because the run goes on from a later one."""
-        self._make = self._params = None
+        del self._params
+
+
+def _seeded_state(seed: Array, config: StepConfig, params: Any) -> TrainState:
+    return init_state(jax.random.key(seed), config, params=params)
 
 
 def keep_compiled(compute: ComputeConfig, workdir: Path) -> None:

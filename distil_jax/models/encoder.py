@@ -244,7 +244,10 @@ def _layer_name(number: int) -> str:
 
 def abstract_params(config: ModelConfig) -> dict:
     """Shapes and logical axes of the parameters, no values: what shardings are made from."""
-    return jax.eval_shape(lambda: init_params(jax.random.key(0), config))
+    return _traced.eval_shape(jax.random.key(0), config)
+
+
+_traced = jax.jit(init_params, static_argnums=1)  # never run: it remembers what it traced
 
 
 def count_parameters(config: ModelConfig) -> int:

@@ -74,7 +74,10 @@ def init_task_params(key: Array, config: ModelConfig, task: HeadConfig) -> dict:
 
 def abstract_task_params(config: ModelConfig, task: HeadConfig) -> dict:
     """Shapes and logical axes of a `TaskModel`'s parameters, no values: what shardings are made from."""
-    return jax.eval_shape(lambda: init_task_params(jax.random.key(0), config, task))
+    return _traced.eval_shape(jax.random.key(0), config, task)
+
+
+_traced = jax.jit(init_task_params, static_argnums=(1, 2))  # never run: it remembers what it traced
 
 
 def model_of(config: ModelConfig, task: HeadConfig | None) -> MaskedLm | TaskModel:

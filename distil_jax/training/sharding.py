@@ -205,13 +205,17 @@ def _jitted(step: Callable, mesh: Mesh, state_sharding: Any, abstract_teacher: A
     """Of a step: (state, teacher_params, batch, others, named), the last two its further arguments."""
     teacher_sharding = None if abstract_teacher is None else shardings_of(abstract_teacher, mesh)
     everywhere = NamedSharding(mesh, P())
+    shardings = (state_sharding, teacher_sharding, batch_sharding(mesh), everywhere, everywhere)
+    return jax.jit(_with_five_arguments(step), in_shardings=shardings, **options)
 
+
+@functools.lru_cache(maxsize=8)  # one and the same function: equal runs in one process are traced and compiled once
+def _with_five_arguments(step: Callable) -> Callable:
     @functools.wraps(step)
     def call(state: Any, teacher_params: Any, batch: Any, others: tuple, named: dict[str, Any]) -> Any:
         return step(state, teacher_params, batch, *others, **named)
 
-    shardings = (state_sharding, teacher_sharding, batch_sharding(mesh), everywhere, everywhere)
-    return jax.jit(call, in_shardings=shardings, **options)
+    return call
 
 
 def gather_params(params: Any, abstract: Any) -> Any:

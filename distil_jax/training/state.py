@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -63,8 +64,12 @@ def abstract_state(config: StepConfig) -> TrainState:
 
     The optimiser's moments take the axes of their parameters, because they are made from boxed ones.
     """
-    key = jax.random.key(0)
-    return jax.eval_shape(lambda: _state(key, config, init_model(key, config.student, config.head)))
+    return _traced.eval_shape(jax.random.key(0), config)
+
+
+@partial(jax.jit, static_argnums=1)  # never run: it remembers what it traced
+def _traced(key: Array, config: StepConfig) -> TrainState:
+    return _state(key, config, init_model(key, config.student, config.head))
 
 
 def _state(run_key: Array, config: StepConfig, params: Any) -> TrainState:
