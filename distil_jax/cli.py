@@ -1,7 +1,7 @@
 """The command line: finds the verb, parses its arguments, calls it, and turns what it raises into an exit status.
 
 0 done; 2 bad input; 3 diverged; 4 the machine failed; 75 stopped on request with a checkpoint saved: start me again;
-130 Ctrl-C and 143 SIGTERM with nothing saved.
+130 Ctrl-C and 143 SIGTERM with nothing saved; 141 nobody reads what is printed any more.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import argparse
 import errno
 import importlib
 import os
+import select
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from distil_jax import __version__
 from distil_jax.commands import endings, interrupt
@@ -77,13 +78,27 @@ def program() -> NoReturn:
     if sys.argv[1:2] != ["prepare"] and sys.argv[1:3] != ["bench", "data"]:
         keep_freed_memory()
     try:
-        status = main()
-    finally:
-        interrupt.give_way()
+        try:
+            status = main()
+        finally:
+            interrupt.give_way()
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not _is_unread(sys.stdout):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+        status = endings.UNREAD
     if status == endings.MACHINE_FAILED:
         sys.stdout.flush()
         os._exit(status)
     sys.exit(status)
+
+
+def _is_unread(pipe: TextIO) -> bool:
+    """Whether who read it has closed it, as `head` does."""
+    asked = select.poll()
+    asked.register(pipe, 0)  # errors are told unasked
+    return any(what & select.POLLERR for _, what in asked.poll(0))
 
 
 def _split(arguments: list[str]) -> tuple[str, list[str]]:

@@ -426,3 +426,20 @@ def test_the_process_ends_as_the_function_does(workshop, tmp_path):
     assert ended.stdout == "" and ended.stderr.startswith("distil-jax: ") and ended.stderr.count("\n") == 1
     assert "Traceback" not in ended.stderr and "train.steps" in ended.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])  # found at the end, or at once
+def test_who_has_read_enough_gets_no_traceback(unbuffered):
+    """As `head` does: what it reads from is closed before all is said."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    ended = subprocess.run(
+        [sys.executable, "-m", "distil_jax", "bench", "table"],
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": unbuffered},
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        timeout=120,
+        check=False,
+    )
+    os.close(writing)
+    assert (ended.returncode, ended.stderr) == (141, b"")

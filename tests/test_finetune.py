@@ -146,7 +146,10 @@ def test_eval_judges_a_run_and_its_folder_as_the_run_did(finished, tasks, tmp_pa
     (tmp_path / "unnamed.toml").write_text(turned)  # found in another order than the model has them
     for model, task in ((finished, tasks / "sequence.toml"), (finished / "model", tmp_path / "unnamed.toml")):
         assert cli.main(["eval", str(model), "--task", str(task)]) == 0
-        assert capsys.readouterr().out.splitlines() == said
+        dev, test, *numbers = capsys.readouterr().out.splitlines()
+        assert (
+            numbers == said and "cat " in dev and re.fullmatch(r"test: .*; \d+ with the text of one that trains", test)
+        )
 
 
 def test_eval_refuses_another_task_and_what_has_none(finished, tasks, workshop, tmp_path, capsys):

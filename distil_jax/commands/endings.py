@@ -6,6 +6,7 @@ import sys
 
 BAD_INPUT, DIVERGED, MACHINE_FAILED, STOPPED = 2, 3, 4, 75
 INTERRUPTED, TERMINATED = 130, 143  # by Ctrl-C or SIGTERM, with nothing to go on from; a shell's own numbers
+UNREAD = 141  # as of a program that SIGPIPE ends: who read its output has closed it
 
 
 class Diverged(Exception):

@@ -24,7 +24,8 @@ from distil_jax.config import (
 )
 from distil_jax.data.loader import RowTable, held_out_batches, open_rows
 from distil_jax.data.manifest import read_manifest
-from distil_jax.data.tasks import read_task
+from distil_jax.data.tasks import TaskData, read_task
+from distil_jax.data.told import told
 from distil_jax.io.metrics import Sums, perplexity
 from distil_jax.models.encoder import abstract_params, count_parameters
 from distil_jax.schema import InputError, quoted, require
@@ -68,7 +69,9 @@ def run(arguments: argparse.Namespace) -> None:
         named = [flag for flag in ("data", "teacher", "rows") if getattr(arguments, flag)]
         require(not named, f"--{' and --'.join(named)} are of held-out text: leave them out beside --task.")
         task = load_task(arguments.task, [quoted("model.path", arguments.model)]).task
-        print(in_words(evaluate_task(model, task)))
+        data = _examples(model, task)
+        print(told(data, ("dev", "test")))
+        print(in_words(evaluate_task(model, task, data)))
         return
     if model.head is not None:
         raise InputError(f"{arguments.model} is a task's model, which predicts no words: judge it with --task TASK.")
@@ -135,12 +138,8 @@ def evaluate(model: Model, data: str | Path, *, teacher: Model | None = None, li
     )
 
 
-def evaluate_task(model: Model, task: TaskConfig) -> dict[str, dict[str, float]]:
-    """The metrics of a model with a task's head, as shares, on the task's "dev" and, where there are such, "test".
-
-    Args:
-      model: whose numbers.
-      task: the examples and the metrics; labels that it does not name may come in another order than the model's.
+def _examples(model: Model, task: TaskConfig) -> TaskData:
+    """The task's, for a model with a head; labels that the task does not name may come in another order than its.
 
     Raises:
       InputError: a model without a head or with that of another task, or examples that cannot be read.
@@ -154,6 +153,12 @@ def evaluate_task(model: Model, task: TaskConfig) -> dict[str, dict[str, float]]
         data = data.with_labels(model.head.label_names)
     wanted = head_of(task, StartConfig(), model.config, data.label_names)
     check_head(model.head, wanted, f"The model {model.run or model.tokenizer}")
+    return data
+
+
+def evaluate_task(model: Model, task: TaskConfig, data: TaskData) -> dict[str, dict[str, float]]:
+    """The metrics of a model with a task's head, as shares, on the task's "dev" and, where there are such, "test"."""
+    length = min(task.max_length, model.config.max_positions)
     mesh, compute = make_mesh(MeshConfig()), resolve_compute(ComputeConfig())
     student = with_compute(model.config, compute)
     step = StepConfig(student, optimizer=OptimizerConfig(steps=1), head=model.head)

@@ -264,11 +264,10 @@ def _resolved(config: FinetuneConfig, data: TaskData, head: HeadConfig, dtype: s
 def _about(config: FinetuneConfig, step: StepConfig, attention: str, data: TaskData, mesh: Mesh, asked: int) -> str:
     test = f", {len(data.test):,} to test" if data.test else ""
     examples = f"{len(data.train):,} examples to train on, {len(data.dev):,} to choose by{test}"
-    length, full = config.task.max_length, (data.train.lengths == data.train.input_ids.shape[1]).mean()
-    cut = f"; {full:.1%} of them fill {length} tokens (task.max_length), where longer ones are cut"
+    length = config.task.max_length
     shorter = f"; task.max_length is {length}, because the models have no more positions, and not {asked}"
+    steps = f"{config.train.steps:,} steps of {config.train.batch_rows:,}"
     return (
-        f"{about_models(step, attention)}\n{examples}{cut if full and config.task.kind != 'spans' else ''}"
-        f"{shorter if length < asked else ''}; {config.train.steps:,} steps of {config.train.batch_rows:,}"
+        f"{about_models(step, attention)}\n{examples}{shorter if length < asked else ''}; {steps}"
         f"{about_pieces(config.train, step, mesh, length)}"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
@@ -26,13 +26,13 @@ _SAID = {
 }
 
 
-def told(data: TaskData) -> str:
-    """What trains and what judges, one line a split."""
+def told(data: TaskData, splits: Collection[str] = ("train", "dev", "test")) -> str:
+    """What trains and what judges, one line for each of these splits that there is."""
     tables = {"train": data.train, "dev": data.dev, "test": data.test}
     return "\n".join(
         "; ".join([f"{split}: {_labels(table, data.label_names)}", *losses(data.counts.get(split, {}))])
         for split, table in tables.items()
-        if table is not None
+        if table is not None and split in splits
     )
 
 
