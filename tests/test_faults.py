@@ -19,7 +19,7 @@ import pytest
 from conftest import COMMAND, LIMIT, file_hashes, finish, run_numbers, same_leaves, start, write_sentences
 
 from distil_jax import cli
-from distil_jax.commands.doctor import _run_checks
+from distil_jax.commands import doctor
 from distil_jax.commands.run_folder import open_model
 from distil_jax.io.metrics import read_metrics
 
@@ -37,6 +37,20 @@ def words(workshop, output, *settings, command=()):
 def train(workshop, output, *settings, count=1, before=(), command=()):
     """Two devices in all: what is tested here does not depend on how many, and they begin sooner than eight."""
     return start(count, words(workshop, output, *settings, command=command), devices=2, before=before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def as_many_devices_here():
+    """What runs in this process, where no other is needed, ends in the same bits: it is traced and compiled once."""
+    first = jax.devices()[:2]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda: first)
+        yield
+
+
+def train_here(workshop, output, *settings, status=0, command=()):
+    """`train` in this process, which ends with the status."""
+    assert cli.main([str(word) for word in words(workshop, output, *settings, command=command)]) == status
 
 
 def done(begun, status, limit=LIMIT):
@@ -79,7 +93,7 @@ def long_run(workshop, tmp_path_factory):
     """Settings under which a run is about as often in a save as between two, and the run that nothing broke."""
     settings = (f"train.steps={max(60, 20 * KILLS)}", "train.checkpoint_every=20", "train.eval_every=7")
     run = tmp_path_factory.mktemp("unbroken") / "run"
-    done(train(workshop, run, *settings), 0)
+    train_here(workshop, run, *settings)
     return settings, run
 
 
@@ -127,11 +141,11 @@ def test_killed_at_random_moments_a_run_ends_as_the_unbroken_one(workshop, tmp_p
         assert not steps_of(run) or steps_of(run)[-1] < last, "the run must be long enough for all kills"
     print(f"{dict(kills)} of {last} steps in {time.monotonic() - began:.0f} s")
     assert len(kills) == 3 and kills.total() == KILLS
-    done(train(workshop, run, *settings), 0)
+    train_here(workshop, run, *settings)
     same_run(run, unbroken)
 
 
-def test_a_damaged_checkpoint_is_named_kept_and_the_older_one_used(workshop, tmp_path, long_run):
+def test_a_damaged_checkpoint_is_named_kept_and_the_older_one_used(workshop, tmp_path, long_run, capsys):
     settings, unbroken = long_run
     run = shutil.copytree(unbroken, tmp_path / "run")
     older, newest = steps_of(run)[-2:]
@@ -139,34 +153,36 @@ def test_a_damaged_checkpoint_is_named_kept_and_the_older_one_used(workshop, tmp
     values = bytearray(weights.read_bytes())
     values[len(values) // 2] ^= 1
     weights.write_bytes(values)
-    ((stdout, stderr),) = done(train(workshop, run, *settings), 0)
+    train_here(workshop, run, *settings)
+    stdout, stderr = capsys.readouterr()
     assert f"Checkpoint {newest} in" in stderr and weights.name in stderr and f"step {older} is taken" in stderr
     (kept,) = (run / "checkpoints").glob(f"{newest}.set-aside-*")
     assert f"kept as {kept.name}" in stdout and (kept / weights.relative_to(run / "checkpoints" / str(newest))).exists()
     same_run(run, unbroken)
 
 
-def test_a_step_that_is_asked_for_is_taken_or_refused(workshop, tmp_path, long_run):
+def test_a_step_that_is_asked_for_is_taken_or_refused(workshop, tmp_path, long_run, capsys):
     settings, unbroken = long_run
     run = shutil.copytree(unbroken, tmp_path / "run")
     older, newest = steps_of(run)[-2:]
     before = file_hashes(run / "checkpoints")
-    ((_, stderr),) = done(train(workshop, run, *settings, command=("--resume-step", older - 1)), 2)
+    train_here(workshop, run, *settings, status=2, command=("--resume-step", older - 1))
+    stderr = capsys.readouterr().err
     assert f"no checkpoint of step {older - 1}" in stderr and str([older, newest]) in stderr
     assert file_hashes(run / "checkpoints") == before
-    done(train(workshop, run, *settings, command=("--resume-step", older)), 0)
+    train_here(workshop, run, *settings, command=("--resume-step", older))
     same_run(run, unbroken)
     assert list((run / "checkpoints").glob(f"{newest}.set-aside-*"))
 
 
-def test_where_no_checkpoint_is_valid_the_run_does_not_begin_from_nothing(workshop, tmp_path, long_run):
+def test_where_no_checkpoint_is_valid_the_run_does_not_begin_from_nothing(workshop, tmp_path, long_run, capsys):
     settings, unbroken = long_run
     run = shutil.copytree(unbroken, tmp_path / "run")
     for manifest in (run / "checkpoints").glob("*/manifest.json"):
         manifest.unlink()
     before = file_hashes(run)
-    ((_, stderr),) = done(train(workshop, run, *settings), 2)
-    assert "None of the checkpoints" in stderr
+    train_here(workshop, run, *settings, status=2)
+    assert "None of the checkpoints" in capsys.readouterr().err
     after = file_hashes(run)
     after.pop(".lock"), before.pop(".lock")
     assert after == before
@@ -311,7 +327,6 @@ def train_with(workshop, tmp_path, monkeypatch, *, bad_steps, stop_at=(), settin
     """A run in this process, whose teacher has no numbers at some steps: (status, folder)."""
     from dataclasses import replace
 
-    from distil_jax import cli
     from distil_jax.commands import train as command
 
     compile_run = command.compile_run
@@ -344,7 +359,7 @@ def test_two_runs_in_one_folder_and_a_doctor_beside_them(workshop, tmp_path):
     first.send_signal(signal.SIGSTOP)  # holds the folder, and leaves the processors to the others
     ((_, stderr),) = done(train(workshop, run, *settings), 2)
     assert f"process {first.pid} " in stderr and stderr.count("\n") == 1
-    found = {name: check() for name, check in _run_checks(run)}
+    found = {name: check() for name, check in doctor._run_checks(run)}
     assert f"{run} is in use: process {first.pid} on" in found["folder"]
     first.send_signal(signal.SIGCONT)
     first.send_signal(signal.SIGTERM)
@@ -376,8 +391,8 @@ def test_a_full_disk_stops_no_training_and_loses_no_checkpoint(workshop, tmp_pat
     assert open_model(out).step == steps_of(out)[-1]
     # With room again, the run ends as if nothing had been.
     whole = tmp_path / "whole"
-    done(train(workshop, out, *settings), 0)
-    done(train(workshop, whole, *settings), 0)
+    train_here(workshop, out, *settings)
+    train_here(workshop, whole, *settings)
     same_run(out, whole)
 
 
@@ -391,7 +406,7 @@ def test_a_write_that_fails_in_the_middle_of_a_save(workshop, tmp_path, long_run
     last = stderr.splitlines()[-1]
     assert last.startswith("distil-jax: ") and "step 6 could not be saved (File too large)" in last, stderr
     assert not any((run / "checkpoints").iterdir())
-    done(train(workshop, run, *settings), 0)
+    train_here(workshop, run, *settings)
 
 
 @pytest.mark.skipif(shutil.which("setpriv") is None and os.getuid() == 0, reason="root needs setpriv to obey rights")
@@ -410,7 +425,7 @@ def test_a_folder_that_becomes_read_only(workshop, tmp_path):
         assert open_model(run).step == steps_of(run)[-1] < 30
     finally:
         (run / "checkpoints").chmod(0o755)
-    done(train(workshop, run, *settings), 0)
+    train_here(workshop, run, *settings)
 
 
 def test_where_one_process_dies_the_other_ends(workshop, tmp_path):
@@ -481,8 +496,6 @@ def test_a_hang_is_noticed(workshop, tmp_path):
 
 def test_another_clock_and_another_name_change_nothing(workshop, tmp_path, long_run, monkeypatch):
     """The clock stands in 1970, the files are from the future, the machine has another name."""
-    from distil_jax import cli
-
     settings, unbroken = long_run
     run = shutil.copytree(unbroken, tmp_path / "run")
     older, newest = steps_of(run)[-2:]
@@ -545,7 +558,7 @@ def test_no_secret_of_the_environment_is_written_anywhere(workshop, tmp_path, mo
         assert not path.is_file() or b"s3cr3t" not in path.read_bytes(), path
 
 
-def test_the_doctor_finds_nothing_and_then_what_was_done(workshop, tmp_path, long_run):
+def test_the_doctor_finds_nothing_and_then_what_was_done(workshop, tmp_path, long_run, capsys, monkeypatch):
     _, unbroken = long_run
     run = shutil.copytree(unbroken, tmp_path / "run")
     ((stdout, _),) = done(start(1, ["doctor", run], devices=2), 0)
@@ -559,7 +572,9 @@ def test_the_doctor_finds_nothing_and_then_what_was_done(workshop, tmp_path, lon
     table.write_bytes(values)
     config = run / "config.toml"
     config.write_text(config.read_text().replace(str(workshop / "rows"), str(rows)))
-    ((stdout, stderr),) = done(start(1, ["doctor", run], devices=2), 2)
+    monkeypatch.setattr(doctor, "_devices", lambda: "as before")
+    assert cli.main(["doctor", str(run)]) == 2
+    stdout, stderr = capsys.readouterr()
     wrong = [line for line in stdout.splitlines() if line.startswith("WRONG")]
     assert len(wrong) == 2 and f"checkpoint {newest}" in wrong[0] and str(table) in wrong[1]
     assert "2 of" in stderr
