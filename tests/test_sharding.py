@@ -118,6 +118,20 @@ def test_a_step_may_have_any_further_arguments():
     np.testing.assert_array_equal(judged(state, None, batch, by=jnp.float32(3)), 3 * batch)
 
 
+def test_equal_runs_in_one_process_are_traced_once():
+    """As the seeds of `compare` are."""
+    traced = []
+
+    def step(state, teacher_params, batch):
+        traced.append(batch.shape)
+        return state + jnp.sum(batch), {}
+
+    for sizes in ((-1, 1, 1), (-1, 1, 1), (1, -1, 1)):
+        mesh, state = make_mesh(MeshConfig(*sizes)), jnp.zeros(())
+        assert jit_step(step, mesh, state, None)(state, None, jnp.ones((8, 2)))[0] == 16
+    assert traced == [(8, 2)] * 2, "once more for another mesh"
+
+
 def test_rows_that_do_not_divide_among_the_devices_are_one_sentence(
     step_config, student_params, teacher_params, rows, weights
 ):
