@@ -428,6 +428,8 @@ def test_a_pooler_that_no_head_reads_is_left_out(tmp_path: Path) -> None:
         ({"num_labels": 4}, "classifier.weight is [3, 12] where config.json means [4, 12]"),
         ({"id2label": {"1": "a", "2": "b", "3": "c"}}, "names of the labels 0, 1 and so on"),
         ({"id2label": {}}, "names of the labels 0, 1 and so on"),
+        ({"id2label": {"0": "a", "1": "b", "01": "c"}}, "names of the labels 0, 1 and so on"),
+        ({"id2label": 0.1}, "names of the labels 0, 1 and so on"),
         ({"id2label": ["a", "b", "c"]}, "names of the labels 0, 1 and so on"),
         ({"id2label": {"0": "a", "1": "b", "2": "b"}, "label2id": None}, "as many different names"),
         ({"id2label": {"0": "a", "2": "b"}}, "names of the labels 0, 1 and so on"),

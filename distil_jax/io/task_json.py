@@ -116,10 +116,11 @@ def _names(values: Mapping[str, Any], path: Path) -> tuple[str, ...]:
         plain = back is None or (isinstance(back, dict) and back == {f"LABEL_{n}": n for n in range(len(back))})
         require(plain, f"{path} names labels in label2id alone, where `transformers` does not look: add id2label.")
         return ()
+    pairs = list(named.items()) if isinstance(named, dict) else []
     try:
-        by_number = {int(number): name for number, name in named.items()}
-    except (ValueError, AttributeError):  # a word for a number, or no object at all
+        by_number = {int(number): name for number, name in pairs}
+    except ValueError:  # a word for a number
         by_number = {}
-    whole = by_number.keys() == set(range(len(named))) and all(type(name) in (str, int) for name in by_number.values())
-    require(whole and len(named) > 0, f"{path} says id2label, but not as names of the labels 0, 1 and so on: mend it.")
-    return tuple(str(by_number[number]) for number in range(len(named)))
+    whole = by_number.keys() == set(range(len(pairs))) and all(type(name) in (str, int) for name in by_number.values())
+    require(whole and len(pairs) > 0, f"{path} says id2label, but not as names of the labels 0, 1 and so on: mend it.")
+    return tuple(str(by_number[number]) for number in range(len(pairs)))
