@@ -16,11 +16,12 @@ from collections.abc import Sequence
 from typing import NoReturn, TextIO
 
 from distil_jax import __version__
-from distil_jax.commands import endings, interrupt
-from distil_jax.commands.heap import keep_freed_memory
+from distil_jax.runtime import exit_codes as endings
+from distil_jax.runtime import signals as interrupt
+from distil_jax.runtime.allocator import keep_freed_memory
 from distil_jax.schema import InputError
 
-# Each verb is a module of `distil_jax.commands` with add_arguments(parser) and run(arguments); only the one that is
+# Each verb is a module with add_arguments(parser) and run(arguments); only the one that is
 # asked for is imported.
 _VERBS = {
     "demo": "distil a small student on this machine, from an embedded teacher, in minutes",
@@ -35,7 +36,13 @@ _VERBS = {
     "report": "write report.md and report.html for runs",
     "doctor": "check the machine, and all that a run needs, and say what to do about what is wrong",
 }
-_MODULES = {"eval": "evaluate"}
+_MODULES = {
+    "plan": "machines.workload",
+    "bench": "commands.bench",
+    "eval": "evaluation.held_out",
+    "report": "reporting.report",
+    "doctor": "runtime.doctor",
+}
 # Full, broken or read-only disks, and too many open files: whatever a command was about to do, this is not its mistake.
 _MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE)
 # A path that somebody named, and that cannot be what it was named for.
@@ -47,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Models are read without PyTorch here, so that it is not found is no news.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     chosen, rest = _split(list(sys.argv[1:] if arguments is None else arguments))
-    command = importlib.import_module(f"distil_jax.commands.{_MODULES.get(chosen, chosen)}")
+    command = importlib.import_module(f"distil_jax.{_MODULES.get(chosen, f'workflows.{chosen}')}")
     parser = argparse.ArgumentParser(prog=f"distil-jax {chosen}", description=f"{_VERBS[chosen].capitalize()}.")
     command.add_arguments(parser)
 

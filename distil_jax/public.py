@@ -1,15 +1,15 @@
 """The table of contents of what research code calls; each name is one of the package `distil_jax` itself."""
 
 # The ground: configurations and the values that travel.
-from distil_jax.config import Config as Config
-from distil_jax.config import HeadConfig as HeadConfig
-from distil_jax.config import LossConfig as LossConfig
-from distil_jax.config import MaskingConfig as MaskingConfig
-from distil_jax.config import MeshConfig as MeshConfig
-from distil_jax.config import ModelConfig as ModelConfig
-from distil_jax.config import OptimizerConfig as OptimizerConfig
-from distil_jax.config import StepConfig as StepConfig
-from distil_jax.config import TaskLossConfig as TaskLossConfig
+from distil_jax.config.run import Config as Config
+from distil_jax.config.run import HeadConfig as HeadConfig
+from distil_jax.config.run import LossConfig as LossConfig
+from distil_jax.config.run import MaskingConfig as MaskingConfig
+from distil_jax.config.run import MeshConfig as MeshConfig
+from distil_jax.config.run import ModelConfig as ModelConfig
+from distil_jax.config.run import OptimizerConfig as OptimizerConfig
+from distil_jax.config.run import StepConfig as StepConfig
+from distil_jax.config.run import TaskLossConfig as TaskLossConfig
 
 # Models.
 from distil_jax.models.encoder import MaskedLm as MaskedLm

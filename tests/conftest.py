@@ -33,7 +33,7 @@ import jax
 import numpy as np
 import pytest
 
-from distil_jax.config import LossConfig, MaskingConfig, ModelConfig, OptimizerConfig, StepConfig
+from distil_jax.config.run import LossConfig, MaskingConfig, ModelConfig, OptimizerConfig, StepConfig
 from distil_jax.models.encoder import init_params
 from distil_jax.structs import Rows
 

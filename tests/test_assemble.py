@@ -12,19 +12,7 @@ import pytest
 import tomli_w
 from jax.experimental import pallas as pl
 
-from distil_jax.commands import attention
-from distil_jax.commands.assemble import (
-    assemble,
-    check_batch,
-    micro_batches,
-    resolve_compute,
-    teacher_compute,
-    teacher_shapes,
-)
-from distil_jax.commands.attention import settle_attention
-from distil_jax.commands.program import about_pieces
-from distil_jax.commands.run_folder import open_model
-from distil_jax.config import (
+from distil_jax.config.run import (
     STUDENT_SHAPE,
     ComputeConfig,
     LossConfig,
@@ -36,6 +24,18 @@ from distil_jax.config import (
     load,
 )
 from distil_jax.models import tpu_attention
+from distil_jax.runtime import attention
+from distil_jax.runtime.assemble import (
+    assemble,
+    check_batch,
+    micro_batches,
+    resolve_compute,
+    teacher_compute,
+    teacher_shapes,
+)
+from distil_jax.runtime.attention import settle_attention
+from distil_jax.runtime.program import about_pieces
+from distil_jax.runtime.run_folder import open_model
 from distil_jax.schema import InputError, to_dict
 from distil_jax.training.sharding import check_mesh, make_mesh, shardings_of
 

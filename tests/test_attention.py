@@ -21,8 +21,8 @@ from conftest import assert_params_close
 from jax.experimental import pallas as pl
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from distil_jax.commands.plan.aot import ENVIRONMENT
-from distil_jax.config import LossConfig, MeshConfig, ModelConfig, OptimizerConfig, StepConfig
+from distil_jax.config.run import LossConfig, MeshConfig, ModelConfig, OptimizerConfig, StepConfig
+from distil_jax.machines.aot import ENVIRONMENT
 from distil_jax.models import gpu_attention, tpu_attention
 from distil_jax.models.attention import attend
 from distil_jax.models.dropout import kept

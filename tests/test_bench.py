@@ -19,10 +19,10 @@ from conftest import LENGTH, MASK, VOCAB, packed_rows, random_params
 
 from distil_jax import cli
 from distil_jax.commands.bench import batching, peers, record
-from distil_jax.commands.endings import MachineFailed
-from distil_jax.config import LossConfig, MaskingConfig
+from distil_jax.config.run import LossConfig, MaskingConfig
 from distil_jax.models.encoder import MaskedLm
 from distil_jax.objective.distillation import distill_loss
+from distil_jax.runtime.exit_codes import MachineFailed
 from distil_jax.structs import IGNORED, Batch
 
 SMALL_STEP = ["step", "--shape", "tiny", "--steps", "2", "--rounds", "2", "--set", "compute.unroll=no"]

@@ -19,11 +19,11 @@ from conftest import LENGTH, file_hashes, random_params
 
 import distil_jax
 from distil_jax import cli
-from distil_jax.config import Config, load
+from distil_jax.config.run import Config, load
+from distil_jax.config.task import FinetuneConfig
 from distil_jax.data.prepare import PrepareConfig, prepare
 from distil_jax.io import huggingface
 from distil_jax.schema import InputError, at_home, build, place
-from distil_jax.task_config import FinetuneConfig
 
 REPOSITORY = Path(__file__).parents[1]
 VERBS = ("demo", "prepare", "train", "eval", "export", "report")
@@ -356,7 +356,7 @@ def test_a_tilde_is_the_home_wherever_a_path_is_taken(words, workshop, home, cap
 def test_every_path_of_a_verb_is_tried_above(verb):
     """A new argument is either tried with a ~, or put into the table of those that are no paths."""
     parser = argparse.ArgumentParser()
-    importlib.import_module(f"distil_jax.commands.{cli._MODULES.get(verb, verb)}").add_arguments(parser)
+    importlib.import_module(f"distil_jax.{cli._MODULES.get(verb, f'workflows.{verb}')}").add_arguments(parser)
     commands = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
     parsers = [parser, *(kind for action in commands for kind in action.choices.values())]
     taken = {

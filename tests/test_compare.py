@@ -3,7 +3,7 @@
 import pytest
 
 from distil_jax import cli
-from distil_jax.commands import comparison
+from distil_jax.reporting import comparison
 
 
 def test_macro_and_what_is_kept():

@@ -13,10 +13,7 @@ from pathlib import Path
 import pytest
 import tomli_w
 
-from distil_jax.commands import run_folder
-from distil_jax.commands.assemble import student_model
-from distil_jax.commands.flops import step_flops
-from distil_jax.config import (
+from distil_jax.config.run import (
     EMBEDDED_TEACHER,
     Config,
     LossConfig,
@@ -30,13 +27,16 @@ from distil_jax.config import (
     load,
     read_toml,
 )
+from distil_jax.config.task import FinetuneConfig, load_task
 from distil_jax.data.prepare import PrepareConfig
 from distil_jax.io import huggingface
+from distil_jax.machines.flops import step_flops
 from distil_jax.models.encoder import count_parameters
 from distil_jax.models.student import choose_layers
 from distil_jax.objective.masking import most_targets
+from distil_jax.runtime import run_folder
+from distil_jax.runtime.assemble import student_model
 from distil_jax.schema import InputError, build, differences, to_dict
-from distil_jax.task_config import FinetuneConfig, load_task
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))  # those of tasks: test_tasks.py
 ABLATION = Path(__file__).parents[1] / "configs" / "ablation"

@@ -6,15 +6,15 @@ from functools import partial
 import numpy as np
 import pytest
 
-from distil_jax.commands import demo as command
-from distil_jax.commands import speed
-from distil_jax.commands.demo import TEXT, _row, demo
-from distil_jax.commands.fill_mask import fill_mask
-from distil_jax.commands.run_folder import open_model
-from distil_jax.commands.speed import encoder_seconds
-from distil_jax.config import EMBEDDED_TEACHER, ModelConfig
+from distil_jax.config.run import EMBEDDED_TEACHER, ModelConfig
+from distil_jax.evaluation import speed
+from distil_jax.evaluation.fill_mask import fill_mask
+from distil_jax.evaluation.speed import encoder_seconds
 from distil_jax.io import huggingface
+from distil_jax.runtime.run_folder import open_model
 from distil_jax.schema import InputError
+from distil_jax.workflows import demo as command
+from distil_jax.workflows.demo import TEXT, _row, demo
 
 LINES = (
     "returns the sum of the array elements over the given axis of the input array",

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from distil_jax.commands.divergence import Divergence
-from distil_jax.commands.endings import Diverged
-from distil_jax.config import TrainConfig
+from distil_jax.config.run import TrainConfig
+from distil_jax.runtime.divergence import Divergence
+from distil_jax.runtime.exit_codes import Diverged
 
 CONFIG = TrainConfig(steps=1, skips_allowed=2, spike_factor=3.0, spike_steps=4)
 

@@ -15,25 +15,25 @@ import pytest
 from conftest import file_hashes, random_params, same_leaves
 
 from distil_jax import cli
-from distil_jax.commands.assemble import assemble
-from distil_jax.commands.card import card
-from distil_jax.commands.evaluate import evaluate
-from distil_jax.commands.export import export
-from distil_jax.commands.fill_mask import fill_mask
-from distil_jax.commands.run_folder import Model, open_model
-from distil_jax.commands.train import compile_run
-from distil_jax.config import ModelConfig, load
+from distil_jax.config.run import ModelConfig, load
 from distil_jax.data import loader
 from distil_jax.data.loader import open_rows
 from distil_jax.data.manifest import read_manifest
 from distil_jax.data.prepare import PrepareConfig, prepare
 from distil_jax.data.tokenizer import fingerprint, load_tokenizer
+from distil_jax.evaluation.fill_mask import fill_mask
+from distil_jax.evaluation.held_out import evaluate
 from distil_jax.io import huggingface
 from distil_jax.io.metrics import Sums, read_metrics
 from distil_jax.models.encoder import MaskedLm, count_parameters
 from distil_jax.objective.distillation import logits
+from distil_jax.reporting.card import card
+from distil_jax.runtime.assemble import assemble
+from distil_jax.runtime.run_folder import Model, open_model
 from distil_jax.schema import InputError
 from distil_jax.structs import Batch, Mean
+from distil_jax.workflows.export import export
+from distil_jax.workflows.train import compile_run
 
 TEXTS = ["the cat hunts the [MASK] in the garden.", "the [MASK] hears the wolf in the house. the dog sees the bear."]
 
@@ -108,7 +108,7 @@ def test_some_held_out_rows_stand_for_all_of_them_whatever_their_sources(tmp_pat
     model = Model(config, params, tmp_path / "rows" / "tokenizer")
     table = open_rows(tmp_path / "rows", "held_out")
     second = np.isin(table.input_ids, tokenizer.convert_tokens_to_ids(sources["tools"])).any(axis=1)
-    monkeypatch.setattr("distil_jax.commands.evaluate._BATCH_TOKENS", 16 * 16)  # less to compute
+    monkeypatch.setattr("distil_jax.evaluation.held_out._BATCH_TOKENS", 16 * 16)  # less to compute
     assert not second[:100].any() and 0.4 < second.mean() < 0.6
     whole, few = (evaluate(model, tmp_path / "rows", limit=limit)["mlm"] for limit in (0, 100))
     monkeypatch.setattr(loader, "judged_rows", lambda rows, limit: np.arange(limit))

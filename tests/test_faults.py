@@ -19,9 +19,9 @@ import pytest
 from conftest import COMMAND, LIMIT, file_hashes, finish, run_numbers, same_leaves, start, write_sentences
 
 from distil_jax import cli
-from distil_jax.commands import doctor
-from distil_jax.commands.run_folder import open_model
 from distil_jax.io.metrics import read_metrics
+from distil_jax.runtime import doctor
+from distil_jax.runtime.run_folder import open_model
 
 # How many kills: 30 in the series that README reports, fewer where time is short.
 KILLS = int(os.environ.get("DISTIL_KILLS", "3"))
@@ -209,8 +209,9 @@ def test_a_second_signal_ends_at_once_and_loses_nothing(workshop, tmp_path):
 IN_C = "import ctypes; [ctypes.CDLL(None).pthread_mutex_lock(lock) for lock in [ctypes.create_string_buffer(64)] * 2]"
 STANDS = """
 import ctypes, gc, sys, time
-from distil_jax import cli, files
-from distil_jax.commands import prepare
+from distil_jax import cli
+from distil_jax import files
+from distil_jax.workflows import prepare
 
 def stand(config, output, *, progress):
     with files.whole_folder(output) as folder:
@@ -249,7 +250,7 @@ def test_ctrl_c_after_a_run_was_saved_says_to_start_again(tmp_path):
     """As between two fine-tunings of a comparison."""
     (tmp_path / "text.txt").write_text("a text\n")
     arguments = ["prepare", tmp_path / "text.txt", "--tokenizer", "none", "--output", tmp_path / "rows"]
-    saved = "from distil_jax.commands import interrupt; interrupt.note_saved()\n"
+    saved = "from distil_jax.runtime import signals as interrupt; interrupt.note_saved()\n"
     (process,) = start(1, arguments, program=saved + STANDS.format("time.sleep(600)"))
     assert process.stderr.readline() == "here\n"
     process.send_signal(signal.SIGINT)
@@ -259,7 +260,7 @@ def test_ctrl_c_after_a_run_was_saved_says_to_start_again(tmp_path):
 
 def test_ctrl_c_before_the_first_step_does_not_wait_for_the_compilation(workshop, tmp_path):
     """And the new run folder goes again."""
-    stands = f"from distil_jax.commands import loop; loop._evaluate = lambda *_: exec({IN_C!r}, {{}})"
+    stands = f"from distil_jax.runtime import loop; loop._evaluate = lambda *_: exec({IN_C!r}, {{}})"
     compiles = f"{stands}\n{COMMAND}"
     (process,) = start(1, words(workshop, tmp_path / "runs" / "new"), program=compiles, devices=2)
     wait_for((tmp_path / "runs" / "new" / "metrics.jsonl").exists, process)
@@ -327,7 +328,7 @@ def train_with(workshop, tmp_path, monkeypatch, *, bad_steps, stop_at=(), settin
     """A run in this process, whose teacher has no numbers at some steps: (status, folder)."""
     from dataclasses import replace
 
-    from distil_jax.commands import train as command
+    from distil_jax.workflows import train as command
 
     compile_run = command.compile_run
 
@@ -446,7 +447,7 @@ DAMAGED_FOR_ONE = """
 import dataclasses, itertools
 import jax
 from distil_jax import cli
-from distil_jax.commands import train
+from distil_jax.workflows import train
 from distil_jax.schema import InputError
 compile_run = train.compile_run
 def with_damaged_rows(parts):
@@ -474,7 +475,7 @@ def test_where_one_process_refuses_its_rows_the_other_ends(workshop, tmp_path):
 STUCK = """
 import dataclasses, itertools, time
 from distil_jax import cli
-from distil_jax.commands import train
+from distil_jax.workflows import train
 compile_run = train.compile_run
 def with_stuck_rows(parts):
     program = compile_run(parts)

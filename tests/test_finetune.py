@@ -13,13 +13,13 @@ import pytest
 from conftest import file_hashes, run_numbers, same_leaves
 
 from distil_jax import cli
-from distil_jax.commands.finetune import compile_task
-from distil_jax.commands.judge import Judge
-from distil_jax.commands.run_folder import open_model
+from distil_jax.config.task import load_task
 from distil_jax.data.tokenizer import load_tokenizer
+from distil_jax.evaluation.tasks import Judge
 from distil_jax.io import huggingface
 from distil_jax.io.metrics import MetricsWriter, read_metrics
-from distil_jax.task_config import load_task
+from distil_jax.runtime.run_folder import open_model
+from distil_jax.workflows.finetune import compile_task
 
 ANIMALS = ("cat", "dog", "bird", "fish", "horse", "mouse")
 SEQUENCE = """

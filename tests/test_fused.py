@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from distil_jax.commands.plan.aot import ENVIRONMENT
+from distil_jax.machines.aot import ENVIRONMENT
 from distil_jax.objective.fused import fused_loss
 from distil_jax.objective.vocabulary import dense_loss
 from distil_jax.structs import IGNORED, Head

@@ -42,8 +42,8 @@ from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from distil_jax.commands import report
-from distil_jax.config import Config, HeadConfig, ModelConfig, load
+from distil_jax.config.run import Config, HeadConfig, ModelConfig, load
+from distil_jax.config.task import TaskConfig
 from distil_jax.data import corpus, loader, sources, tokenizer
 from distil_jax.data.examples import read_splits
 from distil_jax.data.manifest import SPLITS, verify
@@ -53,8 +53,8 @@ from distil_jax.io.checkpoint import Checkpoints
 from distil_jax.io.metrics import read_metrics
 from distil_jax.models.encoder import abstract_params
 from distil_jax.models.heads import abstract_task_params
+from distil_jax.reporting import report
 from distil_jax.schema import InputError, build, to_dict
-from distil_jax.task_config import TaskConfig
 
 FUZZ = settings(
     max_examples=int(os.environ.get("DISTIL_FUZZ", "60")),

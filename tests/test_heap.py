@@ -14,7 +14,7 @@ import sys
 import jax
 import jax.numpy as jnp
 
-from distil_jax.commands.heap import keep_freed_memory
+from distil_jax.runtime.allocator import keep_freed_memory
 
 if sys.argv[1] == "keep":
     keep_freed_memory()

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from distil_jax import cli
-from distil_jax.commands import plan
-from distil_jax.commands.flops import step_flops
-from distil_jax.commands.hardware import CHIPS
-from distil_jax.commands.plan.aot import Compiled, memory_asked
-from distil_jax.commands.plan.hlo import Program
-from distil_jax.commands.plan.roofline import roofline
-from distil_jax.config import EMBEDDED_TEACHER, ModelConfig, StepConfig, load
+from distil_jax.config.run import EMBEDDED_TEACHER, ModelConfig, StepConfig, load
+from distil_jax.machines import workload as plan
+from distil_jax.machines.aot import Compiled, memory_asked
+from distil_jax.machines.chips import CHIPS
+from distil_jax.machines.flops import step_flops
+from distil_jax.machines.hlo import Program
+from distil_jax.machines.roofline import roofline
 from distil_jax.schema import InputError
 
 GIB = 2**30

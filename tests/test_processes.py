@@ -12,9 +12,9 @@ import pytest
 from conftest import LIMIT, finish, run_numbers, start
 
 from distil_jax import cli
-from distil_jax.commands import processes
-from distil_jax.commands.run_folder import open_model
 from distil_jax.io import huggingface
+from distil_jax.runtime import processes
+from distil_jax.runtime.run_folder import open_model
 from distil_jax.schema import InputError
 
 # Prints a hash of every global batch as the devices have it, then runs the command line.
@@ -23,7 +23,8 @@ import dataclasses, hashlib, sys
 import jax, numpy as np
 from jax.experimental import multihost_utils
 from distil_jax import cli
-from distil_jax.commands import loop, train
+from distil_jax.runtime import loop
+from distil_jax.workflows import train
 compile_run = train.compile_run
 def watched(parts):
     program = compile_run(parts)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from distil_jax.config.task import load_task
 from distil_jax.data.examples import read_splits
-from distil_jax.task_config import load_task
 
 SCRIPT = Path(__file__).parents[1] / "launch" / "public_tasks.py"
 TABLES = {"20newsgroups-train": 40, "20newsgroups-test": 5, "reuters-r8-train": 30, "reuters-r8-test": 4}

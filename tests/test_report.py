@@ -17,18 +17,18 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from distil_jax import cli
-from distil_jax.commands import report
-from distil_jax.commands.fill_mask import fill_mask
-from distil_jax.commands.markdown import table
-from distil_jax.commands.report import gaps as examples
-from distil_jax.commands.report.curves import draw_curves
-from distil_jax.commands.report.gaps import held_out_gaps
-from distil_jax.commands.report.history import count, duration, history
-from distil_jax.commands.report.page import Code, Curves, Fold, Heading, Paragraph, Table, to_html, to_markdown
-from distil_jax.commands.run_folder import open_model
-from distil_jax.config import Config, load
+from distil_jax.config.run import Config, load
 from distil_jax.data.tokenizer import load_tokenizer
+from distil_jax.evaluation.fill_mask import fill_mask
 from distil_jax.io.metrics import read_metrics
+from distil_jax.reporting import gaps as examples
+from distil_jax.reporting import report
+from distil_jax.reporting.curves import draw_curves
+from distil_jax.reporting.gaps import held_out_gaps
+from distil_jax.reporting.history import count, duration, history
+from distil_jax.reporting.markdown import table
+from distil_jax.reporting.page import Code, Curves, Fold, Heading, Paragraph, Table, to_html, to_markdown
+from distil_jax.runtime.run_folder import open_model
 from distil_jax.schema import build
 
 WIDTH, HEIGHT = 546, 377  # pixels of a panel in the picture

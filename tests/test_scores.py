@@ -10,7 +10,7 @@ import string
 import numpy as np
 import pytest
 
-from distil_jax.objective.scores import entities, normalized, scores
+from distil_jax.evaluation.task_metrics import entities, normalized, scores
 
 
 def only(metric, predictions, labels) -> float:

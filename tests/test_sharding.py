@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from conftest import assert_params_close
 
-from distil_jax.commands.flops import step_flops
-from distil_jax.commands.plan.hlo import Program
-from distil_jax.config import MeshConfig
+from distil_jax.config.run import MeshConfig
+from distil_jax.machines.flops import step_flops
+from distil_jax.machines.hlo import Program
 from distil_jax.models.encoder import abstract_params
 from distil_jax.schema import InputError
 from distil_jax.training.sharding import jit_eval, jit_step, lower_step, make_mesh, put_rows, shardings_of

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import pytest
 
+from distil_jax.config.task import TaskConfig
 from distil_jax.data import corpus, sources
 from distil_jax.data.examples import read_splits
 from distil_jax.data.records import read_records
 from distil_jax.schema import InputError
-from distil_jax.task_config import TaskConfig
 
 TEXTS = [f"line {number} of some text, é" for number in range(300)]
 PLAIN = "\n".join(TEXTS).encode()

@@ -10,13 +10,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from distil_jax.config import EMBEDDED_TEACHER
+from distil_jax.config.run import EMBEDDED_TEACHER
+from distil_jax.config.task import TaskConfig
 from distil_jax.data.examples import Answer, Example, read_splits
 from distil_jax.data.spans import SpanTable, answers, span_table
 from distil_jax.data.tasks import read_task
 from distil_jax.data.tokenizer import load_tokenizer
 from distil_jax.schema import InputError
-from distil_jax.task_config import TaskConfig
 
 WORDS = [
     "the",

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import assert_params_close, random_params
 
-from distil_jax.config import LossConfig, OptimizerConfig
+from distil_jax.config.run import LossConfig, OptimizerConfig
 from distil_jax.models.student import student_from_teacher
 from distil_jax.objective.masking import mask_tokens
 from distil_jax.schema import InputError
@@ -327,7 +327,7 @@ def test_one_device_whose_gradient_is_no_number_stops_no_other(
     step_config, student_params, teacher_params, batch, monkeypatch
 ):
     """Of eight devices, the one that has row 5: every device leaves the update out."""
-    from distil_jax.config import MeshConfig
+    from distil_jax.config.run import MeshConfig
     from distil_jax.objective.distillation import Distillation
     from distil_jax.training.sharding import jit_step, make_mesh
 

@@ -15,8 +15,8 @@ import jax
 import numpy as np
 import pytest
 
-from distil_jax.commands.judge import Judge
-from distil_jax.config import EMBEDDED_TEACHER, HeadConfig, MeshConfig, ModelConfig, OptimizerConfig, StepConfig
+from distil_jax.config.run import EMBEDDED_TEACHER, HeadConfig, MeshConfig, ModelConfig, OptimizerConfig, StepConfig
+from distil_jax.config.task import TaskConfig, load_task
 from distil_jax.data import loader
 from distil_jax.data.examples import read_splits
 from distil_jax.data.loader import RowTable
@@ -24,9 +24,9 @@ from distil_jax.data.task_table import TaskTable
 from distil_jax.data.tasks import read_task
 from distil_jax.data.tokenizer import load_tokenizer
 from distil_jax.data.told import told
+from distil_jax.evaluation.tasks import Judge
 from distil_jax.schema import InputError
 from distil_jax.structs import IGNORED, Mean
-from distil_jax.task_config import TaskConfig, load_task
 from distil_jax.training.sharding import make_mesh
 
 PRESETS = sorted(path.stem for path in (Path(__file__).parents[1] / "configs" / "tasks").glob("*.toml"))

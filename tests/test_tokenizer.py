@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 from conftest import VOCAB
 
-from distil_jax.commands.assemble import check_tokenizer
-from distil_jax.commands.fill_mask import fill_mask
-from distil_jax.commands.run_folder import Model
-from distil_jax.config import ModelConfig
+from distil_jax.config.run import ModelConfig
 from distil_jax.data.corpus import Piece
 from distil_jax.data.examples import Answer, Example
 from distil_jax.data.manifest import read_manifest
 from distil_jax.data.prepare import PrepareConfig, prepare
 from distil_jax.data.spans import span_table
 from distil_jax.data.tokenizer import encode, encodings, fingerprint, load_tokenizer, same_tokenizer
+from distil_jax.evaluation.fill_mask import fill_mask
 from distil_jax.files import TOKENIZER_FILES, copy_tokenizer, has_tokenizer, tokenizer_files
 from distil_jax.io import huggingface
+from distil_jax.runtime.assemble import check_tokenizer
+from distil_jax.runtime.run_folder import Model
 from distil_jax.schema import InputError
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

@@ -24,18 +24,18 @@ import pytest
 from conftest import LENGTH, RUN_STEPS, file_hashes, random_params, run_numbers, same_leaves, write_sentences
 
 from distil_jax import cli
-from distil_jax.commands import loop, run_folder
-from distil_jax.commands import train as command
-from distil_jax.commands.assemble import assemble
-from distil_jax.commands.run_folder import open_model
-from distil_jax.config import STUDENT_SHAPE, load
-from distil_jax.config import Config as RunConfig
+from distil_jax.config.run import STUDENT_SHAPE, load
+from distil_jax.config.run import Config as RunConfig
 from distil_jax.data.manifest import read_manifest
 from distil_jax.data.prepare import PrepareConfig, prepare
 from distil_jax.io import huggingface
 from distil_jax.io.checkpoint import Checkpoints
 from distil_jax.io.metrics import MetricsWriter, read_metrics
+from distil_jax.runtime import loop, run_folder
+from distil_jax.runtime.assemble import assemble
+from distil_jax.runtime.run_folder import open_model
 from distil_jax.schema import InputError, build, to_dict
+from distil_jax.workflows import train as command
 
 REPOSITORY = Path(__file__).parents[1]
 

@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from distil_jax.config.task import TaskConfig
 from distil_jax.data.corpus import is_held_out
 from distil_jax.data.labels import Classes, found_names, real
 from distil_jax.data.records import SURROGATE, field_of, read_records
 from distil_jax.schema import InputError, require, shown
-from distil_jax.task_config import TaskConfig
 
 
 class Answer(NamedTuple):

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from distil_jax.config.task import TaskConfig
 from distil_jax.data.examples import Example, read_splits
 from distil_jax.data.spans import span_table
 from distil_jax.data.task_table import TaskTable, padded
 from distil_jax.data.tokenizer import check_fits, encodings, id_type, load_tokenizer
 from distil_jax.schema import require
 from distil_jax.structs import IGNORED
-from distil_jax.task_config import TaskConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -11,14 +11,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from distil_jax.commands.assemble import resolve_compute, student_model, with_compute
-from distil_jax.commands.attention import settle_attention
 from distil_jax.commands.bench import peers, timing
 from distil_jax.commands.bench.peers import OURS
 from distil_jax.commands.bench.step import random_params
 from distil_jax.commands.bench.timing import Measured, Timed
-from distil_jax.config import ComputeConfig, MeshConfig, ModelConfig, StepConfig, StudentConfig
+from distil_jax.config.run import ComputeConfig, MeshConfig, ModelConfig, StepConfig, StudentConfig
 from distil_jax.models.encoder import MaskedLm, layers_apart
+from distil_jax.runtime.assemble import resolve_compute, student_model, with_compute
+from distil_jax.runtime.attention import settle_attention
 from distil_jax.schema import require
 from distil_jax.structs import Batch
 from distil_jax.training.sharding import make_mesh

@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distil_jax.commands.assemble import resolve_compute
 from distil_jax.commands.bench import record, timing
 from distil_jax.commands.bench.timing import Measured, Timed
-from distil_jax.config import ComputeConfig, LossConfig
+from distil_jax.config.run import ComputeConfig, LossConfig
 from distil_jax.objective.fused import fused_loss
 from distil_jax.objective.vocabulary import dense_loss
+from distil_jax.runtime.assemble import resolve_compute
 from distil_jax.schema import require
 from distil_jax.structs import IGNORED, Head
 
@@ -138,6 +138,6 @@ def plan_elsewhere(job: Job, topology: str) -> dict[str, Any]:
     Raises:
       InputError: libtpu is not installed, knows no such topology, or fails otherwise.
     """
-    from distil_jax.commands.plan.aot import elsewhere
+    from distil_jax.machines.aot import elsewhere
 
     return _memory(elsewhere("distil_jax.commands.bench.loss_aot", job, topology))

@@ -13,7 +13,7 @@ import jax
 from jax.experimental import topologies
 
 from distil_jax.commands.bench.loss import KINDS, Job, gradients, inputs
-from distil_jax.commands.plan.aot import memory_asked
+from distil_jax.machines.aot import memory_asked
 from distil_jax.schema import build
 
 

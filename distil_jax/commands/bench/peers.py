@@ -18,10 +18,10 @@ from typing import Any
 
 import jax
 
-from distil_jax.commands.endings import MachineFailed
-from distil_jax.config import EMBEDDED_TEACHER, ModelConfig
+from distil_jax.config.run import EMBEDDED_TEACHER, ModelConfig
 from distil_jax.io.config_json import from_json
 from distil_jax.io.tensors import read_json
+from distil_jax.runtime.exit_codes import MachineFailed
 from distil_jax.schema import require
 
 OURS = "distil_jax"

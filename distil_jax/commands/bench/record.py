@@ -16,9 +16,9 @@ from typing import Any
 import jax
 
 from distil_jax import __version__
-from distil_jax.commands import markdown
 from distil_jax.commands.bench.timing import Measured
 from distil_jax.files import write_whole
+from distil_jax.reporting import markdown
 from distil_jax.schema import InputError, place, require
 
 KEPT = Path(__file__).parent / "results"

@@ -15,17 +15,17 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from distil_jax.commands import assemble
 from distil_jax.commands.bench import batching, peers, timing
 from distil_jax.commands.bench.peers import OURS, Elsewhere
 from distil_jax.commands.bench.timing import Block, Measured, Timed
-from distil_jax.commands.flops import step_flops
-from distil_jax.commands.hardware import CHIPS
-from distil_jax.config import Config, ModelConfig, StepConfig
+from distil_jax.config.run import Config, ModelConfig, StepConfig
 from distil_jax.data.loader import RowTable, batches, numbers_at, open_rows, prefetch
 from distil_jax.data.manifest import read_manifest
+from distil_jax.machines.chips import CHIPS
+from distil_jax.machines.flops import step_flops
 from distil_jax.models.encoder import init_params
 from distil_jax.objective.masking import most_targets
+from distil_jax.runtime import assemble
 from distil_jax.schema import build, require, set_value
 from distil_jax.structs import Rows
 from distil_jax.training.sharding import lower_step, make_mesh, put_rows, shard_count, shardings_of

@@ -1,0 +1,198 @@
+"""The configuration of fine-tuning: what a task is, and one run on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from distil_jax.config.run import (
+    ComputeConfig,
+    HeadConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TaskLossConfig,
+    TeacherConfig,
+    TrainConfig,
+    check_seeds,
+    preset,
+    read_toml,
+    settle_schedule,
+)
+from distil_jax.schema import (
+    build,
+    path_field,
+    require,
+    require_finite,
+    require_share,
+    set_value,
+    table_of,
+    to_dict,
+)
+
+# How a task is judged. f1: of the label 1 of two; macro_f1: the mean over all labels; entity_f1: of whole entities
+# (IOB2); exact_match and span_f1: SQuAD's; pearson and spearman: of a regression.
+Metric = Literal["accuracy", "f1", "macro_f1", "matthews", "pearson", "spearman", "entity_f1", "exact_match", "span_f1"]
+_OF_KIND: dict[str, tuple[str, ...]] = {
+    "sequence": ("accuracy", "f1", "macro_f1", "matthews"),
+    "regression": ("pearson", "spearman"),
+    "tokens": ("accuracy", "entity_f1"),
+    "spans": ("exact_match", "span_f1"),
+}
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """One labelled data set, and how it is judged.
+
+    A source is a CSV, TSV, JSONL or Parquet file, or `hub:NAME[:CONFIG[:SPLIT]]`, as for `distil-jax prepare`.
+    """
+
+    kind: Literal["sequence", "regression", "tokens", "spans"] = "sequence"
+    train: str = path_field("")  # sources; the examples themselves must not change
+    dev: str = path_field("")  # decides which checkpoint is best; empty: dev_share of the training examples
+    test: str = path_field("")  # judged once, by the best checkpoint; empty: none
+    dev_share: float = 0.1  # taken out of the training examples by a hash of their text, where `dev` is empty
+    train_rows: int = 0  # only so many training examples, chosen by the same hash; 0: all
+    text: tuple[str, ...] = (
+        "text",
+    )  # fields: one or two texts; of tokens the list of words; of spans (question, context)
+    label: str = "label"  # field; of spans: {"text": [...], "answer_start": [...]}
+    label_names: tuple[str, ...] = ()  # in the order of their numbers; empty: as the source names them, or as found
+    metrics: tuple[Metric, ...] = ()  # the first decides; empty: accuracy, pearson, entity_f1 or span_f1
+    group_by_length: bool = False  # batches of texts of similar length: less padding, where lengths differ much
+    max_length: int = 128  # tokens; longer texts are cut, and of spans the context goes on in another row
+    stride: int = 64  # of spans: tokens that two rows of one context share
+    max_answer: int = 30  # of spans: tokens of an answer, at most
+
+    def __post_init__(self) -> None:
+        fields = {"sequence": (1, 2), "regression": (1, 2), "tokens": (1,), "spans": (2,)}[self.kind]
+        require(
+            len(self.text) in fields,
+            f"task.text names {len(self.text)} fields, but a task of {self.kind} has {' or '.join(map(str, fields))}.",
+        )
+        allowed = _OF_KIND[self.kind]
+        wrong = [name for name in self.metrics if name not in allowed]
+        require(
+            not wrong, f"task.metrics {', '.join(wrong)} cannot judge {self.kind}: choose from {', '.join(allowed)}."
+        )
+        require(0 < self.dev_share < 1, f"task.dev_share must be between 0 and 1, not {self.dev_share}.")
+        for name, least in (("train_rows", 0), ("stride", 0), ("max_length", 8), ("max_answer", 1)):
+            require_finite(f"task.{name}", getattr(self, name), least=least)
+        require(
+            self.kind != "spans" or self.stride < self.max_length,
+            f"task.stride must be from 0 to below task.max_length {self.max_length}, not {self.stride}.",
+        )
+
+    @property
+    def judges(self) -> tuple[str, ...]:
+        """The metrics, the first of which decides."""
+        default = {"sequence": "accuracy", "regression": "pearson", "tokens": "entity_f1", "spans": "span_f1"}
+        return self.metrics or (default[self.kind],)
+
+
+@dataclass(frozen=True)
+class StartConfig:
+    """What fine-tuning starts from."""
+
+    path: str = path_field("")  # a model folder, a run folder or a hub id; of a task's model, its head is left behind
+    hidden_dropout: float = 0.1
+    attention_dropout: float = 0.1
+    head_dropout: float | None = None  # None: as published, see `head_of`
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_dropout", "attention_dropout", "head_dropout"):
+            require_share(f"model.{name}", getattr(self, name) or 0.0)
+
+
+# Those of the GLUE runs of BERT and DistilBERT; and a task is small: it is judged and saved once an epoch.
+_OPTIMIZER = OptimizerConfig(learning_rate=5e-5, beta2=0.999, eps=1e-8, warmup=0.1, clip=1.0)
+_TRAIN = TrainConfig(
+    epochs=3.0, batch_rows=32, log_every=50, eval_every=0, eval_rows=0, checkpoint_every=0, keep_checkpoints=1
+)
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """One fine-tuning run."""
+
+    seed: int = 0  # of the head's first parameters, the order of the examples, and dropout
+    task: TaskConfig = TaskConfig()
+    model: StartConfig = StartConfig()
+    teacher: TeacherConfig = TeacherConfig()  # a model that was fine-tuned on the same task; empty: none
+    loss: TaskLossConfig = TaskLossConfig()
+    optimizer: OptimizerConfig = _OPTIMIZER
+    train: TrainConfig = _TRAIN
+    mesh: MeshConfig = MeshConfig()
+    compute: ComputeConfig = ComputeConfig()
+
+    def __post_init__(self) -> None:
+        check_seeds(self.seed)
+        require(bool(self.model.path), "model.path is empty: name the model folder, or the run, to fine-tune.")
+        require(
+            bool(self.task.train),
+            "task.train is empty: name the training examples, a CSV, TSV, JSONL or Parquet file or hub:NAME.",
+        )
+        require(
+            not self.loss.needs_teacher or bool(self.teacher.path),
+            "loss.soft compares with a teacher: set teacher.path to a model that was fine-tuned on this task.",
+        )
+
+
+def load_task(name: str | Path, overrides: Sequence[str] = ()) -> FinetuneConfig:
+    """Reads a fine-tuning run's configuration.
+
+    Args:
+      name: a TOML file, or the name of one of the project's tasks (`sst2`).
+      overrides: as for `config.load`.
+
+    Raises:
+      InputError: as `config.load`.
+    """
+    values = read_toml(preset(name, "tasks"))
+    for override in overrides:
+        set_value(values, override)
+    settle_schedule(values, overrides)
+    given = table_of(values, "train")
+    schedule = {"epochs": 0.0} if "steps" in given else {}  # one of the two says how long
+    values["train"] = to_dict(_TRAIN) | schedule | given
+    values["optimizer"] = to_dict(_OPTIMIZER) | table_of(values, "optimizer")
+    # A teacher that is named is used: half of each, the published weights of task distillation.
+    if table_of(values, "teacher").get("path"):
+        values["loss"] = {"task": 0.5, "soft": 0.5} | table_of(values, "loss")
+    return build(FinetuneConfig, values)
+
+
+def head_of(task: TaskConfig, start: StartConfig, model: ModelConfig, label_names: tuple[str, ...]) -> HeadConfig:
+    """The head that a task wants on an encoder; its dropout, unless given, is what was published for that model.
+
+    Those are 0.2 for sequences and 0.1 for spans on a DistilBERT, none for spans on a BERT, and 0.1 otherwise.
+    """
+    kind = "sequence" if task.kind == "regression" else task.kind
+    distil = model.token_types == 0
+    published = {"sequence": 0.2 if distil else 0.1, "tokens": 0.1, "spans": 0.1 if distil else 0.0}[kind]
+    dropout = published if start.head_dropout is None else start.head_dropout
+    labels = {"regression": 1, "spans": 2}.get(task.kind, len(label_names))
+    two = "f1" not in task.judges or labels == 2
+    require(two, f'The metric "f1" is of two labels, and this task has {labels}: set task.metrics to "macro_f1".')
+    names = label_names if task.kind in ("sequence", "tokens") else ()
+    return HeadConfig(kind, labels, dropout, names)
+
+
+def check_head(found: HeadConfig, wanted: HeadConfig, model: str) -> None:
+    """Refuses a model whose head is not that of a task: of another kind, with other labels or in another order."""
+    theirs, ours = (found.kind, found.labels), (wanted.kind, wanted.labels)
+    same_names = not (found.label_names and wanted.label_names) or found.label_names == wanted.label_names
+    require(
+        theirs == ours and same_names,
+        f"{model} answers another question ({' '.join(map(str, theirs))}: {', '.join(found.names[:5])}) than this task "
+        f"({' '.join(map(str, ours))}: {', '.join(wanted.names[:5])}): fine-tune it on the same task.",
+    )
+
+
+def task_encoder(start: StartConfig, model: ModelConfig, head: HeadConfig) -> ModelConfig:
+    """The encoder under the head, with the dropout of fine-tuning."""
+    dropped = replace(model, hidden_dropout=start.hidden_dropout, attention_dropout=start.attention_dropout)
+    return head.encoder(dropped)

@@ -1,0 +1,93 @@
+"""How good a model is at a task: its logits for labelled examples, and the task's metrics of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from distil_jax.config.run import StepConfig
+from distil_jax.config.task import TaskConfig
+from distil_jax.data.loader import held_out_batches, judged_rows
+from distil_jax.data.spans import answers
+from distil_jax.data.task_table import TaskTable
+from distil_jax.data.tasks import TaskData
+from distil_jax.evaluation.task_metrics import scores
+from distil_jax.io.metrics import Sums
+from distil_jax.structs import IGNORED
+from distil_jax.training.sharding import jit_eval, local_places, put_rows
+from distil_jax.training.state import abstract_state, judged_state
+from distil_jax.training.step import task_eval_step
+
+
+class Judge:
+    """Judges parameters on the examples of a task.
+
+    Args:
+      task: its metrics are taken.
+      step: the models; its head is the task's.
+      mesh: where the examples go.
+      label_names: in the order of the logits.
+      batch_rows: examples at a time.
+    """
+
+    def __init__(
+        self, task: TaskConfig, step: StepConfig, mesh: Mesh, label_names: tuple[str, ...], batch_rows: int
+    ) -> None:
+        self._task, self._step, self._mesh, self._batch_rows = task, step, mesh, batch_rows
+        self._label_names = np.array(label_names)
+        self._eval = jit_eval(task_eval_step, mesh, abstract_state(step).replace(opt_state=None), None)
+
+    def numbers(
+        self, params: Any, table: TaskTable, *, limit: int = 0, alive: Callable[[], None] = lambda: None
+    ) -> dict[str, float]:
+        """The metrics, as shares, and the mean loss.
+
+        Args:
+          params: on the mesh.
+          table: the examples.
+          limit: only so many, see `judged_rows`; 0: all, as it must be of spans, whose examples have several rows.
+          alive: called with every batch.
+        """
+        state, sums, found = judged_state(self._step, params), Sums(), []
+        places = local_places(self._mesh, self._batch_rows)
+        for batch in held_out_batches(table, batch_rows=self._batch_rows, limit=limit, places=places):
+            alive()
+            metrics, logits = self._eval(state, None, put_rows(batch, self._mesh, batch_rows=self._batch_rows))
+            sums.add(metrics)
+            found.append(logits)  # fetched at the end
+        judged = judged_rows(len(table), limit)
+        logits = [row for batch in jax.device_get(found) for row in batch][: len(judged)]
+        return {**self._scores(logits, table, table.labels[judged]), **sums.numbers()}
+
+    def splits(self, params: Any, data: TaskData) -> dict[str, dict[str, float]]:
+        """`numbers` of the task's "dev" and, where there are such examples, "test"."""
+        tables = {"dev": data.dev, "test": data.test}
+        return {name: self.numbers(params, table) for name, table in tables.items() if table is not None}
+
+    def _scores(self, logits: list[np.ndarray], table: TaskTable, labels: np.ndarray) -> dict[str, float]:
+        metrics = self._task.judges
+        if self._task.kind == "regression":
+            return scores(metrics, np.array(logits)[:, 0], labels)
+        if self._task.kind == "sequence":
+            return scores(metrics, np.argmax(logits, axis=-1), labels)
+        if self._task.kind == "tokens":
+            asked = [truth[: len(row)] != IGNORED for row, truth in zip(logits, labels, strict=True)]
+            said, true = (
+                [self._label_names[row[: len(where)][where]].tolist() for row, where in zip(rows, asked, strict=True)]
+                for rows in ([row.argmax(axis=-1) for row in logits], labels)
+            )
+            return scores(metrics, said, true)
+        starts, ends = ([row[:, end] for row in logits] for end in (0, 1))
+        return scores(metrics, answers(table, starts, ends, self._task.max_answer), table.references)
+
+
+def in_words(found: dict[str, dict[str, float]]) -> str:
+    """What `Judge.splits` returns, one line a split."""
+    return "\n".join(
+        f"{split}: " + ", ".join(f"{name} {number:.4f}" for name, number in numbers.items())
+        for split, numbers in found.items()
+    )

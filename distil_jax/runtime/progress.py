@@ -1,0 +1,142 @@
+"""What a person sees of a run: a bar on a terminal, plain lines elsewhere, and always the numbers on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+from tqdm import tqdm
+
+from distil_jax.config.run import TrainConfig
+from distil_jax.io.metrics import MetricsWriter, to_numbers
+from distil_jax.runtime.divergence import Divergence
+from distil_jax.runtime.processes import is_first
+from distil_jax.structs import Metrics
+
+
+class Progress:
+    """Reads each step's metrics one step late, so that the device never waits for the host.
+
+    Args:
+      config: how many steps, and how many of them a line; a line holds their means.
+      start: steps done before.
+      writer: gets the same numbers.
+      rows_of: the numbers of the rows that a step trains on.
+      divergence: looks at every step's loss.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        start: int,
+        *,
+        writer: MetricsWriter,
+        rows_of: Callable[[int], list[int]],
+        divergence: Divergence,
+    ) -> None:
+        self._steps, self._every, self._writer, self._rows_of = config.steps, config.log_every, writer, rows_of
+        self._divergence = divergence
+        self._behind: tuple[int, Metrics] | None = None
+        self._window: list[dict[str, float]] = []
+        self._clock, self._idle, self._first = time.perf_counter(), 0.0, True
+        self._bar = tqdm(
+            total=config.steps,
+            initial=start,
+            unit="step",
+            disable=not (sys.stderr.isatty() and is_first()),
+            dynamic_ncols=True,
+        )
+
+    def add(self, step: int, metrics: Metrics) -> None:
+        """Takes the metrics of a step that was just dispatched, and reads those of the one before."""
+        self.flush()
+        self._behind = (step, metrics)
+
+    def flush(self) -> None:
+        """Reads what is still unread.
+
+        Raises:
+          Diverged: see `Divergence.look`.
+        """
+        if self._behind is None:
+            return
+        step, metrics = self._behind
+        self._behind = None
+        numbers = to_numbers(metrics)
+        if skipped := bool(numbers["skipped"]):
+            self._skipped(step, numbers)
+        self._window.append(numbers)
+        self._bar.update(step - self._bar.n)
+        # The first step's time is XLA's: it gets a line of its own and is in no throughput.
+        if self._first or step % self._every == 0 or step == self._steps:
+            self._line(step)
+        self._divergence.look(step, numbers["loss"], skipped=skipped)
+
+    def held_out(self, step: int, numbers: dict[str, float]) -> None:
+        """Shows and writes an evaluation."""
+        self._writer.write(step, "held_out", numbers)
+        self.say(f"step {step:>6,}  held-out: {_words(numbers)}")
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Keeps what happens inside out of the throughput."""
+        began = time.perf_counter()
+        yield
+        self._idle += time.perf_counter() - began
+
+    def close(self) -> None:
+        self._bar.close()
+
+    def _line(self, step: int) -> None:
+        seconds = time.perf_counter() - self._clock - self._idle
+        # A step whose update was left out has no numbers worth a mean, unless there are no others.
+        learnt = [numbers for numbers in self._window if not numbers["skipped"]] or self._window
+        means = {name: sum(n[name] for n in learnt) / len(learnt) for name in learnt[-1]}
+        tokens = means.pop("tokens")
+        rate = len(self._window) / seconds
+        means["skipped"] = sum(numbers["skipped"] for numbers in self._window)
+        numbers = {**means, "tokens_per_step": tokens}
+        if self._first:
+            numbers["compile_seconds"] = seconds
+            shown = f"first step in {seconds:.1f} s, most of it XLA's compilation"
+        else:
+            numbers |= {"tokens_per_second": tokens * rate, "seconds_per_step": 1 / rate}
+            shown = f"{tokens * rate:,.0f} tokens/s, {_duration((self._steps - step) / rate)} left"
+        self._writer.write(step, "train", numbers)
+        losses = {name: means[name] for name in ("loss", "kl", "mlm", "cosine", "mse", "task", "soft") if name in means}
+        if self._bar.disable:
+            self.say(f"step {step:>6,}  {_words(losses)}  {shown}")
+        else:
+            self._bar.set_postfix_str(f"{_words(losses)}, {shown}")
+        self._window, self._clock, self._idle, self._first = [], time.perf_counter(), 0.0, False
+
+    def _skipped(self, step: int, numbers: dict[str, float]) -> None:
+        rows = self._rows_of(step)
+        found = {name: numbers[name] for name in ("loss", "gradient_norm")}
+        self._writer.write(step, "skipped", {**found, "rows": rows})
+        self.say(f"step {step:>6,}  no update, because a number is not finite: {_words(found)}; rows {_few(rows)}")
+
+    def say(self, line: str) -> None:
+        """Prints a line, above the bar where there is one."""
+        if self._bar.disable:
+            print(line, flush=True)
+        else:
+            self._bar.write(line)
+
+
+def _few(rows: list[int]) -> str:
+    shown = ", ".join(map(str, rows[:8]))
+    return shown if len(rows) <= 8 else f"{shown} and {len(rows) - 8} more, all of them in metrics.jsonl"
+
+
+def _words(numbers: dict[str, float]) -> str:
+    shares = ("accuracy", "agreement")
+    return ", ".join(f"{name} {n:.1%}" if name in shares else f"{name} {n:.4g}" for name, n in numbers.items())
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"

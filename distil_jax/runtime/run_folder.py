@@ -1,0 +1,263 @@
+"""A run's folder: config.toml, metrics.jsonl, checkpoints/, tokenizer/, tensorboard/, report.md; and what it says."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import tomli_w
+
+from distil_jax import __version__
+from distil_jax.config.run import Config, HeadConfig, ModelConfig, StepConfig, StudentConfig, read_toml
+from distil_jax.config.task import FinetuneConfig
+from distil_jax.files import copy_tokenizer, write_whole
+from distil_jax.io import huggingface
+from distil_jax.io.checkpoint import Checkpoints
+from distil_jax.io.tensors import local_folder
+from distil_jax.models.heads import abstract_model
+from distil_jax.runtime import processes
+from distil_jax.runtime.divergence import Divergence
+from distil_jax.runtime.program import Program
+from distil_jax.schema import InputError, build, differences, place, require, table_of, to_dict
+from distil_jax.training.state import TrainState, init_state
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A model that a command was pointed at.
+
+    Attributes:
+      config, params: as `huggingface.load` (or, of a task, `load_task`) returns them.
+      tokenizer: the folder with its tokenizer files.
+      head: the task's, or None for a language model.
+      run: the run folder it was read from, or None for a model folder.
+      step: the checkpoint's, or None.
+      facts: what was saved beside the checkpoint, or None.
+    """
+
+    config: ModelConfig
+    params: Any
+    tokenizer: Path
+    head: HeadConfig | None = None
+    run: Path | None = None
+    step: int | None = None
+    facts: dict[str, Any] | None = None
+
+    @property
+    def run_config(self) -> Config | FinetuneConfig:
+        return config_from(self.facts["config"])
+
+
+def is_run(folder: Path) -> bool:
+    """Whether `distil-jax train` made it."""
+    return (folder / "config.toml").exists() and (folder / "tokenizer").is_dir()
+
+
+def check(folder: Path, program: Program | None = None) -> None:
+    """Refuses a folder that a run cannot use; writes nothing.
+
+    Args:
+      folder: of the run.
+      program: of the run, if it is known already.
+
+    Raises:
+      InputError: a file, a folder with something else in it, or a run with other mathematics, examples or teacher.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file: name a folder for the run.")
+    # What a run that was killed while it began leaves behind.
+    begun = {"tokenizer", ".config.toml", ".lock", "compiled"}
+    if folder.is_dir() and not is_run(folder) and {path.name for path in folder.iterdir()} - begun:
+        raise InputError(f"{folder} holds something other than a run: name a new folder; nothing was changed.")
+    if program is None or not is_run(folder):
+        return
+    before, newest = read_config(folder), _newest_facts(folder)
+    if type(before) is not type(program.config):
+        raise InputError(f"{folder} holds a run of another command: name a new folder; nothing was changed.")
+    if isinstance(before, Config):
+        before = replace(before, student=_student(before.student, program, newest))
+    changed = differences(before, program.config)
+    if changed:
+        raise InputError(
+            f"{folder} holds a run with another configuration ({'; '.join(changed)}): give it the same one to go on, "
+            "or name a new folder."
+        )
+    identity = newest["identity"] if newest else program.identity
+    for name, digest in program.identity.items():
+        if identity.get(name) != digest:
+            what = {"rows": "prepared rows", "examples": "examples", "teacher": "teacher weights", "model": "weights"}
+            raise InputError(
+                f"The run was started with other {what[name]}: point the config at the ones it began with, or start a "
+                "new run folder."
+            )
+
+
+def _newest_facts(folder: Path) -> dict[str, Any] | None:
+    """What the newest checkpoint that can be read says beside its arrays; None where there is none."""
+    if not (folder / "checkpoints").is_dir():
+        return None
+    with contextlib.closing(Checkpoints(folder / "checkpoints")) as checkpoints:
+        for step in reversed(checkpoints.steps()):
+            with contextlib.suppress(InputError):  # whether a damaged one matters is seen when one is restored
+                return checkpoints.facts(step)
+    return None
+
+
+def _student(written: StudentConfig, program: Program, newest: dict[str, Any] | None) -> StudentConfig:
+    """A student's config as this version writes it: older ones left open, or said wrongly, what its shape came to.
+
+    The checkpoints always knew. Where there is none, nothing is trained yet that could be of another shape.
+    """
+    models = program.step_config
+    if newest is None:
+        return written.resolved(models.student, models.teacher)
+    teacher = build(ModelConfig, newest["teacher"]) if newest["teacher"] else None
+    return written.resolved(build(ModelConfig, newest["student"]), teacher)
+
+
+def read_config(folder: Path) -> Config | FinetuneConfig:
+    """The resolved configuration of a run."""
+    return config_from(read_toml(folder / "config.toml"))
+
+
+def config_from(values: dict[str, Any]) -> Config | FinetuneConfig:
+    """A resolved configuration from its plain values."""
+    # Earlier versions kept a key here that they did not read: it follows from masking.
+    loss = {name: value for name, value in table_of(values, "loss").items() if name != "targets_per_row"}
+    return build(FinetuneConfig if "task" in values else Config, values | {"loss": loss})
+
+
+def begin(folder: Path, program: Program) -> None:
+    """Makes the folder, or takes up the run that it holds with what may change and has changed.
+
+    Raises:
+      InputError: it cannot be written.
+    """
+    try:
+        # Kept with the run, so that it can be exported when the data is gone.
+        (folder / "tokenizer").mkdir(exist_ok=True)
+        copy_tokenizer(program.tokenizer, folder / "tokenizer")
+        write_whole(folder / "config.toml", tomli_w.dumps(to_dict(program.config)))
+    except OSError as error:
+        raise InputError(f"Cannot write the run folder {folder}: {error.strerror or error}.") from error
+
+
+def facts(program: Program, step: int, divergence: Divergence) -> dict[str, Any]:
+    """What a checkpoint says beside its arrays. `position`, the rows consumed, is all the state the data has.
+
+    Checkpoints from before 2026-11-26 lack `divergence`, what is remembered of the steps so far.
+    """
+    models = program.step_config
+    return {
+        "version": __version__,
+        "position": step * program.config.train.batch_rows,
+        "divergence": divergence.memory,
+        "identity": program.identity,
+        "config": to_dict(program.config),
+        "student": to_dict(models.student),
+        "teacher": to_dict(models.teacher) if models.teacher else None,
+        "head": to_dict(models.head) if models.head else None,
+        "data": program.data,
+    }
+
+
+def arrays(state: TrainState) -> dict[str, Any]:
+    """The leaves of a state, without its static config: what a checkpoint holds."""
+    return {name: getattr(state, name) for name in ("step", "skipped", "params", "opt_state", "key")}
+
+
+def restore(checkpoints: Checkpoints, step: int, config: StepConfig, shardings: Any) -> TrainState:
+    """The state that the checkpoint of `step` holds; `shardings` (a state's) may be of any mesh."""
+    abstract = _laid_out(jax.eval_shape(partial(init_state, config=config), jax.random.key(0)), shardings)
+    return abstract.replace(**checkpoints.restore(step, arrays(abstract)))
+
+
+def restore_params(
+    checkpoints: Checkpoints, step: int, model: ModelConfig, head: HeadConfig | None, shardings: Any = None
+) -> Any:
+    """The model of the checkpoint of `step`, without the optimiser's moments, which are twice as large.
+
+    Args:
+      model, head: what was trained.
+      shardings: of its parameters; None: all of them on this process's first device.
+    """
+    shapes = nn.unbox(abstract_model(model, head))
+    if shardings is None:
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        shardings = jax.tree.map(lambda _: here, shapes)
+    return checkpoints.restore(step, {"params": _laid_out(shapes, shardings)}, partial=True)["params"]
+
+
+def _laid_out(shapes: Any, shardings: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
+    )
+
+
+def choose(checkpoints: Checkpoints, step: int | None) -> int | None:
+    """The checkpoint of `step`, or else the newest valid one; None where there is none at all. Damaged ones are named.
+
+    Raises:
+      InputError: `step` is not there or damaged, or every checkpoint is.
+    """
+    if step is not None:
+        saved = checkpoints.steps()
+        require(step in saved, f"There is no checkpoint of step {step}, only of the steps {saved}.")
+        processes.together(lambda: checkpoints.verify(step) if processes.is_first() else None)
+        return step
+    return _named(*checkpoints.newest_valid())
+
+
+def choose_best(checkpoints: Checkpoints) -> int | None:
+    """The valid checkpoint with the best score, or where none has a score the newest. Damaged ones are named.
+
+    Raises:
+      InputError: every checkpoint is damaged.
+    """
+    found, problems = checkpoints.best_valid()
+    return _named(choose(checkpoints, None) if found is None else found, problems)
+
+
+def _named(found: int | None, problems: list[str]) -> int | None:
+    for problem in problems:
+        print(f"{problem} The one of step {found} is taken.", file=sys.stderr, flush=True)
+    return found
+
+
+def open_model(path: str | Path, step: int | None = None) -> Model:
+    """The model of a run folder or of a model folder, with a task's head or without.
+
+    Args:
+      path: of a run, its newest checkpoint counts, and of a fine-tuning the best one.
+      step: of a run, this checkpoint and no other.
+
+    Raises:
+      InputError: neither; or no such checkpoint.
+    """
+    folder = place(path)
+    if not is_run(folder):
+        if step is not None:
+            raise InputError(f"{path} is not a run, so it has no checkpoint of step {step}: leave --step out.")
+        folder = local_folder(path)
+        if huggingface.has_task(folder):
+            config, head, params = huggingface.load_task(folder)
+            return Model(config, params, tokenizer=folder, head=head)
+        config, params = huggingface.load(folder)
+        return Model(config, params, tokenizer=folder)
+    with contextlib.closing(Checkpoints(folder / "checkpoints")) as checkpoints:
+        tuned = isinstance(read_config(folder), FinetuneConfig)
+        step = choose_best(checkpoints) if tuned and step is None else choose(checkpoints, step)
+        if step is None:
+            raise InputError(f"{folder} has no checkpoint yet: let it train for longer.")
+        found = checkpoints.facts(step)
+        # Of the machine that trained it was its attention; whoever computes with it now chooses again.
+        student = replace(build(ModelConfig, found["student"]), attention="xla")
+        head = build(HeadConfig, found["head"]) if found.get("head") else None
+        params = jax.device_get(restore_params(checkpoints, step, student, head))
+    return Model(student, params, folder / "tokenizer", head=head, run=folder, step=step, facts=found)

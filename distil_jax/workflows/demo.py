@@ -1,0 +1,162 @@
+"""`distil-jax demo`: the whole path on this machine in minutes, from an embedded teacher, without a network.
+
+Text that every installation has (the docstrings of its packages), the small BERT that comes with the package, a
+student of half its layers trained with and without that teacher from the same beginning, and one table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from distil_jax.config.run import EMBEDDED_TEACHER, ModelConfig, check_seeds, load
+from distil_jax.data.prepare import PrepareConfig
+from distil_jax.evaluation.held_out import evaluate
+from distil_jax.evaluation.speed import encoder_seconds
+from distil_jax.files import unfinished
+from distil_jax.io.metrics import read_metrics
+from distil_jax.models.encoder import count_parameters
+from distil_jax.reporting.gaps import compare
+from distil_jax.reporting.history import history
+from distil_jax.reporting.markdown import mean_and_spread
+from distil_jax.reporting.page import Paragraph, Table, to_markdown
+from distil_jax.reporting.report import write_report
+from distil_jax.runtime.run_folder import open_model
+from distil_jax.schema import InputError, place, require
+from distil_jax.workflows.export import export
+from distil_jax.workflows.prepare import prepare_rows
+from distil_jax.workflows.train import train
+
+TEXT = PrepareConfig(sources=("docstrings",), tokenizer=str(EMBEDDED_TEACHER), sequence_length=128, held_out=0.05)
+_EXAMPLES = (
+    "this function returns a new [MASK] of the given shape and type.",
+    "if true, the input is sorted in ascending [MASK].",
+    "raises an error if the [MASK] is not found.",
+)
+
+_COLUMNS = (
+    "held-out text", "parameters", "size", "MLM loss", "accuracy", "perplexity", "agreement", "tokens/s", "trained in",
+)  # fmt: skip
+_NOTE = (
+    "Agreement: how often a model's first choice at a masked word is the teacher's. Tokens/s: the encoder alone, "
+    "32 rows of 128 tokens at a time. Both students took the same steps on the same rows and masks."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `distil-jax demo`."""
+    parser.add_argument("--output", default="demo", help="where to work (default: %(default)s)")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0], help="repeat both trainings with each (default: once, with 0)"
+    )
+    parser.add_argument(
+        "--set", metavar="KEY=VALUE", action="append", default=[], help="override a key of configs/demo_student.toml"
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Runs the demonstration; started again, it goes on where it was."""
+    demo(place(arguments.output), seeds=arguments.seeds, overrides=arguments.set)
+
+
+def demo(
+    output: Path, *, seeds: Sequence[int] = (0,), overrides: Sequence[str] = (), text: PrepareConfig = TEXT
+) -> dict[str, list[dict[str, float]]]:
+    """Prepares, trains students with and without the teacher, judges all models, writes report and exported student.
+
+    Args:
+      output: gets rows/, distilled-SEED/, undistilled-SEED/, student/, report.md, report.html and curves.png.
+      seeds: of the order of the rows and the masks; each trains both students once.
+      overrides: of the student's configuration.
+      text: what to prepare.
+
+    Returns:
+      The held-out numbers by model, one for each seed.
+
+    Raises:
+      InputError: as `prepare_rows` and `train`, or an override of what the demonstration sets itself.
+    """
+    began = time.monotonic()
+    check_seeds(*seeds)
+    require(len(set(seeds)) == len(seeds) > 0, f"Each seed may be named once, but they are {list(seeds)}.")
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        ours = key in ("seed", "teacher.path", "data.path")
+        require(not ours, f"demo sets {key} itself: leave it out of --set (--seeds names the seeds).")
+    rows = output / "rows"
+    left = unfinished(rows)  # by starts that were killed while they prepared the rows
+    if output.exists() and not (output.is_dir() and (rows.exists() or set(left).issuperset(output.iterdir()))):
+        raise InputError(f"{output} holds something other than a demonstration: name a new folder with --output.")
+    if not rows.exists():
+        _title("Text, from the docstrings of the installed packages")
+        print(prepare_rows(text, rows))
+    config = load("demo_student", [f"teacher.path={EMBEDDED_TEACHER}", f"data.path={rows}", *overrides])
+    undistilled = replace(config, loss=replace(config.loss, kl=0.0, cosine=0.0, mse=0.0))
+    for seed in seeds:
+        _title(f"Seed {seed}: a student of half the teacher's layers, with the teacher")
+        train(replace(config, seed=seed), output / f"distilled-{seed}")
+        _title(f"Seed {seed}: the same student from the same beginning, without the teacher")
+        train(replace(undistilled, seed=seed), output / f"undistilled-{seed}")
+    _title("What it was good for")
+    return _judge(output, seeds, began, config.train.eval_rows)
+
+
+def _judge(output: Path, seeds: Sequence[int], began: float, limit: int) -> dict[str, list[dict[str, float]]]:
+    teacher, student = open_model(EMBEDDED_TEACHER), open_model(output / f"distilled-{seeds[0]}")
+    runs = {name: [output / f"{name}-{seed}" for seed in seeds] for name in ("distilled", "undistilled")}
+    lines = {name: [read_metrics(folder) for folder in folders] for name, folders in runs.items()}
+    held_out = {name: [[each for each in run if each["kind"] == "held_out"] for run in lines[name]] for name in lines}
+    numbers = {
+        "teacher": [evaluate(teacher, output / "rows", limit=limit) | {"agreement": 1.0}],
+        "student, untrained": [held_out["distilled"][0][0]],
+        "student, distilled": [found[-1] for found in held_out["distilled"]],
+        "student, no teacher": [found[-1] for found in held_out["undistilled"]],
+    }
+    trained = {"student, distilled": lines["distilled"], "student, no teacher": lines["undistilled"]}
+    seconds = {name: [history(run).step_seconds for run in trained.get(name, ())] for name in numbers}
+    length = teacher.config.max_positions
+    seconds_of = encoder_seconds({"teacher": teacher, "student": student}, rows=32, length=length)
+    speeds = [32 * length / seconds_of["teacher"], *[32 * length / seconds_of["student"]] * 3]
+    rows = [
+        _row(name, (teacher if name == "teacher" else student).config, numbers[name], speed, seconds[name])
+        for name, speed in zip(numbers, speeds, strict=True)
+    ]
+    note = _NOTE + (f" Mean ± standard deviation over {len(seeds)} seeds." if len(seeds) > 1 else "")
+    head, gaps = [Table(_COLUMNS, rows), Paragraph(note)], compare(teacher, student, _EXAMPLES)
+    print(to_markdown([*head, *gaps]), end="")
+    if not (output / "student").exists():
+        export(student, output / "student")
+    shown = {"distilled": runs["distilled"][0], "without the teacher": runs["undistilled"][0]}
+    report = write_report(shown, output, title="A student distilled on this machine", head=head, gaps=gaps)
+    print(f"\nAll of it took {(time.monotonic() - began) / 60:.1f} minutes. The page is {report}, its curves are")
+    print(f"{output / 'curves.png'}; {output / 'report.html'} shows both in a browser, and {output / 'student'} is the")
+    print("student as a folder that transformers opens.")
+    print("\nNext, your own BERT (a folder or a hub id) on your own text:")
+    print("  distil-jax prepare YOUR_TEXT.txt --tokenizer YOUR_BERT --output rows")
+    print("  distil-jax train distilbert_base_uncased --set teacher.path=YOUR_BERT --set data.path=rows --output run")
+    print("  distil-jax export run student")
+    return numbers
+
+
+def _row(
+    name: str, model: ModelConfig, numbers: list[dict[str, float]], speed: float, seconds: list[float]
+) -> list[str]:
+    parameters = count_parameters(model)
+    return [
+        name,
+        f"{parameters:,}",
+        f"{4 * parameters / 1e6:.1f} MB",
+        mean_and_spread([each["mlm"] for each in numbers], 3),
+        mean_and_spread([100 * each["accuracy"] for each in numbers], 1, " %"),
+        mean_and_spread([each["perplexity"] for each in numbers], 1),
+        mean_and_spread([100 * each["agreement"] for each in numbers], 1, " %"),
+        f"{speed:,.0f}",
+        mean_and_spread(seconds, 0, " s"),
+    ]
+
+
+def _title(text: str) -> None:
+    print(f"\n== {text}", flush=True)

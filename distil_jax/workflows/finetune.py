@@ -1,0 +1,273 @@
+"""`distil-jax finetune`: from a trained encoder to a model for a task, with a fine-tuned teacher or without."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import tomli_w
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from distil_jax.config.run import HeadConfig, StepConfig
+from distil_jax.config.task import FinetuneConfig, check_head, head_of, load_task, task_encoder
+from distil_jax.data.tasks import TaskData, read_task
+from distil_jax.data.told import told
+from distil_jax.evaluation.tasks import Judge, in_words
+from distil_jax.files import write_whole
+from distil_jax.io import huggingface
+from distil_jax.io.checkpoint import Checkpoints
+from distil_jax.io.metrics import read_metrics
+from distil_jax.models.heads import with_fresh_head
+from distil_jax.reporting.card import card
+from distil_jax.runtime import processes
+from distil_jax.runtime.assemble import (
+    check_batch,
+    in_dtype_of,
+    place_teacher,
+    resolve_compute,
+    schedule_of,
+    settle,
+    teacher_compute,
+    tokenizers_agree,
+    with_compute,
+)
+from distil_jax.runtime.loop import run_program
+from distil_jax.runtime.program import (
+    FirstState,
+    Program,
+    about_models,
+    about_pieces,
+    batches_on,
+    keep_compiled,
+    rows_of,
+)
+from distil_jax.runtime.run_folder import Model, choose_best, open_model, restore_params
+from distil_jax.schema import InputError, place, quoted, require, to_dict
+from distil_jax.training.sharding import jit_step, make_mesh, shardings_of
+from distil_jax.training.state import abstract_state
+from distil_jax.training.step import train_step
+from distil_jax.workflows.export import export
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `distil-jax finetune`."""
+    parser.add_argument("model", help="the encoder: a model folder, a run folder or a hub id")
+    parser.add_argument("--task", required=True, help="a name in configs/tasks (sst2, mrpc, squad, ...) or a TOML file")
+    parser.add_argument(
+        "--teacher", default="", help="a model that was fine-tuned on the task: its logits are targets too"
+    )
+    parser.add_argument(
+        "--output", required=True, metavar="FOLDER", help="the run folder; the model will be FOLDER/model"
+    )
+    parser.add_argument(
+        "--set", metavar="KEY=VALUE", action="append", default=[], help="override a config key: --set task.train=my.csv"
+    )
+    parser.add_argument("--print-config", action="store_true", help="print the whole configuration and stop")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Fine-tunes, and prints what the best checkpoint reaches."""
+    named = [quoted("model.path", arguments.model)]
+    named += [quoted("teacher.path", arguments.teacher)] if arguments.teacher else []
+    config = load_task(arguments.task, [*named, *arguments.set])
+    if arguments.print_config:
+        print(tomli_w.dumps(to_dict(config)), end="")
+        return
+    output = place(arguments.output)
+    with processes.one_voice():
+        keep_compiled(config.compute, output)
+        print(in_words(finetune(config, output)))
+        print(f"Done. {output / 'model'} is the best checkpoint as a folder that transformers opens.")
+
+
+def finetune(config: FinetuneConfig, workdir: str | Path) -> dict[str, dict[str, float]]:
+    """Fine-tunes a model, or goes on with the run that `workdir` holds.
+
+    Args:
+      config: of the run.
+      workdir: gets what a training run has, and at the end `model/`, the checkpoint of the evaluation that was best on
+        the dev examples (a tie goes to the earlier one), and `scores.json`.
+
+    Returns:
+      The numbers of that checkpoint on "dev" and, where there are such examples, on "test".
+
+    Raises:
+      As `run_program`.
+    """
+    workdir = place(workdir)
+    compiled = cache(lambda: compile_task(config))
+    run_program(lambda: compiled()[0], workdir)
+    program, judge, data = compiled()
+    with contextlib.closing(Checkpoints(workdir / "checkpoints")) as checkpoints:
+        best = choose_best(checkpoints)
+        _check_delivered(workdir, best)
+        if better := _lost(workdir, program, checkpoints):
+            print(f"Step {better} was better, but its checkpoint is not there any more: this is step {best}.")
+        about = {"step": best, "task": to_dict(program.config.task), "judged": data.judged}
+        if found := _judged_before(workdir, about):
+            return found
+        step, shardings = program.step_config, program.state_sharding.params
+        params = restore_params(checkpoints, best, step.student, step.head, shardings)
+        facts = checkpoints.facts(best)
+    found = judge.splits(params, data)
+    params = multihost_utils.process_allgather(params, tiled=True)  # of several processes none has all of them
+    if processes.is_first():
+        write_whole(workdir / "scores.json", json.dumps(about | found, indent=1) + "\n")
+        model = Model(step.student, params, workdir / "tokenizer", head=step.head, run=workdir, step=best, facts=facts)
+        if (workdir / "model").exists():
+            write_whole(workdir / "model" / "README.md", card(model))
+        else:
+            export(model, workdir / "model")
+    processes.meet("the model is written")
+    return found
+
+
+def _check_delivered(workdir: Path, best: int) -> None:
+    """Refuses to write the numbers of one checkpoint beside the model of another."""
+    written = workdir / "scores.json"
+    if (workdir / "model").exists() and written.exists():
+        before = json.loads(written.read_text(encoding="utf-8"))["step"]
+        require(
+            before == best,
+            f"{workdir / 'model'} is the checkpoint of step {before}, and now that of step {best} is the best that is "
+            f"whole: keep that folder as it is, or move it away to have the model of step {best} there.",
+        )
+
+
+def _lost(workdir: Path, program: Program, checkpoints: Checkpoints) -> int | None:
+    """The step of the best evaluation, where it was better than every checkpoint that is left."""
+    lines, best = read_metrics(workdir), checkpoints.best()[1]
+    better = [line for line in lines if line["kind"] == "held_out" and line["step"] and program.score(line) < best]
+    return min(better, key=program.score)["step"] if better else None
+
+
+def _judged_before(workdir: Path, about: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """The numbers of a run that has ended before, where they are of the same checkpoint and examples; else nothing."""
+    written = workdir / "scores.json"
+    if not written.exists() or not (workdir / "model").exists():
+        return {}
+    scores = json.loads(written.read_text(encoding="utf-8"))
+    same = json.loads(json.dumps(about)).items() <= scores.items()
+    return {split: scores[split] for split in ("dev", "test") if split in scores} if same else {}
+
+
+def compile_task(config: FinetuneConfig) -> tuple[Program, Judge, TaskData]:
+    """Reads the models and the examples, checks that they fit each other, and compiles the run.
+
+    Raises:
+      InputError: anything that is missing, or does not fit.
+    """
+    _check_settings(config)
+    start = open_model(config.model.path)
+    teacher = open_model(config.teacher.path) if config.teacher.path and config.loss.needs_teacher else None
+    models = [model for model in (start, teacher) if model is not None]
+    length = min(config.task.max_length, *(model.config.max_positions for model in models))
+    data = read_task(config.task, start.tokenizer, vocab_size=start.config.vocab_size, max_length=length)
+    head = head_of(config.task, config.model, start.config, data.label_names)
+    compute = resolve_compute(config.compute)
+    student = with_compute(task_encoder(config.model, start.config, head), compute)
+    teacher_config, teacher_params = None, None
+    if teacher is not None:
+        _check_teacher(teacher, head, start)
+        teacher_config = with_compute(head.encoder(teacher.config), teacher_compute(config.teacher, compute))
+    asked, config = config.task.max_length, _resolved(config, data, head, compute.dtype, length)
+    mesh = make_mesh(config.mesh)
+    check_batch(config.train, len(data.train), mesh)
+    step = StepConfig(student=student, teacher=teacher_config, optimizer=config.optimizer, head=head, task=config.loss)
+    step, attention = settle(step, config, mesh, length)
+    identity = {"examples": data.digest, "model": huggingface.fingerprint(start.params)}
+    if teacher is not None:
+        identity["teacher"] = huggingface.fingerprint(teacher.params)
+        teacher_params = in_dtype_of(step.teacher, teacher.params)
+    shapes, teacher_params = place_teacher(teacher_params, config.teacher, step, mesh)
+    first = with_fresh_head(jax.random.key(config.seed), student, head, start.params)
+    state_shapes, batch_rows = abstract_state(step), config.train.batch_rows
+    state_sharding = shardings_of(state_shapes, mesh)
+    judge = Judge(config.task, step, mesh, data.label_names, batch_rows // step.accumulation)
+
+    program = Program(
+        config=config,
+        step_config=step,
+        identity=identity,
+        tokenizer=start.tokenizer,
+        data={"examples": len(data.train), "dev": len(data.dev), "test": len(data.test) if data.test else 0}
+        | {"counts": {split: dict(counts) for split, counts in data.counts.items()}},
+        about=f"{told(data)}\n" + _about(config, step, attention, data, mesh, asked),
+        mesh=mesh,
+        step=jit_step(train_step, mesh, state_shapes, shapes),
+        teacher_params=teacher_params,
+        others=(),
+        batches=batches_on(mesh, lambda: data.train, config),
+        rows_of=partial(rows_of, lambda: data.train, batch_rows, config.seed),
+        held_out=lambda state, alive: judge.numbers(state.params, data.dev, limit=config.train.eval_rows, alive=alive),
+        score=lambda numbers: -numbers[config.task.judges[0]],
+        state_sharding=state_sharding,
+        first_state=FirstState(step, config.seed, first, state_sharding),
+    )
+    return program, judge, data
+
+
+def _check_settings(config: FinetuneConfig) -> None:
+    """Refuses what would be ignored."""
+    require(
+        config.task.kind != "spans" or config.train.eval_rows == 0,
+        "train.eval_rows cannot be of spans, an example of which may have several rows: leave it at 0, which is all.",
+    )
+    require(
+        not config.teacher.path or config.loss.needs_teacher,
+        "teacher.path names a teacher, and loss.soft = 0 leaves nothing to learn from it: set loss.soft above 0, or "
+        "leave the teacher out.",
+    )
+
+
+def _check_teacher(teacher: Model, head: HeadConfig, start: Model) -> None:
+    path = teacher.tokenizer
+    require(
+        teacher.head is not None,
+        f"The teacher {path} has no head for this task: fine-tune it first, with `distil-jax finetune`.",
+    )
+    check_head(teacher.head, head, f"The teacher {path}")
+    if not tokenizers_agree(path, start.tokenizer):
+        raise InputError(
+            f"The teacher {path} and the model {start.tokenizer} have different tokenizers: both need one."
+        )
+
+
+def _resolved(config: FinetuneConfig, data: TaskData, head: HeadConfig, dtype: str, length: int) -> FinetuneConfig:
+    """Every choice that depended on the examples, the models or the machine, written out."""
+    steps, schedule = schedule_of(config.train, config.optimizer, len(data.train))
+    every = config.train.eval_every or max(1, round(len(data.train) / config.train.batch_rows))
+    return replace(
+        config,
+        task=replace(
+            config.task,
+            label_names=data.label_names,
+            metrics=config.task.judges,
+            max_length=length,
+            stride=min(config.task.stride, length - 1) if config.task.kind == "spans" else config.task.stride,
+        ),
+        model=replace(config.model, head_dropout=head.dropout),
+        teacher=replace(config.teacher, dtype=dtype if config.teacher.dtype == "auto" else config.teacher.dtype),
+        optimizer=schedule,
+        train=replace(config.train, steps=steps, epochs=0.0, eval_every=every),
+        compute=replace(config.compute, dtype=dtype),
+    )
+
+
+def _about(config: FinetuneConfig, step: StepConfig, attention: str, data: TaskData, mesh: Mesh, asked: int) -> str:
+    test = f", {len(data.test):,} to test" if data.test else ""
+    examples = f"{len(data.train):,} examples to train on, {len(data.dev):,} to choose by{test}"
+    length = config.task.max_length
+    shorter = f"; task.max_length is {length}, because the models have no more positions, and not {asked}"
+    steps = f"{config.train.steps:,} steps of {config.train.batch_rows:,}"
+    return (
+        f"{about_models(step, attention)}\n{examples}{shorter if length < asked else ''}; {steps}"
+        f"{about_pieces(config.train, step, mesh, length)}"
+    )

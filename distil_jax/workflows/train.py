@@ -1,0 +1,144 @@
+"""`distil-jax train`: from a config to a trained student in a run folder; started again, it goes on."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import tomli_w
+from jax.sharding import Mesh
+
+from distil_jax.config.run import Config, load
+from distil_jax.data.loader import open_rows
+from distil_jax.evaluation.held_out import held_out_numbers
+from distil_jax.runtime import processes
+from distil_jax.runtime.assemble import Parts, assemble, place_teacher
+from distil_jax.runtime.loop import run_program
+from distil_jax.runtime.program import (
+    FirstState,
+    Program,
+    about_models,
+    about_pieces,
+    batches_on,
+    keep_compiled,
+    rows_of,
+)
+from distil_jax.schema import place, to_dict
+from distil_jax.training.sharding import jit_eval, jit_step, make_mesh, put_everywhere, shardings_of
+from distil_jax.training.state import TrainState, abstract_state
+from distil_jax.training.step import mask_and_eval_step, mask_and_train_step
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `distil-jax train`."""
+    parser.add_argument("config", help="a TOML file; see configs/")
+    parser.add_argument("--output", metavar="FOLDER", help="the run folder (default: runs/NAME_OF_CONFIG)")
+    parser.add_argument(
+        "--set", metavar="KEY=VALUE", action="append", default=[], help="override a config key: --set train.steps=100"
+    )
+    parser.add_argument(
+        "--resume-step",
+        type=int,
+        metavar="STEP",
+        help="go on from this checkpoint and no other; later ones are set aside (default: the newest valid one)",
+    )
+    parser.add_argument("--print-config", action="store_true", help="print the whole configuration and stop")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Trains, or prints the configuration that would be used."""
+    config = load(arguments.config, arguments.set)
+    if arguments.print_config:
+        print(tomli_w.dumps(to_dict(config)), end="")
+        return
+    output = place(arguments.output or Path("runs") / Path(arguments.config).stem)
+    with processes.one_voice():
+        keep_compiled(config.compute, output)
+        train(config, output, resume_step=arguments.resume_step)
+        print(f"Done. The run is in {output}. Next: distil-jax export {output} MODEL_FOLDER")
+
+
+def train(config: Config, workdir: str | Path, *, resume_step: int | None = None) -> dict[str, float]:
+    """Trains a student, or goes on with the run that `workdir` holds.
+
+    Args:
+      config: of the run; where the folder holds one already, only what changes no number may differ.
+      workdir, resume_step: as for `run_program`, which says what is returned and raised.
+    """
+    return run_program(lambda: compile_run(assemble(config)), workdir, resume_step=resume_step)
+
+
+def compile_run(parts: Parts) -> Program:
+    """Mesh, shardings and jitted steps; nothing is computed yet, and XLA compiles at the first call."""
+    config, manifest = parts.config, parts.manifest
+    mesh, state_shapes = make_mesh(config.mesh), abstract_state(parts.step)
+    shapes, teacher_params = place_teacher(parts.teacher_params, config.teacher, parts.step, mesh)
+    eval_step = jit_eval(mask_and_eval_step, mesh, state_shapes, shapes)
+    batch_rows, accumulation = config.train.batch_rows, parts.step.accumulation
+    # Below, nothing may hold on to `parts`: its models would stay in the host's memory for as long as the run lasts.
+    train_rows, held_out_rows = (partial(open_rows, config.data.path, split) for split in ("train", "held_out"))
+    weights, held_out_weights = (put_everywhere(each, mesh) for each in (parts.weights, parts.held_out_weights))
+
+    def held_out(state: TrainState, alive: Callable[[], None]) -> dict[str, float]:
+        return held_out_numbers(
+            eval_step,
+            state,
+            teacher_params,
+            held_out_rows(),
+            held_out_weights,
+            mesh=mesh,
+            batch_rows=batch_rows // accumulation,
+            limit=config.train.eval_rows,
+            alive=alive,
+        )
+
+    state_sharding = shardings_of(state_shapes, mesh)
+    return Program(
+        config=config,
+        step_config=parts.step,
+        identity=parts.identity,
+        tokenizer=parts.tokenizer,
+        data={
+            "sequence_length": manifest.sequence_length,
+            "rows": manifest.train.rows,
+            "sequences": manifest.train.sequences,
+            "tokens": manifest.train.tokens,
+            "held_out_tokens": manifest.held_out.tokens,
+            "sources": list(manifest.settings["sources"]),
+            "counts": dict(manifest.counts),
+        },
+        about=_about(parts, mesh),
+        mesh=mesh,
+        step=jit_step(mask_and_train_step, mesh, state_shapes, shapes),
+        teacher_params=teacher_params,
+        others=(weights,),
+        batches=batches_on(mesh, train_rows, config),
+        rows_of=partial(rows_of, train_rows, batch_rows, config.seed),
+        held_out=held_out,
+        score=lambda numbers: numbers["mlm"],
+        state_sharding=state_sharding,
+        first_state=FirstState(parts.step, config.seed, parts.student_params, state_sharding),
+    )
+
+
+def _about(parts: Parts, mesh: Mesh) -> str:
+    config, manifest = parts.config.train, parts.manifest
+    row_tokens = manifest.train.tokens / manifest.train.rows
+    row_sequences = manifest.train.sequences / manifest.train.rows
+    pieces = about_pieces(config, parts.step, mesh, manifest.sequence_length)
+    return (
+        f"{about_models(parts.step, parts.attention)}\n{config.steps:,} steps of {config.batch_rows:,} rows (about "
+        f"{config.batch_rows * row_sequences:,.0f} sequences, {config.batch_rows * row_tokens:,.0f} tokens)"
+        f"{pieces}{_about_fold(parts)}"
+    )
+
+
+def _about_fold(parts: Parts) -> str:
+    """That the student begins without a part of the teacher's embeddings, where it does."""
+    student, teacher = parts.config.student, parts.step.teacher
+    if student.init != "teacher" or student.token_types or student.fold_token_types or not teacher.token_types:
+        return ""
+    why = "sinusoidal positions cannot take it in" if student.positions == "sinusoidal" else "fold_token_types is false"
+    return f"; the student begins without the teacher's token-type row, because {why}"
