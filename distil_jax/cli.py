@@ -16,12 +16,11 @@ from collections.abc import Sequence
 from typing import NoReturn, TextIO
 
 from distil_jax import __version__
-from distil_jax.runtime import exit_codes as endings
-from distil_jax.runtime import signals as interrupt
+from distil_jax.runtime import exit_codes, signals
 from distil_jax.runtime.allocator import keep_freed_memory
 from distil_jax.schema import InputError
 
-# Each verb is a module with add_arguments(parser) and run(arguments); only the one that is
+# Each verb is a module of `distil_jax.commands` with add_arguments(parser) and run(arguments); only the one that is
 # asked for is imported.
 _VERBS = {
     "demo": "distil a small student on this machine, from an embedded teacher, in minutes",
@@ -36,13 +35,6 @@ _VERBS = {
     "report": "write report.md and report.html for runs",
     "doctor": "check the machine, and all that a run needs, and say what to do about what is wrong",
 }
-_MODULES = {
-    "plan": "machines.workload",
-    "bench": "commands.bench",
-    "eval": "evaluation.held_out",
-    "report": "reporting.report",
-    "doctor": "runtime.doctor",
-}
 # Full, broken or read-only disks, and too many open files: whatever a command was about to do, this is not its mistake.
 _MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE)
 # A path that somebody named, and that cannot be what it was named for.
@@ -54,20 +46,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Models are read without PyTorch here, so that it is not found is no news.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     chosen, rest = _split(list(sys.argv[1:] if arguments is None else arguments))
-    command = importlib.import_module(f"distil_jax.{_MODULES.get(chosen, f'workflows.{chosen}')}")
+    command = importlib.import_module(f"distil_jax.commands.{chosen}")
     parser = argparse.ArgumentParser(prog=f"distil-jax {chosen}", description=f"{_VERBS[chosen].capitalize()}.")
     command.add_arguments(parser)
 
     try:
         command.run(parser.parse_args(rest))
     except InputError as error:
-        return _end(error, endings.BAD_INPUT)
-    except endings.Diverged as error:
-        return _end(error, endings.DIVERGED)
-    except endings.MachineFailed as error:
-        return _end(error, endings.MACHINE_FAILED)
-    except endings.Stopped as error:
-        return _end(error, endings.STOPPED)
+        return _end(error, exit_codes.BAD_INPUT)
+    except exit_codes.Diverged as error:
+        return _end(error, exit_codes.DIVERGED)
+    except exit_codes.MachineFailed as error:
+        return _end(error, exit_codes.MACHINE_FAILED)
+    except exit_codes.Stopped as error:
+        return _end(error, exit_codes.STOPPED)
     except OSError as error:
         if error.errno not in _MACHINE_ERRORS and not (error.filename and error.errno in _PATH_ERRORS):
             raise
@@ -80,7 +72,7 @@ def program() -> NoReturn:
 
     An orderly end might wait for what failed.
     """
-    interrupt.watch()
+    signals.watch()
     # Where texts are tokenised and no steps taken, the threads of the tokenizer would wait for each other.
     if sys.argv[1:2] != ["prepare"] and sys.argv[1:3] != ["bench", "data"]:
         keep_freed_memory()
@@ -88,14 +80,14 @@ def program() -> NoReturn:
         try:
             status = main()
         finally:
-            interrupt.give_way()
+            signals.give_way()
             sys.stdout.flush()
     except BrokenPipeError:
         if not _is_unread(sys.stdout):
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
-        status = endings.UNREAD
-    if status == endings.MACHINE_FAILED:
+        status = exit_codes.UNREAD
+    if status == exit_codes.MACHINE_FAILED:
         sys.stdout.flush()
         os._exit(status)
     sys.exit(status)
@@ -129,12 +121,12 @@ def _split(arguments: list[str]) -> tuple[str, list[str]]:
 def _refused(error: OSError) -> int:
     if error.errno in _PATH_ERRORS:
         sentence = f"{error.filename} cannot be used ({error.strerror}): name another, or change its rights."
-        return _end(sentence, endings.BAD_INPUT)
+        return _end(sentence, exit_codes.BAD_INPUT)
     where = f" at {error.filename}" if error.filename else ""
-    return _end(f"The machine refused{where} ({error.strerror}): mend that and start again.", endings.MACHINE_FAILED)
+    return _end(f"The machine refused{where} ({error.strerror}): mend that and start again.", exit_codes.MACHINE_FAILED)
 
 
 def _end(error: Exception | str, status: int) -> int:
-    interrupt.give_way()
-    endings.tell(error)
+    signals.give_way()
+    exit_codes.tell(error)
     return status

@@ -1,15 +1,15 @@
 """The table of contents of what research code calls; each name is one of the package `distil_jax` itself."""
 
 # The ground: configurations and the values that travel.
+from distil_jax.config.model import HeadConfig as HeadConfig
+from distil_jax.config.model import ModelConfig as ModelConfig
+from distil_jax.config.objective import LossConfig as LossConfig
+from distil_jax.config.objective import MaskingConfig as MaskingConfig
+from distil_jax.config.objective import TaskLossConfig as TaskLossConfig
 from distil_jax.config.run import Config as Config
-from distil_jax.config.run import HeadConfig as HeadConfig
-from distil_jax.config.run import LossConfig as LossConfig
-from distil_jax.config.run import MaskingConfig as MaskingConfig
 from distil_jax.config.run import MeshConfig as MeshConfig
-from distil_jax.config.run import ModelConfig as ModelConfig
-from distil_jax.config.run import OptimizerConfig as OptimizerConfig
-from distil_jax.config.run import StepConfig as StepConfig
-from distil_jax.config.run import TaskLossConfig as TaskLossConfig
+from distil_jax.config.step import OptimizerConfig as OptimizerConfig
+from distil_jax.config.step import StepConfig as StepConfig
 
 # Models.
 from distil_jax.models.encoder import MaskedLm as MaskedLm

@@ -13,6 +13,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+from distil_jax.config.model import ModelConfig
+from distil_jax.config.objective import LossConfig, MaskingConfig
+from distil_jax.config.step import OptimizerConfig, StepConfig
+
 # Before the first import of JAX.
 # Eight devices share two cores here. XLA for CPUs may begin independent collectives in another order on each device,
 # and then they wait for each other for ever (seen with data, fsdp and tensor at once); in one order they do not.
@@ -33,7 +37,6 @@ import jax
 import numpy as np
 import pytest
 
-from distil_jax.config.run import LossConfig, MaskingConfig, ModelConfig, OptimizerConfig, StepConfig
 from distil_jax.models.encoder import init_params
 from distil_jax.structs import Rows
 

@@ -12,17 +12,11 @@ import pytest
 import tomli_w
 from jax.experimental import pallas as pl
 
-from distil_jax.config.run import (
-    STUDENT_SHAPE,
-    ComputeConfig,
-    LossConfig,
-    MeshConfig,
-    ModelConfig,
-    StepConfig,
-    TeacherConfig,
-    TrainConfig,
-    load,
-)
+from distil_jax.config.load import load
+from distil_jax.config.model import ModelConfig
+from distil_jax.config.objective import LossConfig
+from distil_jax.config.run import STUDENT_SHAPE, ComputeConfig, MeshConfig, TeacherConfig, TrainConfig
+from distil_jax.config.step import StepConfig
 from distil_jax.models import tpu_attention
 from distil_jax.runtime import attention
 from distil_jax.runtime.assemble import (

@@ -21,7 +21,10 @@ from conftest import assert_params_close
 from jax.experimental import pallas as pl
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from distil_jax.config.run import LossConfig, MeshConfig, ModelConfig, OptimizerConfig, StepConfig
+from distil_jax.config.model import ModelConfig
+from distil_jax.config.objective import LossConfig
+from distil_jax.config.run import MeshConfig
+from distil_jax.config.step import OptimizerConfig, StepConfig
 from distil_jax.machines.aot import ENVIRONMENT
 from distil_jax.models import gpu_attention, tpu_attention
 from distil_jax.models.attention import attend

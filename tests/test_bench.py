@@ -19,7 +19,7 @@ from conftest import LENGTH, MASK, VOCAB, packed_rows, random_params
 
 from distil_jax import cli
 from distil_jax.commands.bench import batching, peers, record
-from distil_jax.config.run import LossConfig, MaskingConfig
+from distil_jax.config.objective import LossConfig, MaskingConfig
 from distil_jax.models.encoder import MaskedLm
 from distil_jax.objective.distillation import distill_loss
 from distil_jax.runtime.exit_codes import MachineFailed

@@ -19,7 +19,8 @@ from conftest import LENGTH, file_hashes, random_params
 
 import distil_jax
 from distil_jax import cli
-from distil_jax.config.run import Config, load
+from distil_jax.config.load import load
+from distil_jax.config.run import Config
 from distil_jax.config.task import FinetuneConfig
 from distil_jax.data.prepare import PrepareConfig, prepare
 from distil_jax.io import huggingface
@@ -356,7 +357,7 @@ def test_a_tilde_is_the_home_wherever_a_path_is_taken(words, workshop, home, cap
 def test_every_path_of_a_verb_is_tried_above(verb):
     """A new argument is either tried with a ~, or put into the table of those that are no paths."""
     parser = argparse.ArgumentParser()
-    importlib.import_module(f"distil_jax.{cli._MODULES.get(verb, f'workflows.{verb}')}").add_arguments(parser)
+    importlib.import_module(f"distil_jax.commands.{verb}").add_arguments(parser)
     commands = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
     parsers = [parser, *(kind for action in commands for kind in action.choices.values())]
     taken = {

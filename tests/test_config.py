@@ -13,21 +13,12 @@ from pathlib import Path
 import pytest
 import tomli_w
 
-from distil_jax.config.run import (
-    EMBEDDED_TEACHER,
-    Config,
-    LossConfig,
-    MaskingConfig,
-    ModelConfig,
-    OptimizerConfig,
-    StepConfig,
-    TaskLossConfig,
-    TrainConfig,
-    check_seeds,
-    load,
-    read_toml,
-)
-from distil_jax.config.task import FinetuneConfig, load_task
+from distil_jax.config.load import load, load_task, read_toml
+from distil_jax.config.model import ModelConfig
+from distil_jax.config.objective import LossConfig, MaskingConfig, TaskLossConfig
+from distil_jax.config.run import EMBEDDED_TEACHER, Config, TrainConfig, check_seeds
+from distil_jax.config.step import OptimizerConfig, StepConfig
+from distil_jax.config.task import FinetuneConfig
 from distil_jax.data.prepare import PrepareConfig
 from distil_jax.io import huggingface
 from distil_jax.machines.flops import step_flops

@@ -6,7 +6,8 @@ from functools import partial
 import numpy as np
 import pytest
 
-from distil_jax.config.run import EMBEDDED_TEACHER, ModelConfig
+from distil_jax.config.model import ModelConfig
+from distil_jax.config.run import EMBEDDED_TEACHER
 from distil_jax.evaluation import speed
 from distil_jax.evaluation.fill_mask import fill_mask
 from distil_jax.evaluation.speed import encoder_seconds

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import VOCAB, packed_rows, random_params
 
-from distil_jax.config.run import ModelConfig
+from distil_jax.config.model import ModelConfig
 from distil_jax.models.attention import attend
 from distil_jax.models.dropout import row_seeds
 from distil_jax.models.encoder import MaskedLm, count_parameters, layers_apart

@@ -15,7 +15,8 @@ import pytest
 from conftest import file_hashes, random_params, same_leaves
 
 from distil_jax import cli
-from distil_jax.config.run import ModelConfig, load
+from distil_jax.config.load import load
+from distil_jax.config.model import ModelConfig
 from distil_jax.data import loader
 from distil_jax.data.loader import open_rows
 from distil_jax.data.manifest import read_manifest

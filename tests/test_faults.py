@@ -250,7 +250,7 @@ def test_ctrl_c_after_a_run_was_saved_says_to_start_again(tmp_path):
     """As between two fine-tunings of a comparison."""
     (tmp_path / "text.txt").write_text("a text\n")
     arguments = ["prepare", tmp_path / "text.txt", "--tokenizer", "none", "--output", tmp_path / "rows"]
-    saved = "from distil_jax.runtime import signals as interrupt; interrupt.note_saved()\n"
+    saved = "from distil_jax.runtime import signals; signals.note_saved()\n"
     (process,) = start(1, arguments, program=saved + STANDS.format("time.sleep(600)"))
     assert process.stderr.readline() == "here\n"
     process.send_signal(signal.SIGINT)

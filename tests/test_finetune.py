@@ -13,7 +13,7 @@ import pytest
 from conftest import file_hashes, run_numbers, same_leaves
 
 from distil_jax import cli
-from distil_jax.config.task import load_task
+from distil_jax.config.load import load_task
 from distil_jax.data.tokenizer import load_tokenizer
 from distil_jax.evaluation.tasks import Judge
 from distil_jax.io import huggingface

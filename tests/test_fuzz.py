@@ -42,7 +42,9 @@ from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from distil_jax.config.run import Config, HeadConfig, ModelConfig, load
+from distil_jax.config.load import load
+from distil_jax.config.model import HeadConfig, ModelConfig
+from distil_jax.config.run import Config
 from distil_jax.config.task import TaskConfig
 from distil_jax.data import corpus, loader, sources, tokenizer
 from distil_jax.data.examples import read_splits

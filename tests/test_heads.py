@@ -18,7 +18,8 @@ from conftest import VOCAB, packed_rows, same_leaves
 from jax.sharding import PartitionSpec
 from safetensors.numpy import load_file, save_file
 
-from distil_jax.config.run import HeadConfig, MeshConfig, ModelConfig
+from distil_jax.config.model import HeadConfig, ModelConfig
+from distil_jax.config.run import MeshConfig
 from distil_jax.io import huggingface
 from distil_jax.io.config_json import from_json, to_json
 from distil_jax.io.task_json import head_from_json, head_to_json

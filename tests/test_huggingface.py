@@ -19,7 +19,7 @@ from flax import traverse_util
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from distil_jax.config.run import ModelConfig
+from distil_jax.config.model import ModelConfig
 from distil_jax.io import huggingface, tensors
 from distil_jax.models.encoder import MaskedLm, abstract_params, count_parameters
 from distil_jax.schema import InputError

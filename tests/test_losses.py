@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from distil_jax.config.run import LossConfig
+from distil_jax.config.objective import LossConfig
 from distil_jax.objective.distillation import Distillation, at_targets, distill_loss, held_out_terms
 from distil_jax.objective.losses import cosine_loss, kl_loss, mlm_loss, mse_loss
 from distil_jax.structs import IGNORED, Batch, Encoded, Head, Mean

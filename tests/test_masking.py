@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import LENGTH, MASK, VOCAB, packed_rows
 
-from distil_jax.config.run import MaskingConfig
+from distil_jax.config.objective import MaskingConfig
 from distil_jax.objective.masking import mask_tokens, masking_weights, most_targets
 from distil_jax.structs import IGNORED, Rows
 

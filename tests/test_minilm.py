@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from distil_jax.config.run import ModelConfig
+from distil_jax.config.model import ModelConfig
 from distil_jax.io import huggingface
 from distil_jax.models.encoder import MaskedLm, count_parameters
 from distil_jax.structs import IGNORED, Batch

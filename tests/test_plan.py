@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 
 from distil_jax import cli
-from distil_jax.config.run import EMBEDDED_TEACHER, ModelConfig, StepConfig, load
+from distil_jax.config.load import load
+from distil_jax.config.model import ModelConfig
+from distil_jax.config.run import EMBEDDED_TEACHER
+from distil_jax.config.step import StepConfig
 from distil_jax.machines import workload as plan
 from distil_jax.machines.aot import Compiled, memory_asked
 from distil_jax.machines.chips import CHIPS

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from distil_jax.config.task import load_task
+from distil_jax.config.load import load_task
 from distil_jax.data.examples import read_splits
 
 SCRIPT = Path(__file__).parents[1] / "launch" / "public_tasks.py"

@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from distil_jax import cli
-from distil_jax.config.run import Config, load
+from distil_jax.config.load import load
+from distil_jax.config.run import Config
 from distil_jax.data.tokenizer import load_tokenizer
 from distil_jax.evaluation.fill_mask import fill_mask
 from distil_jax.io.metrics import read_metrics

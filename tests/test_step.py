@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from conftest import assert_params_close, random_params
 
-from distil_jax.config.run import LossConfig, OptimizerConfig
+from distil_jax.config.objective import LossConfig
+from distil_jax.config.step import OptimizerConfig
 from distil_jax.models.student import student_from_teacher
 from distil_jax.objective.masking import mask_tokens
 from distil_jax.schema import InputError

@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 from conftest import assert_params_close, pytorch_optimizer
 
-from distil_jax.config.run import HeadConfig, MeshConfig, ModelConfig, OptimizerConfig, StepConfig, TaskLossConfig
+from distil_jax.config.model import HeadConfig, ModelConfig
+from distil_jax.config.objective import TaskLossConfig
+from distil_jax.config.run import MeshConfig
+from distil_jax.config.step import OptimizerConfig, StepConfig
 from distil_jax.io import huggingface
 from distil_jax.models.encoder import init_params
 from distil_jax.models.heads import with_fresh_head

@@ -15,8 +15,11 @@ import jax
 import numpy as np
 import pytest
 
-from distil_jax.config.run import EMBEDDED_TEACHER, HeadConfig, MeshConfig, ModelConfig, OptimizerConfig, StepConfig
-from distil_jax.config.task import TaskConfig, load_task
+from distil_jax.config.load import load_task
+from distil_jax.config.model import HeadConfig, ModelConfig
+from distil_jax.config.run import EMBEDDED_TEACHER, MeshConfig
+from distil_jax.config.step import OptimizerConfig, StepConfig
+from distil_jax.config.task import TaskConfig
 from distil_jax.data import loader
 from distil_jax.data.examples import read_splits
 from distil_jax.data.loader import RowTable

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import VOCAB
 
-from distil_jax.config.run import ModelConfig
+from distil_jax.config.model import ModelConfig
 from distil_jax.data.corpus import Piece
 from distil_jax.data.examples import Answer, Example
 from distil_jax.data.manifest import read_manifest

@@ -24,8 +24,8 @@ import pytest
 from conftest import LENGTH, RUN_STEPS, file_hashes, random_params, run_numbers, same_leaves, write_sentences
 
 from distil_jax import cli
-from distil_jax.config.run import STUDENT_SHAPE, load
-from distil_jax.config.run import Config as RunConfig
+from distil_jax.config.load import load
+from distil_jax.config.run import STUDENT_SHAPE, Config
 from distil_jax.data.manifest import read_manifest
 from distil_jax.data.prepare import PrepareConfig, prepare
 from distil_jax.io import huggingface
@@ -145,7 +145,7 @@ def test_the_folder_holds_what_the_design_says(finished_run, workshop):
     ]
     assert plain[0] == plain[1]
     # config.toml is whole: what it says is what a reader without any default would get.
-    assert build(RunConfig, tomllib.loads((finished_run / "config.toml").read_text())) == resolved
+    assert build(Config, tomllib.loads((finished_run / "config.toml").read_text())) == resolved
     assert to_dict(resolved).keys() == tomllib.loads((finished_run / "config.toml").read_text()).keys()
 
 

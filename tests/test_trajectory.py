@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from conftest import pytorch_optimizer, random_params
 
-from distil_jax.config.run import LossConfig, ModelConfig, OptimizerConfig, StepConfig
+from distil_jax.config.model import ModelConfig
+from distil_jax.config.objective import LossConfig
+from distil_jax.config.step import OptimizerConfig, StepConfig
 from distil_jax.io import huggingface
 from distil_jax.structs import IGNORED, Batch
 from distil_jax.training.state import init_state

@@ -1,1 +1,1 @@
-
+"""The verbs, one file each: arguments, then one call."""

@@ -2,34 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
-from distil_jax.config.run import (
-    ComputeConfig,
-    HeadConfig,
-    MeshConfig,
-    ModelConfig,
-    OptimizerConfig,
-    TaskLossConfig,
-    TeacherConfig,
-    TrainConfig,
-    check_seeds,
-    preset,
-    read_toml,
-    settle_schedule,
-)
+from distil_jax.config.model import HeadConfig, ModelConfig
+from distil_jax.config.objective import TaskLossConfig
+from distil_jax.config.run import ComputeConfig, MeshConfig, TeacherConfig, TrainConfig, check_seeds
+from distil_jax.config.step import OptimizerConfig
 from distil_jax.schema import (
-    build,
     path_field,
     require,
     require_finite,
     require_share,
-    set_value,
-    table_of,
-    to_dict,
 )
 
 # How a task is judged. f1: of the label 1 of two; macro_f1: the mean over all labels; entity_f1: of whole entities
@@ -108,8 +92,8 @@ class StartConfig:
 
 
 # Those of the GLUE runs of BERT and DistilBERT; and a task is small: it is judged and saved once an epoch.
-_OPTIMIZER = OptimizerConfig(learning_rate=5e-5, beta2=0.999, eps=1e-8, warmup=0.1, clip=1.0)
-_TRAIN = TrainConfig(
+OPTIMIZER = OptimizerConfig(learning_rate=5e-5, beta2=0.999, eps=1e-8, warmup=0.1, clip=1.0)
+SCHEDULE = TrainConfig(
     epochs=3.0, batch_rows=32, log_every=50, eval_every=0, eval_rows=0, checkpoint_every=0, keep_checkpoints=1
 )
 
@@ -123,8 +107,8 @@ class FinetuneConfig:
     model: StartConfig = StartConfig()
     teacher: TeacherConfig = TeacherConfig()  # a model that was fine-tuned on the same task; empty: none
     loss: TaskLossConfig = TaskLossConfig()
-    optimizer: OptimizerConfig = _OPTIMIZER
-    train: TrainConfig = _TRAIN
+    optimizer: OptimizerConfig = OPTIMIZER
+    train: TrainConfig = SCHEDULE
     mesh: MeshConfig = MeshConfig()
     compute: ComputeConfig = ComputeConfig()
 
@@ -139,30 +123,6 @@ class FinetuneConfig:
             not self.loss.needs_teacher or bool(self.teacher.path),
             "loss.soft compares with a teacher: set teacher.path to a model that was fine-tuned on this task.",
         )
-
-
-def load_task(name: str | Path, overrides: Sequence[str] = ()) -> FinetuneConfig:
-    """Reads a fine-tuning run's configuration.
-
-    Args:
-      name: a TOML file, or the name of one of the project's tasks (`sst2`).
-      overrides: as for `config.load`.
-
-    Raises:
-      InputError: as `config.load`.
-    """
-    values = read_toml(preset(name, "tasks"))
-    for override in overrides:
-        set_value(values, override)
-    settle_schedule(values, overrides)
-    given = table_of(values, "train")
-    schedule = {"epochs": 0.0} if "steps" in given else {}  # one of the two says how long
-    values["train"] = to_dict(_TRAIN) | schedule | given
-    values["optimizer"] = to_dict(_OPTIMIZER) | table_of(values, "optimizer")
-    # A teacher that is named is used: half of each, the published weights of task distillation.
-    if table_of(values, "teacher").get("path"):
-        values["loss"] = {"task": 0.5, "soft": 0.5} | table_of(values, "loss")
-    return build(FinetuneConfig, values)
 
 
 def head_of(task: TaskConfig, start: StartConfig, model: ModelConfig, label_names: tuple[str, ...]) -> HeadConfig:

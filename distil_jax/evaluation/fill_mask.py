@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distil_jax.config.run import ModelConfig
+from distil_jax.config.model import ModelConfig
 from distil_jax.data.tokenizer import check_fits, load_tokenizer
 from distil_jax.models.encoder import MaskedLm
 from distil_jax.objective.distillation import logits

@@ -10,7 +10,8 @@ from statistics import median
 import jax
 import numpy as np
 
-from distil_jax.config.run import ComputeConfig, ModelConfig
+from distil_jax.config.model import ModelConfig
+from distil_jax.config.run import ComputeConfig
 from distil_jax.models.encoder import MaskedLm
 from distil_jax.runtime.assemble import resolve_compute, with_compute
 from distil_jax.runtime.run_folder import Model

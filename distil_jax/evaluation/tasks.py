@@ -9,16 +9,22 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from distil_jax.config.run import StepConfig
-from distil_jax.config.task import TaskConfig
+from distil_jax.config.run import ComputeConfig, MeshConfig
+from distil_jax.config.step import OptimizerConfig, StepConfig
+from distil_jax.config.task import StartConfig, TaskConfig, check_head, head_of
 from distil_jax.data.loader import held_out_batches, judged_rows
 from distil_jax.data.spans import answers
 from distil_jax.data.task_table import TaskTable
-from distil_jax.data.tasks import TaskData
+from distil_jax.data.tasks import TaskData, read_task
+from distil_jax.evaluation.held_out import rows_per_call
 from distil_jax.evaluation.task_metrics import scores
 from distil_jax.io.metrics import Sums
+from distil_jax.runtime.assemble import resolve_compute, with_compute
+from distil_jax.runtime.attention import settle_attention
+from distil_jax.runtime.run_folder import Model
+from distil_jax.schema import InputError
 from distil_jax.structs import IGNORED
-from distil_jax.training.sharding import jit_eval, local_places, put_rows
+from distil_jax.training.sharding import jit_eval, local_places, make_mesh, put_params, put_rows, shardings_of
 from distil_jax.training.state import abstract_state, judged_state
 from distil_jax.training.step import task_eval_step
 
@@ -83,6 +89,36 @@ class Judge:
             return scores(metrics, said, true)
         starts, ends = ([row[:, end] for row in logits] for end in (0, 1))
         return scores(metrics, answers(table, starts, ends, self._task.max_answer), table.references)
+
+
+def examples_for(model: Model, task: TaskConfig) -> TaskData:
+    """The task's, for a model with a head; labels that the task does not name may come in another order than its.
+
+    Raises:
+      InputError: a model without a head or with that of another task, or examples that cannot be read.
+    """
+    if model.head is None:
+        path = model.run or model.tokenizer
+        raise InputError(f"{path} has no head for a task: fine-tune it first, with `distil-jax finetune`.")
+    length = min(task.max_length, model.config.max_positions)
+    data = read_task(task, model.tokenizer, vocab_size=model.config.vocab_size, max_length=length)
+    if not task.label_names and sorted(data.label_names) == sorted(model.head.label_names):
+        data = data.with_labels(model.head.label_names)
+    wanted = head_of(task, StartConfig(), model.config, data.label_names)
+    check_head(model.head, wanted, f"The model {model.run or model.tokenizer}")
+    return data
+
+
+def evaluate_task(model: Model, task: TaskConfig, data: TaskData) -> dict[str, dict[str, float]]:
+    """The metrics of a model with a task's head, as shares, on the task's "dev" and, where there are such, "test"."""
+    length = min(task.max_length, model.config.max_positions)
+    mesh, compute = make_mesh(MeshConfig()), resolve_compute(ComputeConfig())
+    student = with_compute(model.config, compute)
+    step = StepConfig(student, optimizer=OptimizerConfig(steps=1), head=model.head)
+    step, _ = settle_attention(step, "auto", mesh, length)
+    params = put_params(model.params, shardings_of(abstract_state(step).replace(opt_state=None), mesh).params)
+    judge = Judge(task, step, mesh, data.label_names, rows_per_call(mesh, length))
+    return judge.splits(params, data)
 
 
 def in_words(found: dict[str, dict[str, float]]) -> str:

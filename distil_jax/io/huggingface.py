@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from flax import traverse_util
 
-from distil_jax.config.run import HeadConfig, ModelConfig
+from distil_jax.config.model import HeadConfig, ModelConfig
 from distil_jax.files import check_free, tokenizer_files, whole_folder
 from distil_jax.io.config_json import to_json
 from distil_jax.io.model_tensors import Params, examine, examine_task, file_tensors

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
-from distil_jax.config.run import HeadConfig, ModelConfig
+from distil_jax.config.model import HeadConfig, ModelConfig
 from distil_jax.io.config_json import BERT, DISTILBERT, SINUSOIDAL_KEY, from_json, model_type
 from distil_jax.io.name_table import HEAD, IGNORED, IGNORED_UNDER_HEAD, LEGACY, TASK_HEAD, TIED, Leaf, leaves
 from distil_jax.io.task_json import architecture, head_from_json, says_task

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from distil_jax.config.run import HeadConfig, ModelConfig
+from distil_jax.config.model import HeadConfig, ModelConfig
 from distil_jax.io.config_json import BERT, DISTILBERT, model_type
 from distil_jax.io.tensors import Tensor
 

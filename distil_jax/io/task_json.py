@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from distil_jax.config.run import HeadConfig, ModelConfig
+from distil_jax.config.model import HeadConfig, ModelConfig
 from distil_jax.io.config_json import BERT, DISTILBERT, model_type
 from distil_jax.schema import InputError, require
 

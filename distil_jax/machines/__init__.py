@@ -1,1 +1,1 @@
-"""What hardware allows."""
+"""What hardware allows: chips, FLOPs, ahead-of-time compilation and rooflines."""

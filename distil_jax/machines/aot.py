@@ -20,7 +20,8 @@ import flax.linen as nn
 import jax
 from jax.experimental import topologies
 
-from distil_jax.config.run import Config, StepConfig
+from distil_jax.config.run import Config
+from distil_jax.config.step import StepConfig
 from distil_jax.machines.chips import CHIPS
 from distil_jax.machines.hlo import Program
 from distil_jax.runtime.assemble import settle, teacher_shapes

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from distil_jax.config.run import ModelConfig, StepConfig
+from distil_jax.config.model import ModelConfig
+from distil_jax.config.step import StepConfig
 
 
 def encoder_flops(model: ModelConfig, length: int) -> float:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from distil_jax.config.run import Attention, ModelConfig
+from distil_jax.config.model import Attention, ModelConfig
 from distil_jax.models import gpu_attention, tpu_attention
 from distil_jax.models.dropout import dropout
 from distil_jax.structs import Array

@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from distil_jax.config.run import ModelConfig
+from distil_jax.config.model import ModelConfig
 from distil_jax.models.attention import attend
 from distil_jax.models.dropout import batch_seeds, dropout
 from distil_jax.structs import Array, Batch, Encoded, Head, sinusoidal_table

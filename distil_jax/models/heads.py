@@ -11,7 +11,7 @@ from dataclasses import replace
 import flax.linen as nn
 import jax
 
-from distil_jax.config.run import HeadConfig, ModelConfig
+from distil_jax.config.model import HeadConfig, ModelConfig
 from distil_jax.models.dropout import batch_seeds, dropout
 from distil_jax.models.encoder import MaskedLm, abstract_params, dense, init_params, one_position
 from distil_jax.schema import require

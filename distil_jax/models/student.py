@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import numpy as np
 
-from distil_jax.config.run import ModelConfig
+from distil_jax.config.model import ModelConfig
 from distil_jax.schema import InputError
 
 

@@ -8,7 +8,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from distil_jax.config.run import LossConfig
+from distil_jax.config.objective import LossConfig
 from distil_jax.objective.fused import fused_loss, in_chunks
 from distil_jax.objective.losses import cosine_loss, kl_loss, mlm_loss, weighted_sum
 from distil_jax.objective.vocabulary import dense_loss, logits

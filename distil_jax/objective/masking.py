@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distil_jax.config.run import MaskingConfig
+from distil_jax.config.objective import MaskingConfig
 from distil_jax.structs import IGNORED, Array, Batch, Rows
 
 

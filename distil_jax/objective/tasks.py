@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from distil_jax.config.run import HeadConfig, TaskLossConfig
+from distil_jax.config.model import HeadConfig
+from distil_jax.config.objective import TaskLossConfig
 from distil_jax.objective.losses import kl_loss, mlm_loss, mse_loss, weighted_sum
 from distil_jax.structs import IGNORED, Array, Batch, Metrics
 

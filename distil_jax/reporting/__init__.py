@@ -1,1 +1,1 @@
-"""What people read."""
+"""What people read: reports, curves, model cards and tables."""

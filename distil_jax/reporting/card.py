@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from distil_jax.config.run import ModelConfig
+from distil_jax.config.model import ModelConfig
 from distil_jax.data.told import losses
 from distil_jax.io.metrics import read_metrics
 from distil_jax.models.encoder import count_parameters

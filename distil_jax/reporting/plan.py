@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from distil_jax.files import whole_file, write_whole
 from distil_jax.machines.aot import Compiled, Job
 from distil_jax.machines.flops import step_flops
 from distil_jax.machines.roofline import ASSUMPTIONS, chip_of, roofline
+from distil_jax.machines.workload import Workload
 from distil_jax.reporting.markdown import table
-
-if TYPE_CHECKING:
-    from distil_jax.machines.workload import Workload
 
 Pairs = list[tuple[Job, Compiled]]
 _GIB = 2**30

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import tomli_w
 
-from distil_jax.config.run import Config, ModelConfig
+from distil_jax.config.model import ModelConfig
+from distil_jax.config.run import Config
 from distil_jax.config.task import FinetuneConfig
 from distil_jax.io.checkpoint import Checkpoints
 from distil_jax.models.encoder import count_parameters

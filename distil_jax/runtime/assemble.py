@@ -14,19 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from distil_jax.config.run import (
-    MOST_STEPS,
-    STUDENT_SHAPE,
-    ComputeConfig,
-    Config,
-    HeadConfig,
-    ModelConfig,
-    OptimizerConfig,
-    StepConfig,
-    StudentConfig,
-    TeacherConfig,
-    TrainConfig,
-)
+from distil_jax.config.model import HeadConfig, ModelConfig
+from distil_jax.config.run import STUDENT_SHAPE, ComputeConfig, Config, StudentConfig, TeacherConfig, TrainConfig
+from distil_jax.config.step import MOST_STEPS, OptimizerConfig, StepConfig
 from distil_jax.data.loader import RowTable, open_rows, token_counts
 from distil_jax.data.manifest import Manifest, Split, read_manifest
 from distil_jax.data.tokenizer import same_tokenizer

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from distil_jax.config.run import Attention, StepConfig
+from distil_jax.config.model import Attention
+from distil_jax.config.step import StepConfig
 from distil_jax.models.attention import attend, choose_attention
 from distil_jax.models.dropout import row_seeds
 from distil_jax.schema import InputError

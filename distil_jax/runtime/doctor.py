@@ -1,8 +1,7 @@
-"""`distil-jax doctor [RUN]`: whether the machine computes, and whether all that a run needs is whole."""
+"""Checks of the machine, and of everything that a run needs."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import shutil
@@ -13,13 +12,16 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from distil_jax.config.run import Config, MaskingConfig, ModelConfig, OptimizerConfig, StepConfig
+from distil_jax.config.model import ModelConfig
+from distil_jax.config.objective import MaskingConfig
+from distil_jax.config.run import Config
+from distil_jax.config.step import OptimizerConfig, StepConfig
 from distil_jax.config.task import FinetuneConfig
 from distil_jax.data.manifest import verify as verify_rows
 from distil_jax.io.checkpoint import Checkpoints
 from distil_jax.runtime import processes, run_folder
 from distil_jax.runtime.guards import InUse, folder_lock
-from distil_jax.schema import InputError, place
+from distil_jax.schema import InputError
 from distil_jax.structs import Rows
 from distil_jax.training.state import init_state
 from distil_jax.training.step import mask_and_train_step
@@ -27,25 +29,19 @@ from distil_jax.training.step import mask_and_train_step
 _GIB = 2**30
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `distil-jax doctor`."""
-    parser.add_argument("run", nargs="?", help="a run folder: its checkpoints, rows and teacher are checked too")
-
-
-def run(arguments: argparse.Namespace) -> None:
-    """Prints a line for everything that was looked at.
+def examine(folder: Path | None) -> None:
+    """Checks the machine, and a run where one is named; prints a line for each check.
 
     Raises:
       InputError: something is wrong; its line says what to do.
     """
-    processes.connect()
     checks: list[tuple[str, Callable[[], str]]] = [
         ("versions and devices", processes.environment),
         ("memory", _memory),
         ("a step on every device", _devices),
     ]
-    if arguments.run is not None:
-        checks += _run_checks(place(arguments.run))
+    if folder is not None:
+        checks += _run_checks(folder)
     wrong = 0
     for name, check in checks:
         try:
@@ -56,7 +52,7 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"{verdict} {name}: {found}", flush=True)
     if wrong:
         raise InputError(f"{wrong} of {len(checks)} checks found something wrong: see the lines that begin with WRONG.")
-    print("Nothing is wrong." + ("" if arguments.run else " To check a run too: distil-jax doctor RUN"))
+    print("Nothing is wrong." + ("" if folder else " To check a run too: distil-jax doctor RUN"))
 
 
 def _memory() -> str:

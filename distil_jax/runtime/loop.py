@@ -16,8 +16,7 @@ from distil_jax.data.loader import prefetch
 from distil_jax.files import keep, missing, passing
 from distil_jax.io.checkpoint import Checkpoints
 from distil_jax.io.metrics import MetricsWriter, last_held_out, read_metrics
-from distil_jax.runtime import processes, run_folder
-from distil_jax.runtime import signals as interrupt
+from distil_jax.runtime import processes, run_folder, signals
 from distil_jax.runtime.divergence import Divergence
 from distil_jax.runtime.exit_codes import Diverged, MachineFailed, Stopped
 from distil_jax.runtime.guards import StopRequest, Watchdog, folder_lock
@@ -103,7 +102,7 @@ def run_program(
             processes.together(lambda: None)
         kept = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
         checkpoints = stack.enter_context(contextlib.closing(kept))
-        stack.enter_context(interrupt.waits_for(checkpoints.saving))
+        stack.enter_context(signals.waits_for(checkpoints.saving))
         state, divergence = _begin(program, checkpoints, resume_step)
         step = int(state.step)
         processes.together(lambda: run_folder.begin(workdir, program) if processes.is_first() else None)
@@ -114,7 +113,7 @@ def run_program(
         stack.enter_context(contextlib.closing(writer))
         with processes.leaving(), _failures_named(_smaller_steps(program)):
             numbers = _loop(program, state, checkpoints, writer, divergence)
-            interrupt.note_saved()
+            signals.note_saved()
             return numbers
 
 

@@ -11,7 +11,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from distil_jax.config.run import ComputeConfig, Config, StepConfig, TrainConfig
+from distil_jax.config.run import ComputeConfig, Config, TrainConfig
+from distil_jax.config.step import StepConfig
 from distil_jax.config.task import FinetuneConfig
 from distil_jax.data.loader import Table, batches, numbers_at
 from distil_jax.models.encoder import count_parameters

@@ -14,7 +14,10 @@ import jax
 import tomli_w
 
 from distil_jax import __version__
-from distil_jax.config.run import Config, HeadConfig, ModelConfig, StepConfig, StudentConfig, read_toml
+from distil_jax.config.load import read_toml
+from distil_jax.config.model import HeadConfig, ModelConfig
+from distil_jax.config.run import Config, StudentConfig
+from distil_jax.config.step import StepConfig
 from distil_jax.config.task import FinetuneConfig
 from distil_jax.files import copy_tokenizer, write_whole
 from distil_jax.io import huggingface

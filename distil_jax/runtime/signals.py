@@ -16,10 +16,10 @@ import time
 from collections.abc import Callable, Iterator
 
 from distil_jax.files import remove_unfinished, taking_place
-from distil_jax.runtime import exit_codes as endings
+from distil_jax.runtime import exit_codes
 
 _LONGEST_SAVE = 5.0  # seconds that an end waits for a checkpoint that is being written
-_ALONE = {signal.SIGINT: endings.INTERRUPTED, signal.SIGTERM: endings.TERMINATED}  # and nothing was saved
+_ALONE = {signal.SIGINT: exit_codes.INTERRUPTED, signal.SIGTERM: exit_codes.TERMINATED}  # and nothing was saved
 _saved = threading.Event()
 _saving: list[Callable[[], bool]] = []
 
@@ -81,7 +81,7 @@ def _end(number: int) -> None:
         time.sleep(0.05)
     remove_unfinished()
     if _saved.is_set():
-        status, sentence = endings.STOPPED, "Stopped; what was finished is saved: run the same command to go on."
+        status, sentence = exit_codes.STOPPED, "Stopped; what was finished is saved: run the same command to go on."
     else:
         status, sentence = _ALONE[number], "Interrupted; nothing unfinished is left behind."
     # In a thread, because a full pipe, or a lock that the main thread holds, may never let it through.
@@ -94,5 +94,5 @@ def _end(number: int) -> None:
 def _say(sentence: str) -> None:
     if sys.stderr.isatty():
         sys.stderr.write("\n")  # after ^C, or half a progress bar
-    endings.tell(sentence)
+    exit_codes.tell(sentence)
     sys.stdout.flush()

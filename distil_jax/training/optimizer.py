@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from distil_jax.config.run import OptimizerConfig
+from distil_jax.config.step import OptimizerConfig
 from distil_jax.schema import InputError, require
 from distil_jax.structs import Array
 

@@ -15,7 +15,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from distil_jax.config.run import MeshConfig, StepConfig
+from distil_jax.config.run import MeshConfig
+from distil_jax.config.step import StepConfig
 from distil_jax.models.attention import HEADS_ALONG
 from distil_jax.schema import InputError, require
 from distil_jax.structs import Rows

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from distil_jax.config.run import StepConfig
+from distil_jax.config.step import StepConfig
 from distil_jax.models.heads import init_model
 from distil_jax.structs import Array
 from distil_jax.training.optimizer import make_optimizer

@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from distil_jax.config.run import MaskingConfig, ModelConfig, StepConfig, TaskLossConfig
+from distil_jax.config.model import ModelConfig
+from distil_jax.config.objective import MaskingConfig, TaskLossConfig
+from distil_jax.config.step import StepConfig
 from distil_jax.models.heads import abstract_model, model_of
 from distil_jax.objective.distillation import Distillation, held_out_terms
 from distil_jax.objective.masking import mask_tokens, most_targets

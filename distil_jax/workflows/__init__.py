@@ -1,1 +1,1 @@
-"""Whole jobs: what the verbs of the command line call."""
+"""Whole jobs, one file each; the verbs of the command line call them, and so may Python code."""

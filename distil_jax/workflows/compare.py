@@ -1,8 +1,7 @@
-"""`distil-jax compare`: what students keep of their teacher on tasks, and what they save."""
+"""Fine-tunes a teacher and its students on tasks, and measures what they keep of it and what they save."""
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,13 +9,13 @@ from pathlib import Path
 
 import jax
 
+from distil_jax.config.load import load_task
 from distil_jax.config.run import check_seeds
-from distil_jax.config.task import FinetuneConfig, load_task
+from distil_jax.config.task import FinetuneConfig
 from distil_jax.evaluation.baseline import baseline_scores
 from distil_jax.evaluation.speed import encoder_seconds
 from distil_jax.models.encoder import count_parameters
-from distil_jax.reporting.comparison import Comparison, into_card, tables, write
-from distil_jax.runtime import processes
+from distil_jax.reporting.comparison import Comparison
 from distil_jax.runtime.program import keep_compiled
 from distil_jax.runtime.run_folder import Model, open_model
 from distil_jax.schema import InputError, at_home, place, quoted, require
@@ -25,61 +24,6 @@ from distil_jax.workflows.finetune import finetune
 _LENGTH = 128  # tokens a row of the timings, or as many positions as the smallest model has
 _BASELINE = "TF-IDF + linear"
 _DISTILLED = " + its logits"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `distil-jax compare`."""
-    parser.add_argument(
-        "models",
-        nargs="+",
-        metavar="MODEL",
-        help="the teacher, then students: model folders, run folders or hub ids, each as PATH or NAME=PATH",
-    )
-    parser.add_argument("--tasks", nargs="+", required=True, help="names in configs/tasks, or TOML files")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the runs (default: 0 1 2)")
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="gets the runs, compare.md, .json and .png")
-    parser.add_argument(
-        "--distil",
-        nargs="*",
-        metavar="NAME",
-        help="these students (default: all) also learn from the logits of the fine-tuned teacher, in runs of their own",
-    )
-    parser.add_argument(
-        "--baseline",
-        action="store_true",
-        help="a linear model of TF-IDF beside them, where a task has texts and labels",
-    )
-    parser.add_argument("--cards", action="store_true", help="put the tables into README.md of the model folders named")
-    parser.add_argument(
-        "--set",
-        metavar="KEY=VALUE",
-        action="append",
-        default=[],
-        help="override a config key of every run; [loss] and [teacher], of the runs with a teacher",
-    )
-
-
-def run(arguments: argparse.Namespace) -> None:
-    """Compares, and prints the tables; started again, it goes on where it was."""
-    output, models = place(arguments.output), _named(arguments.models)
-    with processes.one_voice():
-        found = compare(
-            models,
-            arguments.tasks,
-            seeds=tuple(arguments.seeds),
-            output=output,
-            overrides=arguments.set,
-            distil=list(models)[1:] if arguments.distil == [] else arguments.distil or (),
-            baseline=arguments.baseline,
-        )
-        lines = tables(found)
-        print("\n".join(["", *lines]))
-        if processes.is_first():
-            write(found, lines, output)
-            cards = [place(path) / "README.md" for path in models.values() if arguments.cards]
-            for card in filter(Path.is_file, cards):
-                into_card(card, lines)
-        print(f"\nWrote {output / 'compare.md'}, {output / 'compare.json'} and {output / 'compare.png'}.")
 
 
 def compare(
@@ -173,7 +117,7 @@ def _of_a_teacher(override: str) -> bool:
     return override.strip().startswith(("loss.", "teacher."))
 
 
-def _named(models: Sequence[str]) -> dict[str, str]:
+def named(models: Sequence[str]) -> dict[str, str]:
     """Paths by the names that the tables have; a name is a folder, too."""
     named = {}
     for model in models:

@@ -1,4 +1,4 @@
-"""`distil-jax demo`: the whole path on this machine in minutes, from an embedded teacher, without a network.
+"""The whole path on this machine in minutes, from an embedded teacher, without a network.
 
 Text that every installation has (the docstrings of its packages), the small BERT that comes with the package, a
 student of half its layers trained with and without that teacher from the same beginning, and one table.
@@ -6,13 +6,14 @@ student of half its layers trained with and without that teacher from the same b
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from distil_jax.config.run import EMBEDDED_TEACHER, ModelConfig, check_seeds, load
+from distil_jax.config.load import load
+from distil_jax.config.model import ModelConfig
+from distil_jax.config.run import EMBEDDED_TEACHER, check_seeds
 from distil_jax.data.prepare import PrepareConfig
 from distil_jax.evaluation.held_out import evaluate
 from distil_jax.evaluation.speed import encoder_seconds
@@ -25,7 +26,7 @@ from distil_jax.reporting.markdown import mean_and_spread
 from distil_jax.reporting.page import Paragraph, Table, to_markdown
 from distil_jax.reporting.report import write_report
 from distil_jax.runtime.run_folder import open_model
-from distil_jax.schema import InputError, place, require
+from distil_jax.schema import InputError, require
 from distil_jax.workflows.export import export
 from distil_jax.workflows.prepare import prepare_rows
 from distil_jax.workflows.train import train
@@ -44,22 +45,6 @@ _NOTE = (
     "Agreement: how often a model's first choice at a masked word is the teacher's. Tokens/s: the encoder alone, "
     "32 rows of 128 tokens at a time. Both students took the same steps on the same rows and masks."
 )
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `distil-jax demo`."""
-    parser.add_argument("--output", default="demo", help="where to work (default: %(default)s)")
-    parser.add_argument(
-        "--seeds", type=int, nargs="+", default=[0], help="repeat both trainings with each (default: once, with 0)"
-    )
-    parser.add_argument(
-        "--set", metavar="KEY=VALUE", action="append", default=[], help="override a key of configs/demo_student.toml"
-    )
-
-
-def run(arguments: argparse.Namespace) -> None:
-    """Runs the demonstration; started again, it goes on where it was."""
-    demo(place(arguments.output), seeds=arguments.seeds, overrides=arguments.set)
 
 
 def demo(

@@ -1,8 +1,7 @@
-"""`distil-jax finetune`: from a trained encoder to a model for a task, with a fine-tuned teacher or without."""
+"""Fine-tunes an encoder on a task, with a fine-tuned teacher or without."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 from dataclasses import replace
@@ -11,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import tomli_w
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from distil_jax.config.run import HeadConfig, StepConfig
-from distil_jax.config.task import FinetuneConfig, check_head, head_of, load_task, task_encoder
+from distil_jax.config.model import HeadConfig
+from distil_jax.config.step import StepConfig
+from distil_jax.config.task import FinetuneConfig, check_head, head_of, task_encoder
 from distil_jax.data.tasks import TaskData, read_task
 from distil_jax.data.told import told
-from distil_jax.evaluation.tasks import Judge, in_words
+from distil_jax.evaluation.tasks import Judge
 from distil_jax.files import write_whole
 from distil_jax.io import huggingface
 from distil_jax.io.checkpoint import Checkpoints
@@ -45,46 +44,14 @@ from distil_jax.runtime.program import (
     about_models,
     about_pieces,
     batches_on,
-    keep_compiled,
     rows_of,
 )
 from distil_jax.runtime.run_folder import Model, choose_best, open_model, restore_params
-from distil_jax.schema import InputError, place, quoted, require, to_dict
+from distil_jax.schema import InputError, place, require, to_dict
 from distil_jax.training.sharding import jit_step, make_mesh, shardings_of
 from distil_jax.training.state import abstract_state
 from distil_jax.training.step import train_step
 from distil_jax.workflows.export import export
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `distil-jax finetune`."""
-    parser.add_argument("model", help="the encoder: a model folder, a run folder or a hub id")
-    parser.add_argument("--task", required=True, help="a name in configs/tasks (sst2, mrpc, squad, ...) or a TOML file")
-    parser.add_argument(
-        "--teacher", default="", help="a model that was fine-tuned on the task: its logits are targets too"
-    )
-    parser.add_argument(
-        "--output", required=True, metavar="FOLDER", help="the run folder; the model will be FOLDER/model"
-    )
-    parser.add_argument(
-        "--set", metavar="KEY=VALUE", action="append", default=[], help="override a config key: --set task.train=my.csv"
-    )
-    parser.add_argument("--print-config", action="store_true", help="print the whole configuration and stop")
-
-
-def run(arguments: argparse.Namespace) -> None:
-    """Fine-tunes, and prints what the best checkpoint reaches."""
-    named = [quoted("model.path", arguments.model)]
-    named += [quoted("teacher.path", arguments.teacher)] if arguments.teacher else []
-    config = load_task(arguments.task, [*named, *arguments.set])
-    if arguments.print_config:
-        print(tomli_w.dumps(to_dict(config)), end="")
-        return
-    output = place(arguments.output)
-    with processes.one_voice():
-        keep_compiled(config.compute, output)
-        print(in_words(finetune(config, output)))
-        print(f"Done. {output / 'model'} is the best checkpoint as a folder that transformers opens.")
 
 
 def finetune(config: FinetuneConfig, workdir: str | Path) -> dict[str, dict[str, float]]:

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import jax
 import numpy as np
 
-from distil_jax.config.run import MaskingConfig
+from distil_jax.config.objective import MaskingConfig
 from distil_jax.objective.masking import mask_tokens
 from distil_jax.structs import Rows
 

@@ -15,7 +15,9 @@ from distil_jax.commands.bench import peers, timing
 from distil_jax.commands.bench.peers import OURS
 from distil_jax.commands.bench.step import random_params
 from distil_jax.commands.bench.timing import Measured, Timed
-from distil_jax.config.run import ComputeConfig, MeshConfig, ModelConfig, StepConfig, StudentConfig
+from distil_jax.config.model import ModelConfig
+from distil_jax.config.run import ComputeConfig, MeshConfig, StudentConfig
+from distil_jax.config.step import StepConfig
 from distil_jax.models.encoder import MaskedLm, layers_apart
 from distil_jax.runtime.assemble import resolve_compute, student_model, with_compute
 from distil_jax.runtime.attention import settle_attention

@@ -14,7 +14,8 @@ import numpy as np
 
 from distil_jax.commands.bench import record, timing
 from distil_jax.commands.bench.timing import Measured, Timed
-from distil_jax.config.run import ComputeConfig, LossConfig
+from distil_jax.config.objective import LossConfig
+from distil_jax.config.run import ComputeConfig
 from distil_jax.objective.fused import fused_loss
 from distil_jax.objective.vocabulary import dense_loss
 from distil_jax.runtime.assemble import resolve_compute

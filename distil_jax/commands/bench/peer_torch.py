@@ -21,7 +21,9 @@ from transformers import AutoConfig, AutoModelForMaskedLM
 
 from distil_jax.commands.bench.batching import Padded
 from distil_jax.commands.bench.timing import Block, Timed
-from distil_jax.config.run import LossConfig, ModelConfig, StepConfig
+from distil_jax.config.model import ModelConfig
+from distil_jax.config.objective import LossConfig
+from distil_jax.config.step import StepConfig
 from distil_jax.io.config_json import to_json
 from distil_jax.schema import require
 from distil_jax.structs import IGNORED

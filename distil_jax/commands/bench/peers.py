@@ -18,7 +18,8 @@ from typing import Any
 
 import jax
 
-from distil_jax.config.run import EMBEDDED_TEACHER, ModelConfig
+from distil_jax.config.model import ModelConfig
+from distil_jax.config.run import EMBEDDED_TEACHER
 from distil_jax.io.config_json import from_json
 from distil_jax.io.tensors import read_json
 from distil_jax.runtime.exit_codes import MachineFailed

@@ -18,7 +18,9 @@ from jax.sharding import Mesh
 from distil_jax.commands.bench import batching, peers, timing
 from distil_jax.commands.bench.peers import OURS, Elsewhere
 from distil_jax.commands.bench.timing import Block, Measured, Timed
-from distil_jax.config.run import Config, ModelConfig, StepConfig
+from distil_jax.config.model import ModelConfig
+from distil_jax.config.run import Config
+from distil_jax.config.step import StepConfig
 from distil_jax.data.loader import RowTable, batches, numbers_at, open_rows, prefetch
 from distil_jax.data.manifest import read_manifest
 from distil_jax.machines.chips import CHIPS

@@ -1,0 +1,24 @@
+"""`distil-jax doctor [RUN]`: whether the machine computes, and whether all that a run needs is whole."""
+
+from __future__ import annotations
+
+import argparse
+
+from distil_jax.runtime import processes
+from distil_jax.runtime.doctor import examine
+from distil_jax.schema import place
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `distil-jax doctor`."""
+    parser.add_argument("run", nargs="?", help="a run folder: its checkpoints, rows and teacher are checked too")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Prints a line for everything that was looked at.
+
+    Raises:
+      InputError: something is wrong; its line says what to do.
+    """
+    processes.connect()
+    examine(place(arguments.run) if arguments.run is not None else None)

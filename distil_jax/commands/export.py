@@ -1,0 +1,26 @@
+"""`distil-jax export`: a run's student as a folder that `transformers` opens, with a card that holds its numbers."""
+
+from __future__ import annotations
+
+import argparse
+
+from distil_jax.io.task_json import architecture
+from distil_jax.runtime.run_folder import open_model
+from distil_jax.schema import place
+from distil_jax.workflows.export import export
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `distil-jax export`."""
+    parser.add_argument("model", help="a run folder, or a model folder to write anew")
+    parser.add_argument("output", help="the folder to write; must not exist, or be empty")
+    parser.add_argument("--step", type=int, help="of a run folder: this checkpoint, not the newest")
+    parser.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="of the numbers on disk")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Writes the folder and says how to open it."""
+    model, output = open_model(arguments.model, arguments.step), place(arguments.output)
+    export(model, output, dtype=arguments.dtype)
+    print(f"Wrote {output}. Open it with")
+    print(f"  transformers.{architecture(model.config, model.head)}.from_pretrained({str(output)!r})")

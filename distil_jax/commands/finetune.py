@@ -1,0 +1,45 @@
+"""`distil-jax finetune`: from a trained encoder to a model for a task, with a fine-tuned teacher or without."""
+
+from __future__ import annotations
+
+import argparse
+
+import tomli_w
+
+from distil_jax.config.load import load_task
+from distil_jax.evaluation.tasks import in_words
+from distil_jax.runtime import processes
+from distil_jax.runtime.program import keep_compiled
+from distil_jax.schema import place, quoted, to_dict
+from distil_jax.workflows.finetune import finetune
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `distil-jax finetune`."""
+    parser.add_argument("model", help="the encoder: a model folder, a run folder or a hub id")
+    parser.add_argument("--task", required=True, help="a name in configs/tasks (sst2, mrpc, squad, ...) or a TOML file")
+    parser.add_argument(
+        "--teacher", default="", help="a model that was fine-tuned on the task: its logits are targets too"
+    )
+    parser.add_argument(
+        "--output", required=True, metavar="FOLDER", help="the run folder; the model will be FOLDER/model"
+    )
+    parser.add_argument(
+        "--set", metavar="KEY=VALUE", action="append", default=[], help="override a config key: --set task.train=my.csv"
+    )
+    parser.add_argument("--print-config", action="store_true", help="print the whole configuration and stop")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Fine-tunes, and prints what the best checkpoint reaches."""
+    named = [quoted("model.path", arguments.model)]
+    named += [quoted("teacher.path", arguments.teacher)] if arguments.teacher else []
+    config = load_task(arguments.task, [*named, *arguments.set])
+    if arguments.print_config:
+        print(tomli_w.dumps(to_dict(config)), end="")
+        return
+    output = place(arguments.output)
+    with processes.one_voice():
+        keep_compiled(config.compute, output)
+        print(in_words(finetune(config, output)))
+        print(f"Done. {output / 'model'} is the best checkpoint as a folder that transformers opens.")

@@ -1,0 +1,43 @@
+"""`distil-jax train`: from a config to a trained student in a run folder; started again, it goes on."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import tomli_w
+
+from distil_jax.config.load import load
+from distil_jax.runtime import processes
+from distil_jax.runtime.program import keep_compiled
+from distil_jax.schema import place, to_dict
+from distil_jax.workflows.train import train
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `distil-jax train`."""
+    parser.add_argument("config", help="a TOML file; see configs/")
+    parser.add_argument("--output", metavar="FOLDER", help="the run folder (default: runs/NAME_OF_CONFIG)")
+    parser.add_argument(
+        "--set", metavar="KEY=VALUE", action="append", default=[], help="override a config key: --set train.steps=100"
+    )
+    parser.add_argument(
+        "--resume-step",
+        type=int,
+        metavar="STEP",
+        help="go on from this checkpoint and no other; later ones are set aside (default: the newest valid one)",
+    )
+    parser.add_argument("--print-config", action="store_true", help="print the whole configuration and stop")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Trains, or prints the configuration that would be used."""
+    config = load(arguments.config, arguments.set)
+    if arguments.print_config:
+        print(tomli_w.dumps(to_dict(config)), end="")
+        return
+    output = place(arguments.output or Path("runs") / Path(arguments.config).stem)
+    with processes.one_voice():
+        keep_compiled(config.compute, output)
+        train(config, output, resume_step=arguments.resume_step)
+        print(f"Done. The run is in {output}. Next: distil-jax export {output} MODEL_FOLDER")
