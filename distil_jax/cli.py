@@ -72,7 +72,7 @@ def program() -> NoReturn:
 
     An orderly end might wait for what failed.
     """
-    signals.watch()
+    signals.install()
     # Where texts are tokenised and no steps taken, the threads of the tokenizer would wait for each other.
     if sys.argv[1:2] != ["prepare"] and sys.argv[1:3] != ["bench", "data"]:
         keep_freed_memory()
@@ -80,7 +80,7 @@ def program() -> NoReturn:
         try:
             status = main()
         finally:
-            signals.give_way()
+            signals.wait_while_exiting()
             sys.stdout.flush()
     except BrokenPipeError:
         if not _is_unread(sys.stdout):
@@ -127,6 +127,6 @@ def _refused(error: OSError) -> int:
 
 
 def _end(error: Exception | str, status: int) -> int:
-    signals.give_way()
-    exit_codes.tell(error)
+    signals.wait_while_exiting()
+    exit_codes.print_error(error)
     return status

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from distil_jax.schema import InputError, place
+from distil_jax.schema import InputError, user_path
 
 _UNFINISHED = ".unfinished-"  # between the name of a folder and a random end
 # What holds the words: any tokenizer's; WordPiece's; byte-level BPE's; SentencePiece's, under the names it goes by.
@@ -43,12 +43,12 @@ TOKENIZER_FILES = (
 _passing: dict[Path, list[Path]] = {}  # what goes if the process is interrupted, and the folders made to hold it
 # Held while something begins or takes its place, and for ever once the process is interrupted: what is being removed
 # must not take its place.
-taking_place = threading.Lock()
+replacing = threading.Lock()
 
 
 def check_free(folder: str | Path) -> None:
     """Raises `InputError` where there is something that is not an empty folder."""
-    folder = place(folder)
+    folder = user_path(folder)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise InputError(f"{folder} exists and is not an empty folder: choose another one, or remove it first.")
 
@@ -63,22 +63,22 @@ def write_whole(path: Path, text: str) -> None:
 def whole_file(path: Path) -> Iterator[Path]:
     """A file beside this one to write; it takes its place at the end of the block, and goes where that raises."""
     draft = path.with_name(f".{path.name}")
-    with taking_place:
-        passing([draft])
+    with replacing:
+        remove_on_exit([draft])
     try:
         yield draft
-        with taking_place:
+        with replacing:
             draft.replace(path)
     finally:
         _remove(draft)
 
 
-def missing(folder: Path) -> list[Path]:
+def missing_folders(folder: Path) -> list[Path]:
     """The folder, and those above it, as far as they are not there yet."""
     return list(itertools.takewhile(lambda each: not each.exists(), (folder, *folder.parents)))
 
 
-def passing(made: list[Path]) -> None:
+def remove_on_exit(made: list[Path]) -> None:
     """Takes note that the first of these goes if the process is interrupted before `keep`, and others where empty."""
     if made:
         _passing[made[0]] = made[1:]
@@ -95,7 +95,7 @@ def remove_unfinished() -> None:
     Nothing takes its place any more, and nothing new is begun. Where that cannot be had, because a disk does not
     answer, everything stays: the next attempt removes it.
     """
-    if taking_place.acquire(timeout=5):
+    if replacing.acquire(timeout=5):
         for path in list(_passing):
             for _ in range(50):  # another thread may still put files into it
                 shutil.rmtree(path, ignore_errors=True)
@@ -154,15 +154,15 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
     Raises:
       InputError: `folder` is not free, or nothing can be written there.
     """
-    folder = place(folder).absolute()
+    folder = user_path(folder).absolute()
     check_free(folder)
     for left in unfinished(folder):
         with contextlib.suppress(OSError), _locked(left):  # in use, locks are unknown there, or not ours to remove
             shutil.rmtree(left)
     draft = folder.with_name(f".{folder.name}{_UNFINISHED}{secrets.token_hex(4)}")
     try:
-        with taking_place:
-            passing(missing(draft))
+        with replacing:
+            remove_on_exit(missing_folders(draft))
             draft.mkdir(parents=True)
     except OSError as error:
         _remove(draft)
@@ -172,7 +172,7 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
             with contextlib.suppress(OSError):  # where locks are unknown, nobody removes it either
                 held.enter_context(_locked(draft))
             yield draft
-            with taking_place:
+            with replacing:
                 draft.replace(folder)
     finally:
         _remove(draft)

@@ -58,7 +58,7 @@ def require_share(name: str, value: float) -> None:
     require(0 <= value < 1, f"{name} must be in [0, 1), not {value}.")
 
 
-def shown(value: Any) -> str:
+def short_repr(value: Any) -> str:
     """`repr`, or only the type of what Python does not write out: thousands of digits, or of brackets."""
     try:
         return repr(value)
@@ -76,7 +76,7 @@ def path_field(default: str, *, may_change: bool = True) -> Any:
     return dataclasses.field(default=default, metadata={"may_change": may_change, "path": True})
 
 
-def at_home(text: str) -> str:
+def expand_home(text: str) -> str:
     """What a person wrote for a file, folder, source or hub id, with a `~` or `~user` in front replaced by that home.
 
     As in a shell, which never sees the `~` of a quoted word, of `--output=~/run` or of a TOML file. What is really
@@ -92,7 +92,7 @@ def at_home(text: str) -> str:
     return home
 
 
-def place(name: str | Path) -> Path:
+def user_path(name: str | Path) -> Path:
     """The file or folder that a person named: every verb and every function that opens or makes one asks here.
 
     A name that begins with `~` once `./` is taken off comes back as an absolute path, which nobody takes for a home.
@@ -100,7 +100,7 @@ def place(name: str | Path) -> Path:
     Raises:
       InputError: as `at_home`.
     """
-    path = Path(at_home(os.fspath(name)))
+    path = Path(expand_home(os.fspath(name)))
     return path.absolute() if str(path).startswith("~") else path
 
 
@@ -116,7 +116,7 @@ def build(kind: type, values: Mapping[str, Any], where: str = "") -> Any:
     require(not missing, f"The config lacks {where}{', '.join(missing)}.")
     found = {key: _convert(types_of[key], value, where + key) for key, value in values.items()}
     paths = [f.name for f in dataclasses.fields(kind) if f.metadata.get("path") and f.name in found]
-    return kind(**found | {name: at_home(found[name]) for name in paths})
+    return kind(**found | {name: expand_home(found[name]) for name in paths})
 
 
 @functools.cache  # a manifest may list thousands of files
@@ -179,17 +179,17 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         return build(kind, value, where + ".")
     if origin is Literal:
         choices = " or ".join(map(repr, arguments))
-        require(value in arguments, f"Config key {where} must be {choices}, not {shown(value)}.")
+        require(value in arguments, f"Config key {where} must be {choices}, not {short_repr(value)}.")
         return value
     if origin is tuple:
-        require(isinstance(value, (list, tuple)), f"Config key {where} must be a list, not {shown(value)}.")
+        require(isinstance(value, (list, tuple)), f"Config key {where} must be a list, not {short_repr(value)}.")
         return tuple(_convert(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     if origin in (types.UnionType, typing.Union):  # with a Literal in it, `X | None` is the older of the two
         return None if value is None else _convert(arguments[0], value, where)
     if kind in (int, float) and type(value) is int:
-        require(abs(value) < 2**63, f"Config key {where} must be a number of at most 63 bits, not {shown(value)}.")
+        require(abs(value) < 2**63, f"Config key {where} must be a number of at most 63 bits, not {short_repr(value)}.")
         return kind(value)
-    require(type(value) is kind, f"Config key {where} must be of type {kind.__name__}, not {shown(value)}.")
+    require(type(value) is kind, f"Config key {where} must be of type {kind.__name__}, not {short_repr(value)}.")
     if kind is float:
         # TOML and JSON have them, and a comparison with a bound lets NaN through or not as it is written.
         require(math.isfinite(value), f"Config key {where} must be a finite number, not {value}.")

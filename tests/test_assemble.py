@@ -27,8 +27,8 @@ from distil_jax.runtime.assemble import (
     teacher_compute,
     teacher_shapes,
 )
-from distil_jax.runtime.attention import settle_attention
-from distil_jax.runtime.program import about_pieces
+from distil_jax.runtime.attention import resolve_attention
+from distil_jax.runtime.program import describe_micro_batches
 from distil_jax.runtime.run_folder import open_model
 from distil_jax.schema import InputError, to_dict
 from distil_jax.training.sharding import check_mesh, make_mesh, shardings_of
@@ -131,18 +131,18 @@ def mesh_of(platform, tensor=1, capability=None):
     ],
 )
 def test_attention_is_the_fastest_that_is_lawful_and_says_so(wanted, mesh, length, took, said):
-    step, sentence = settle_attention(STEP, wanted, mesh, length)
+    step, sentence = resolve_attention(STEP, wanted, mesh, length)
     assert step.student.attention == step.teacher.attention == took
     assert said in sentence
 
 
 def test_a_kernel_that_cannot_be_is_refused_where_it_was_asked_for():
     with pytest.raises(InputError, match="cannot be for the student: there is no kernel for a cpu"):
-        settle_attention(STEP, "pallas", mesh_of("cpu"), 128)
+        resolve_attention(STEP, "pallas", mesh_of("cpu"), 128)
 
 
 def test_a_kernel_is_tried_before_it_is_trusted(monkeypatch):
-    tried = partial(attention._tried, "pallas_tpu", (4, 64), 128, "float32")
+    tried = partial(attention._try_kernel, "pallas_tpu", (4, 64), 128, "float32")
     name, why = tried()
     assert name == "xla" and why.startswith("the kernel does not compile here: ValueError: Only interpret mode")
     monkeypatch.setattr(pl, "pallas_call", partial(pl.pallas_call, interpret=True))
@@ -170,13 +170,13 @@ def test_a_kernel_that_fails_in_any_way_means_xla_where_nobody_asked_for_it(monk
     here = SimpleNamespace(devices=np.array([SimpleNamespace(platform="cpu")]), shape={"tensor": 2})
     monkeypatch.setattr(attention, "choose_attention", lambda *_, **__: ("pallas_tpu", ""))
     monkeypatch.setattr(attention, "_one_row", one_row)
-    step, said = settle_attention(STEP, "auto", here, 128)
+    step, said = resolve_attention(STEP, "auto", here, 128)
     assert step.student.attention == step.teacher.attention == "xla"
     assert f"xla (the kernel does not compile here: {type(error).__name__}: " in said and "layout" in said
     assert "\n" not in said
     assert tried == [((2, 64), 128)], "once for both models, with the heads that one device has"
     with pytest.raises(InputError, match=f"cannot be for the student.*{type(error).__name__}"):
-        settle_attention(STEP, "pallas", here, 128)
+        resolve_attention(STEP, "pallas", here, 128)
 
 
 # What a config asks for is done or refused
@@ -252,5 +252,5 @@ def test_it_is_said_where_a_device_has_more_at_a_time_than_asked_for():
     ):
         train = TrainConfig(steps=1, **settings)
         step = StepConfig(model, loss=LossConfig(kl=0, cosine=0), accumulation=micro_batches(train, mesh, 128))
-        found = about_pieces(train, step, mesh, 128)
+        found = describe_micro_batches(train, step, mesh, 128)
         assert re.search(said, found) if said else not found

@@ -31,7 +31,7 @@ def shapes(tree):
 def saved(folder, *steps, keep=9, scores=None):
     with contextlib.closing(Checkpoints(folder, keep=keep)) as checkpoints:
         for step in steps:
-            checkpoints.save(step, arrays(step), FACTS | {"step": step}, score=(scores or {}).get(step))
+            checkpoints.save(step, arrays(step), FACTS | {"step": step}, criterion=(scores or {}).get(step))
             checkpoints.wait()
             assert checkpoints.failure is None
     return folder
@@ -54,7 +54,7 @@ def test_what_was_saved_comes_back(two):
     with contextlib.closing(Checkpoints(two)) as checkpoints:
         assert checkpoints.steps() == [1, 2] and checkpoints.newest_valid() == (2, [])
         for step in (1, 2):
-            assert checkpoints.verify(step) == checkpoints.facts(step) == FACTS | {"step": step}
+            assert checkpoints.verify(step) == checkpoints.metadata(step) == FACTS | {"step": step}
             assert same_leaves(checkpoints.restore(step, shapes(arrays(step))), arrays(step))
 
 
@@ -168,7 +168,7 @@ def test_a_manifest_whose_facts_were_changed_is_damaged(two, tmp_path):
     values["body"]["facts"]["position"] = 8
     path.write_text(json.dumps(values))
     with contextlib.closing(Checkpoints(folder)) as checkpoints, pytest.raises(InputError, match="has changed"):
-        checkpoints.facts(2)
+        checkpoints.metadata(2)
 
 
 @pytest.mark.parametrize("text", ["", "[" * 100_000, "[]", "{}", '{"body": 1, "sha256": 2}', '{"body": {}}', "\xff"])

@@ -24,7 +24,7 @@ from distil_jax.config.run import Config
 from distil_jax.config.task import FinetuneConfig
 from distil_jax.data.prepare import PrepareConfig, prepare
 from distil_jax.io import huggingface
-from distil_jax.schema import InputError, at_home, build, place
+from distil_jax.schema import InputError, build, expand_home, user_path
 
 REPOSITORY = Path(__file__).parents[1]
 VERBS = ("demo", "prepare", "train", "eval", "export", "report")
@@ -387,16 +387,16 @@ def test_every_text_of_a_configuration_is_a_path_or_a_field():
 def test_what_is_really_called_tilde(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/of/somebody")
-    assert place("~") == Path("/home/of/somebody") and place("~/a/b") == place(Path("~/a/b")) == Path(
+    assert user_path("~") == Path("/home/of/somebody") and user_path("~/a/b") == user_path(Path("~/a/b")) == Path(
         "/home/of/somebody/a/b"
     )
-    assert place("./~/a") == tmp_path / "~" / "a" == place(place("./~/a"))
+    assert user_path("./~/a") == tmp_path / "~" / "a" == user_path(user_path("./~/a"))
     (tmp_path / "~$letter.txt").write_text("open in an editor")
-    assert place("~$letter.txt") == tmp_path / "~$letter.txt" and at_home("~$letter.txt") == "~$letter.txt"
+    assert user_path("~$letter.txt") == tmp_path / "~$letter.txt" and expand_home("~$letter.txt") == "~$letter.txt"
     for other in ("a/~", "hub:~x", "a~", "", "teacher", "auto"):
-        assert at_home(other) == other
+        assert expand_home(other) == other
     with pytest.raises(InputError, match=r"There is no home ~\$other.txt.* or ./~\$other.txt\."):
-        place("~$other.txt")
+        user_path("~$other.txt")
 
 
 def test_a_run_notes_where_its_paths_led(workshop, tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ def looked(losses, config=CONFIG, restarts=False):
         if restarts:
             divergence = Divergence(config, json.loads(json.dumps(divergence.memory)))
         try:
-            divergence.look(step, float("nan") if loss is None else loss, skipped=loss is None)
+            divergence.update(step, float("nan") if loss is None else loss, skipped=loss is None)
         except Diverged:
             return step
     return None

@@ -25,10 +25,10 @@ from distil_jax.data.tokenizer import fingerprint, load_tokenizer
 from distil_jax.evaluation.fill_mask import fill_mask
 from distil_jax.evaluation.held_out import evaluate
 from distil_jax.io import huggingface
-from distil_jax.io.metrics import Sums, read_metrics
+from distil_jax.io.metrics import MetricSums, read_metrics
 from distil_jax.models.encoder import MaskedLm, count_parameters
 from distil_jax.objective.distillation import logits
-from distil_jax.reporting.card import card
+from distil_jax.reporting.card import model_card
 from distil_jax.runtime.assemble import assemble
 from distil_jax.runtime.run_folder import Model, open_model
 from distil_jax.schema import InputError
@@ -112,7 +112,7 @@ def test_some_held_out_rows_stand_for_all_of_them_whatever_their_sources(tmp_pat
     monkeypatch.setattr("distil_jax.evaluation.held_out._BATCH_TOKENS", 16 * 16)  # less to compute
     assert not second[:100].any() and 0.4 < second.mean() < 0.6
     whole, few = (evaluate(model, tmp_path / "rows", limit=limit)["mlm"] for limit in (0, 100))
-    monkeypatch.setattr(loader, "judged_rows", lambda rows, limit: np.arange(limit))
+    monkeypatch.setattr(loader, "evaluation_rows", lambda rows, limit: np.arange(limit))
     first = evaluate(model, tmp_path / "rows", limit=100)["mlm"]
     # The rows differ by their source alone: the deviation of a row is that between two values, the first one `first`.
     deviation = (whole - first) * np.sqrt((1 - second.mean()) / second.mean())
@@ -125,7 +125,7 @@ def test_train_and_eval_judge_by_the_same_masks_whatever_the_training_masks(fini
     parts = assemble(load(workshop / "run.toml", ["masking.mask=0.2", "masking.random=0", "masking.rate=0.3"]))
     program = compile_run(parts)
     state = program.first_state()
-    said = program.held_out(state, lambda: None)
+    said = program.evaluator.evaluate(state)
     model = Model(parts.step.student, jax.device_get(state.params), parts.tokenizer)
     teacher = open_model(workshop / "teacher")
     assert said == pytest.approx(evaluate(model, workshop / "rows", teacher=teacher), rel=1e-5)
@@ -135,14 +135,14 @@ def test_train_and_eval_judge_by_the_same_masks_whatever_the_training_masks(fini
 
 
 def test_sums_lose_nothing_however_many_batches_there_are(monkeypatch):
-    fetched, sums, batches = [], Sums(), 200
+    fetched, sums, batches = [], MetricSums(), 200
     monkeypatch.setattr(jax, "device_get", lambda tree: fetched.append(tree) or tree)
     sums.add({"mlm": Mean(np.float32(2**26), np.float32(2**26))})
     for number in range(batches):
         sums.add({"mlm": Mean(np.float32(9), np.float32(3))})  # a float32 of 2**26 does not grow by 3
         assert 0 <= number + 2 - len(fetched) <= 20, "some batches late, and not at the end"
     expected = (2**26 + 9 * batches) / (2**26 + 3 * batches)
-    assert sums.numbers() == {"mlm": pytest.approx(expected, rel=1e-12)}
+    assert sums.means() == {"mlm": pytest.approx(expected, rel=1e-12)}
 
 
 def test_eval_refuses_what_it_cannot_judge(finished_run, exported, workshop, tmp_path, capsys):
@@ -210,15 +210,15 @@ def test_the_card_holds_the_real_numbers(exported, finished_run, workshop, of_th
 
 def test_what_the_text_lost_travels_into_the_card(finished_run, workshop):
     model = open_model(finished_run)
-    data = model.facts["data"]
+    data = model.metadata["data"]
     assert data["counts"] == read_manifest(workshop / "rows").counts
     lost = {"cut_sequences": 1001, "dropped_short": 1002, "dropped_unknown": 1003, "invalid_lines": 1004}
     lost |= {"left_out_files": 1005, "empty_files": 1006, "empty_records": 1007, "unnamed_fields": 1008}
     for counts, shown in ((lost, True), (dict.fromkeys(lost, 0), False), ({}, False)):
-        text = card(replace(model, facts=model.facts | {"data": data | {"counts": counts}}))
+        text = model_card(replace(model, metadata=model.metadata | {"data": data | {"counts": counts}}))
         assert [f"1,00{number} " in text for number in range(1, 9)] == [shown] * 8
     older = {name: value for name, value in data.items() if name != "counts"}
-    assert "Of it" not in card(replace(model, facts=model.facts | {"data": older}))
+    assert "Of it" not in model_card(replace(model, metadata=model.metadata | {"data": older}))
 
 
 def test_an_older_step_is_exported_with_its_own_numbers(finished_run, tmp_path, capsys):

@@ -447,15 +447,18 @@ DAMAGED_FOR_ONE = """
 import dataclasses, itertools
 import jax
 from distil_jax import cli
-from distil_jax.workflows import train
+from distil_jax.runtime.program import BatchStream
 from distil_jax.schema import InputError
+from distil_jax.workflows import train
 compile_run = train.compile_run
+class Damaged(BatchStream):
+    def batches(self, step):
+        yield from itertools.islice(super().batches(step), 3)
+        raise InputError("Row 5 is damaged.")
 def with_damaged_rows(parts):
     program = compile_run(parts)
-    def damaged(step):
-        yield from itertools.islice(program.batches(step), 3)
-        raise InputError("Row 5 is damaged.")
-    return dataclasses.replace(program, batches=damaged) if jax.process_index() else program
+    damaged = Damaged(**vars(program.stream))
+    return dataclasses.replace(program, stream=damaged) if jax.process_index() else program
 train.compile_run = with_damaged_rows
 cli.program()
 """
@@ -475,14 +478,16 @@ def test_where_one_process_refuses_its_rows_the_other_ends(workshop, tmp_path):
 STUCK = """
 import dataclasses, itertools, time
 from distil_jax import cli
+from distil_jax.runtime.program import BatchStream
 from distil_jax.workflows import train
 compile_run = train.compile_run
+class Stuck(BatchStream):
+    def batches(self, step):
+        yield from itertools.islice(super().batches(step), 4)
+        time.sleep(1e6)
 def with_stuck_rows(parts):
     program = compile_run(parts)
-    def stuck(step):
-        yield from itertools.islice(program.batches(step), 4)
-        time.sleep(1e6)
-    return dataclasses.replace(program, batches=stuck)
+    return dataclasses.replace(program, stream=Stuck(**vars(program.stream)))
 train.compile_run = with_stuck_rows
 cli.program()
 """

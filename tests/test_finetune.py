@@ -15,7 +15,7 @@ from conftest import file_hashes, run_numbers, same_leaves
 from distil_jax import cli
 from distil_jax.config.load import load_task
 from distil_jax.data.tokenizer import load_tokenizer
-from distil_jax.evaluation.tasks import Judge
+from distil_jax.evaluation.tasks import TaskEvaluator
 from distil_jax.io import huggingface
 from distil_jax.io.metrics import MetricsWriter, read_metrics
 from distil_jax.runtime.run_folder import open_model
@@ -205,7 +205,7 @@ def test_a_run_that_was_stopped_ends_as_the_unbroken_one(finished, workshop, tas
     assert kept[0] == kept[1]
     # Once more, and nothing is trained or judged again.
     with monkeypatch.context() as patch:
-        patch.setattr(Judge, "numbers", None)
+        patch.setattr(TaskEvaluator, "numbers", None)
         assert finetune(workshop / "teacher", tasks / "sequence.toml", run, *LONG) == 0
     assert "nothing is left to train" in capsys.readouterr().out
     # Other test examples are judged, whether in another file or in the same one.

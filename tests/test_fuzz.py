@@ -537,7 +537,7 @@ def test_the_manifest_of_a_checkpoint(scratch, checkpoints, damage, sealed):
     else:
         body = damaged_json(sound, damage)
     with replaced(path, body):
-        facts = parse(checkpoints.facts, 2)
+        facts = parse(checkpoints.metadata, 2)
         assert facts is None or isinstance(facts, dict)
         parse(checkpoints.verify, 2)
         found, problems = checkpoints.newest_valid()

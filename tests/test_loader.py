@@ -126,7 +126,7 @@ def test_resume_and_batch_size_do_not_change_the_stream(table):
 
 
 def test_a_batch_may_hold_several_epochs(table):
-    rows = table.gather(loader.numbers_at(table, 3, 3 * ROWS, seed=2))
+    rows = table.gather(loader.indices_at(table, 3, 3 * ROWS, seed=2))
     assert np.bincount(rows.row_index).min() >= 2
     assert sorted(rows.row_index[ROWS - 3 : 2 * ROWS - 3]) == list(range(ROWS))
 
@@ -151,7 +151,7 @@ def test_held_out_rows_come_once_and_are_filled_up(folder, batch_rows, limit, pr
         for places in np.split(np.arange(batch_rows), process_count)
     ]
     rows = concatenate([concatenate(parts) for parts in zip(*shares, strict=True)])
-    judged = loader.judged_rows(HELD_OUT, limit)
+    judged = loader.evaluation_rows(HELD_OUT, limit)
     real = len(judged)
     total = -(-real // batch_rows) * batch_rows
     assert rows.row_index.tolist() == [*judged, *range(HELD_OUT, HELD_OUT + total - real)]
@@ -163,8 +163,8 @@ def test_held_out_rows_come_once_and_are_filled_up(folder, batch_rows, limit, pr
 
 def test_some_held_out_rows_are_a_random_choice_that_is_always_the_same():
     for limit in (0, 1000, 2000):
-        assert loader.judged_rows(1000, limit).tolist() == list(range(1000))
-    found = {limit: loader.judged_rows(1000, limit) for limit in (1, 100, 500)}
+        assert loader.evaluation_rows(1000, limit).tolist() == list(range(1000))
+    found = {limit: loader.evaluation_rows(1000, limit) for limit in (1, 100, 500)}
     assert found[100][:4].tolist() == [7, 11, 15, 18], "a newer NumPy would judge other rows"
     assert {*found[1]} < {*found[100]} < {*found[500]}
     for limit, rows in found.items():

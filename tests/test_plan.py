@@ -14,13 +14,14 @@ from distil_jax.config.load import load
 from distil_jax.config.model import ModelConfig
 from distil_jax.config.run import EMBEDDED_TEACHER
 from distil_jax.config.step import StepConfig
-from distil_jax.machines import workload as plan
 from distil_jax.machines.aot import Compiled, memory_asked
 from distil_jax.machines.chips import CHIPS
 from distil_jax.machines.flops import step_flops
 from distil_jax.machines.hlo import Program
 from distil_jax.machines.roofline import roofline
+from distil_jax.machines.workload import read_workload
 from distil_jax.schema import InputError
+from distil_jax.workflows import plan
 
 GIB = 2**30
 
@@ -208,11 +209,11 @@ def test_rows_have_a_length(monkeypatch, capsys):
 
 
 def test_the_presets_need_neither_data_nor_teacher_at_hand():
-    workload = plan.read_workload(load("distilbert_base_multilingual"), tokens=4e9)
+    workload = read_workload(load("distilbert_base_multilingual"), tokens=4e9)
     assert workload.step.teacher.vocab_size == 119_547 and workload.step.student.dtype == "bfloat16"
     assert workload.steps == 22_888 and len(workload.assumptions) == 2
     with pytest.raises(InputError, match="how large the vocabulary is"):
-        plan.read_workload(load("demo_teacher"))
+        read_workload(load("demo_teacher"))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")

@@ -24,18 +24,20 @@ import jax, numpy as np
 from jax.experimental import multihost_utils
 from distil_jax import cli
 from distil_jax.runtime import loop
+from distil_jax.runtime.program import BatchStream
 from distil_jax.workflows import train
 compile_run = train.compile_run
-def watched(parts):
-    program = compile_run(parts)
-    def shown(step):
-        for rows in program.batches(step):
+class Shown(BatchStream):
+    def batches(self, step):
+        for rows in super().batches(step):
             whole = multihost_utils.process_allgather(rows, tiled=True)
             step += 1
             digest = hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(whole))).hexdigest()
             print("batch", step, digest, file=sys.stderr, flush=True)
             yield rows
-    return dataclasses.replace(program, batches=shown)
+def watched(parts):
+    program = compile_run(parts)
+    return dataclasses.replace(program, stream=Shown(**vars(program.stream)))
 train.compile_run = watched
 loop.prefetch = lambda items: items  # gathering is a collective: not from another thread
 sys.exit(cli.main(sys.argv[1:]))

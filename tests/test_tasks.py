@@ -23,11 +23,11 @@ from distil_jax.config.task import TaskConfig
 from distil_jax.data import loader
 from distil_jax.data.examples import read_splits
 from distil_jax.data.loader import RowTable
+from distil_jax.data.summary import summarize
 from distil_jax.data.task_table import TaskTable
 from distil_jax.data.tasks import read_task
 from distil_jax.data.tokenizer import load_tokenizer
-from distil_jax.data.told import told
-from distil_jax.evaluation.tasks import Judge
+from distil_jax.evaluation.tasks import TaskEvaluator
 from distil_jax.schema import InputError
 from distil_jax.structs import IGNORED, Mean
 from distil_jax.training.sharding import make_mesh
@@ -233,7 +233,7 @@ def test_judged_rows_come_once_and_are_filled_up(table, batch_rows, limit, proce
         list(loader.held_out_batches(table, batch_rows=batch_rows, limit=limit, places=places))
         for places in np.split(np.arange(batch_rows), processes)
     ]
-    judged = loader.judged_rows(68, limit)
+    judged = loader.evaluation_rows(68, limit)
     rows, seen = len(judged), 0
     for parts in zip(*shares, strict=True):
         batch = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
@@ -275,7 +275,7 @@ def test_some_of_the_examples_are_judged_by_their_own_labels(kind):
     head = HeadConfig("sequence" if kind == "regression" else kind, labels=1 if kind == "regression" else 2)
     model = head.encoder(ModelConfig(90, 1, 8, 2, 8, 16))
     step = StepConfig(model, optimizer=OptimizerConfig(steps=1), head=head)
-    judge = Judge(TaskConfig(kind=kind), step, make_mesh(MeshConfig()), ("O", "B-X"), 8)
+    judge = TaskEvaluator(TaskConfig(kind=kind), step, make_mesh(MeshConfig()), ("O", "B-X"), 8)
     seen = []
 
     def always_right(state, teacher_params, batch):
@@ -286,9 +286,9 @@ def test_some_of_the_examples_are_judged_by_their_own_labels(kind):
     judge._eval = always_right
     for limit in (0, 30):
         seen.clear()
-        found = judge.numbers(None, examples, limit=limit)
-        assert found[judge._task.judges[0]] == pytest.approx(1.0)
-        assert seen == loader.judged_rows(100, limit).tolist()
+        found = judge.evaluate(None, examples, limit=limit)
+        assert found[judge._task.metric_names[0]] == pytest.approx(1.0)
+        assert seen == loader.evaluation_rows(100, limit).tolist()
     assert 5 < sum(row < 50 for row in seen) < 25, "of both classes"
 
 
@@ -366,7 +366,7 @@ def test_the_digest_is_that_of_what_trains_and_judges(tmp_path):
 def told_of(tmp_path, kind, train, dev, length=16, **settings):
     paths = {name: write(tmp_path / f"{name}.jsonl", part) for name, part in (("train", train), ("dev", dev))}
     task = TaskConfig(kind, **paths, **{"max_length": length} | settings)
-    return told(read_task(task, EMBEDDED_TEACHER, vocab_size=6144, max_length=length)).split("\n")
+    return summarize(read_task(task, EMBEDDED_TEACHER, vocab_size=6144, max_length=length)).split("\n")
 
 
 def test_classes_are_told_with_their_counts_and_what_is_doubtful(tmp_path):
@@ -588,7 +588,7 @@ def test_the_names_of_a_source_are_taken(tmp_path, many):
 def test_every_preset_loads(name):
     config = load_task(name, ["model.path=x"])
     assert config.task.train.startswith("hub:")
-    assert config.task.judges
+    assert config.task.metric_names
     header = (Path(__file__).parents[1] / "configs" / "tasks" / f"{name}.toml").read_text().split("\n\n")[0]
     assert all(line.startswith("#") for line in header.splitlines())
     (command,) = re.findall("distil-jax finetune .*", header)

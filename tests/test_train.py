@@ -199,6 +199,19 @@ def test_the_same_run_again_gives_the_same_bits(finished_run, workshop, tmp_path
 # What is kept
 
 
+class Scripted:
+    """Evaluations that say these scores, by step."""
+
+    def __init__(self, scores: dict[int, float]) -> None:
+        self.scores = scores
+
+    def evaluate(self, state, alive):
+        return {"mlm": self.scores[int(state.step)]}
+
+    def criterion(self, metrics):
+        return metrics["mlm"]
+
+
 @pytest.fixture
 def scored(monkeypatch):
     """Makes evaluations say these scores, by step."""
@@ -206,7 +219,7 @@ def scored(monkeypatch):
 
     def arrange(scores: dict[int, float]) -> None:
         def with_scores(parts):
-            return replace(compile_run(parts), held_out=lambda state, alive: {"mlm": scores[int(state.step)]})
+            return replace(compile_run(parts), evaluator=Scripted(scores))
 
         monkeypatch.setattr(command, "compile_run", with_scores)
 
@@ -293,9 +306,9 @@ def test_nothing_but_rows_goes_to_the_devices_once_a_run_has_begun(workshop, mon
     monkeypatch.setattr(command, "jit_step", partial(guarded, command.jit_step))
     monkeypatch.setattr(command, "jit_eval", partial(guarded, command.jit_eval))
     program = command.compile_run(assemble(load(workshop / "run.toml")))
-    rows = next(program.batches(0))
-    state, _ = program.step(program.first_state(), program.teacher_params, rows, *program.others)
-    assert program.held_out(state, lambda: None)["mlm"] > 0
+    rows = next(program.stream.batches(0))
+    state, _ = program.step(program.first_state(), program.teacher_params, rows, *program.step_arguments)
+    assert program.evaluator.evaluate(state)["mlm"] > 0
 
 
 # Whom it trains
@@ -357,7 +370,7 @@ def test_without_its_losses_a_teacher_only_judges_and_token_types_stay(workshop,
 
 def test_a_token_type_row_that_the_student_begins_without_is_said(workshop):
     def about(*settings):
-        return command.compile_run(assemble(load(workshop / "run.toml", settings))).about
+        return command.compile_run(assemble(load(workshop / "run.toml", settings))).description
 
     assert "token-type row" not in about()
     assert "token-type row, because sinusoidal positions cannot take it in" in about("student.positions=sinusoidal")
@@ -442,9 +455,10 @@ def failing(monkeypatch):
         def step(*_):
             raise error
 
-        monkeypatch.setattr(
-            command, "compile_run", lambda parts: replace(compile_run(parts), step=step, held_out=lambda *_: {"mlm": 1})
-        )
+        def with_failing_step(parts):
+            return replace(compile_run(parts), step=step, evaluator=Scripted({0: 1.0}))
+
+        monkeypatch.setattr(command, "compile_run", with_failing_step)
 
     return arrange
 
@@ -663,26 +677,26 @@ def test_every_checkpoint_holds_the_parameters_of_its_own_step(workshop, tmp_pat
     assert train(workshop, tmp_path / "run", *saves) == 0
     program = command.compile_run(assemble(load(workshop / "run.toml")))
     state = program.first_state()
-    batches = program.batches(0)
+    batches = program.stream.batches(0)
     checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
     shapes = {name: getattr(shapes, name) for name in ("step", "skipped", "params", "opt_state", "key")}
     assert checkpoints.steps() == list(range(1, RUN_STEPS + 1))
     for step in checkpoints.steps():
-        state, _ = program.step(state, program.teacher_params, next(batches), *program.others)
+        state, _ = program.step(state, program.teacher_params, next(batches), *program.step_arguments)
         expected = {name: getattr(state, name) for name in shapes}
         assert same_leaves(checkpoints.restore(step, shapes), expected), step
-        assert checkpoints.facts(step)["position"] == 16 * step
+        assert checkpoints.metadata(step)["position"] == 16 * step
     checkpoints.close()
 
 
 def test_a_run_killed_while_it_began_is_no_foreign_folder(tmp_path):
     (tmp_path / "run" / "tokenizer").mkdir(parents=True)
     (tmp_path / "run" / ".config.toml").touch()
-    run_folder.check(tmp_path / "run")
+    run_folder.check_folder(tmp_path / "run")
     (tmp_path / "run" / "thesis.tex").touch()
     with pytest.raises(InputError, match="something other than a run"):
-        run_folder.check(tmp_path / "run")
+        run_folder.check_folder(tmp_path / "run")
 
 
 def test_compiled_programs_are_kept_where_it_is_asked(workshop, tmp_path):

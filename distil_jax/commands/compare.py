@@ -7,7 +7,7 @@ from pathlib import Path
 
 from distil_jax.reporting.comparison import into_card, tables, write
 from distil_jax.runtime import processes
-from distil_jax.schema import place
+from distil_jax.schema import user_path
 from distil_jax.workflows.compare import compare, named
 
 
@@ -45,8 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Compares, and prints the tables; started again, it goes on where it was."""
-    output, models = place(arguments.output), named(arguments.models)
-    with processes.one_voice():
+    output, models = user_path(arguments.output), named(arguments.models)
+    with processes.first_process_prints():
         found = compare(
             models,
             arguments.tasks,
@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
         print("\n".join(["", *lines]))
         if processes.is_first():
             write(found, lines, output)
-            cards = [place(path) / "README.md" for path in models.values() if arguments.cards]
+            cards = [user_path(path) / "README.md" for path in models.values() if arguments.cards]
             for card in filter(Path.is_file, cards):
                 into_card(card, lines)
         print(f"\nWrote {output / 'compare.md'}, {output / 'compare.json'} and {output / 'compare.png'}.")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 
-from distil_jax.schema import place
+from distil_jax.schema import user_path
 from distil_jax.workflows.demo import demo
 
 
@@ -25,4 +25,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Runs the demonstration; started again, it goes on where it was."""
-    demo(place(arguments.output), seeds=arguments.seeds, overrides=arguments.set)
+    demo(user_path(arguments.output), seeds=arguments.seeds, overrides=arguments.set)

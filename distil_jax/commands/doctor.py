@@ -6,7 +6,7 @@ import argparse
 
 from distil_jax.runtime import processes
 from distil_jax.runtime.doctor import examine
-from distil_jax.schema import place
+from distil_jax.schema import user_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,4 +21,4 @@ def run(arguments: argparse.Namespace) -> None:
       InputError: something is wrong; its line says what to do.
     """
     processes.connect()
-    examine(place(arguments.run) if arguments.run is not None else None)
+    examine(user_path(arguments.run) if arguments.run is not None else None)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 
 from distil_jax.config.load import load_task
-from distil_jax.data.told import told
+from distil_jax.data.summary import summarize
 from distil_jax.evaluation.held_out import evaluate
-from distil_jax.evaluation.tasks import evaluate_task, examples_for, in_words
+from distil_jax.evaluation.tasks import evaluate_task, examples_for, format_metrics
 from distil_jax.models.encoder import count_parameters
 from distil_jax.runtime.run_folder import open_model
 from distil_jax.schema import InputError, quoted, require
@@ -38,8 +38,8 @@ def run(arguments: argparse.Namespace) -> None:
         require(not named, f"--{' and --'.join(named)} are of held-out text: leave them out beside --task.")
         task = load_task(arguments.task, [quoted("model.path", arguments.model)]).task
         data = examples_for(model, task)
-        print(told(data, ("dev", "test")))
-        print(in_words(evaluate_task(model, task, data)))
+        print(summarize(data, ("dev", "test")))
+        print(format_metrics(evaluate_task(model, task, data)))
         return
     if model.head is not None:
         raise InputError(f"{arguments.model} is a task's model, which predicts no words: judge it with --task TASK.")

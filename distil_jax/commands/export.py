@@ -6,7 +6,7 @@ import argparse
 
 from distil_jax.io.task_json import architecture
 from distil_jax.runtime.run_folder import open_model
-from distil_jax.schema import place
+from distil_jax.schema import user_path
 from distil_jax.workflows.export import export
 
 
@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Writes the folder and says how to open it."""
-    model, output = open_model(arguments.model, arguments.step), place(arguments.output)
+    model, output = open_model(arguments.model, arguments.step), user_path(arguments.output)
     export(model, output, dtype=arguments.dtype)
     print(f"Wrote {output}. Open it with")
     print(f"  transformers.{architecture(model.config, model.head)}.from_pretrained({str(output)!r})")

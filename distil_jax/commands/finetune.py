@@ -7,10 +7,10 @@ import argparse
 import tomli_w
 
 from distil_jax.config.load import load_task
-from distil_jax.evaluation.tasks import in_words
+from distil_jax.evaluation.tasks import format_metrics
 from distil_jax.runtime import processes
 from distil_jax.runtime.program import keep_compiled
-from distil_jax.schema import place, quoted, to_dict
+from distil_jax.schema import quoted, to_dict, user_path
 from distil_jax.workflows.finetune import finetune
 
 
@@ -38,8 +38,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.print_config:
         print(tomli_w.dumps(to_dict(config)), end="")
         return
-    output = place(arguments.output)
-    with processes.one_voice():
+    output = user_path(arguments.output)
+    with processes.first_process_prints():
         keep_compiled(config.compute, output)
-        print(in_words(finetune(config, output)))
+        print(format_metrics(finetune(config, output)))
         print(f"Done. {output / 'model'} is the best checkpoint as a folder that transformers opens.")

@@ -8,7 +8,7 @@ import re
 
 from distil_jax.config.load import load
 from distil_jax.machines.workload import read_workload
-from distil_jax.schema import InputError, place, require
+from distil_jax.schema import InputError, require, user_path
 from distil_jax.workflows.plan import plan
 
 
@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> None:
     length = arguments.sequence_length
     require(length is None or length >= 1, f"--sequence-length must be at least 1, not {length}.")
     workload = read_workload(load(arguments.config, arguments.set), length, arguments.tokens)
-    plan(workload, machines, place(arguments.output) if arguments.output else None, sweep=bool(arguments.sweep))
+    plan(workload, machines, user_path(arguments.output) if arguments.output else None, sweep=bool(arguments.sweep))
 
 
 def _topology(text: str) -> tuple[str, int]:

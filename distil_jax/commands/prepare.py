@@ -6,7 +6,7 @@ import argparse
 from dataclasses import fields
 
 from distil_jax.data.prepare import PrepareConfig
-from distil_jax.schema import at_home, place
+from distil_jax.schema import expand_home, user_path
 from distil_jax.workflows.prepare import prepare_rows
 
 
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Prepares the rows and prints what became of the text."""
     values = {field.name: getattr(arguments, field.name) for field in fields(PrepareConfig)}
-    values |= {"sources": tuple(map(at_home, arguments.sources)), "tokenizer": at_home(arguments.tokenizer)}
-    output = place(arguments.output)
+    values |= {"sources": tuple(map(expand_home, arguments.sources)), "tokenizer": expand_home(arguments.tokenizer)}
+    output = user_path(arguments.output)
     print(prepare_rows(PrepareConfig(**values), output))
     print(f"\nWrote {output}. Next: distil-jax train CONFIG --set data.path={output}")

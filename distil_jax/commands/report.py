@@ -8,7 +8,7 @@ import os
 import jax
 
 from distil_jax.reporting.report import write_report
-from distil_jax.schema import InputError, place
+from distil_jax.schema import InputError, user_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,13 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Writes the report and says where."""
-    runs = {place(folder).resolve().name: place(folder) for folder in arguments.runs}
+    runs = {user_path(folder).resolve().name: user_path(folder) for folder in arguments.runs}
     if len(runs) < len(arguments.runs):
         raise InputError("Two of the runs have the same folder name, so a report could not tell them apart.")
     # The run may still be going: its accelerators are its own. And a report fetches nothing.
     jax.config.update("jax_platforms", "cpu")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    output = place(arguments.output or arguments.runs[0])
+    output = user_path(arguments.output or arguments.runs[0])
     if not output.is_dir():
         raise InputError(f"{output} is no folder to write into: make it first, or leave --output out.")
     written = write_report(runs, output, texts=arguments.text)

@@ -10,7 +10,7 @@ import tomli_w
 from distil_jax.config.load import load
 from distil_jax.runtime import processes
 from distil_jax.runtime.program import keep_compiled
-from distil_jax.schema import place, to_dict
+from distil_jax.schema import to_dict, user_path
 from distil_jax.workflows.train import train
 
 
@@ -36,8 +36,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.print_config:
         print(tomli_w.dumps(to_dict(config)), end="")
         return
-    output = place(arguments.output or Path("runs") / Path(arguments.config).stem)
-    with processes.one_voice():
+    output = user_path(arguments.output or Path("runs") / Path(arguments.config).stem)
+    with processes.first_process_prints():
         keep_compiled(config.compute, output)
         train(config, output, resume_step=arguments.resume_step)
         print(f"Done. The run is in {output}. Next: distil-jax export {output} MODEL_FOLDER")

@@ -9,7 +9,7 @@ from typing import Any
 
 from distil_jax.config.run import Config
 from distil_jax.config.task import OPTIMIZER, SCHEDULE, FinetuneConfig
-from distil_jax.schema import InputError, build, place, require, set_value, table_of, to_dict
+from distil_jax.schema import InputError, build, require, set_value, table_of, to_dict, user_path
 
 
 def preset(path: str | Path, kind: str = "") -> Path:
@@ -19,7 +19,7 @@ def preset(path: str | Path, kind: str = "") -> Path:
       path: a file or a name.
       kind: a folder below `configs/`.
     """
-    file = place(path)
+    file = user_path(path)
     if file.exists() and not file.is_dir():  # folders may be named as a preset is
         return file
     here = Path(__file__).parents[1]
@@ -63,7 +63,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if not table_of(values, "teacher").get("path"):
         values["loss"] = {"kl": 0.0, "cosine": 0.0} | table_of(values, "loss")
         values["student"] = {"init": "random"} | table_of(values, "student")
-    settle_schedule(values, overrides)
+    resolve_schedule(values, overrides)
     if not {"steps", "epochs"} & table_of(values, "train").keys():
         values["train"] = {"epochs": 3.0} | table_of(values, "train")
     return build(Config, values)
@@ -82,7 +82,7 @@ def load_task(name: str | Path, overrides: Sequence[str] = ()) -> FinetuneConfig
     values = read_toml(preset(name, "tasks"))
     for override in overrides:
         set_value(values, override)
-    settle_schedule(values, overrides)
+    resolve_schedule(values, overrides)
     given = table_of(values, "train")
     schedule = {"epochs": 0.0} if "steps" in given else {}  # one of the two says how long
     values["train"] = to_dict(SCHEDULE) | schedule | given
@@ -93,7 +93,7 @@ def load_task(name: str | Path, overrides: Sequence[str] = ()) -> FinetuneConfig
     return build(FinetuneConfig, values)
 
 
-def settle_schedule(values: dict[str, Any], overrides: Sequence[str]) -> None:
+def resolve_schedule(values: dict[str, Any], overrides: Sequence[str]) -> None:
     """Where an override says how long a run is, in steps or in epochs, it replaces what the file says in the other."""
     named, train = {override.partition("=")[0].strip() for override in overrides}, dict(table_of(values, "train"))
     for one, other in (("steps", "epochs"), ("epochs", "steps")):

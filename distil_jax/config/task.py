@@ -71,7 +71,7 @@ class TaskConfig:
         )
 
     @property
-    def judges(self) -> tuple[str, ...]:
+    def metric_names(self) -> tuple[str, ...]:
         """The metrics, the first of which decides."""
         default = {"sequence": "accuracy", "regression": "pearson", "tokens": "entity_f1", "spans": "span_f1"}
         return self.metrics or (default[self.kind],)
@@ -135,7 +135,7 @@ def head_of(task: TaskConfig, start: StartConfig, model: ModelConfig, label_name
     published = {"sequence": 0.2 if distil else 0.1, "tokens": 0.1, "spans": 0.1 if distil else 0.0}[kind]
     dropout = published if start.head_dropout is None else start.head_dropout
     labels = {"regression": 1, "spans": 2}.get(task.kind, len(label_names))
-    two = "f1" not in task.judges or labels == 2
+    two = "f1" not in task.metric_names or labels == 2
     require(two, f'The metric "f1" is of two labels, and this task has {labels}: set task.metrics to "macro_f1".')
     names = label_names if task.kind in ("sequence", "tokens") else ()
     return HeadConfig(kind, labels, dropout, names)

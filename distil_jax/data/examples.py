@@ -12,7 +12,7 @@ from distil_jax.config.task import TaskConfig
 from distil_jax.data.corpus import is_held_out
 from distil_jax.data.labels import Classes, found_names, real
 from distil_jax.data.records import SURROGATE, field_of, read_records
-from distil_jax.schema import InputError, require, shown
+from distil_jax.schema import InputError, require, short_repr
 
 
 class Answer(NamedTuple):
@@ -235,6 +235,6 @@ def _answers(label: Any, context: str, where: str) -> tuple[Answer, ...]:
         require(isinstance(text, str) and type(start) is int, schema)
         require(
             bool(text) and start >= 0 and context.startswith(text, start),
-            f"{where}: the answer {shown(text)} does not stand at character {shown(start)} of its context.",
+            f"{where}: the answer {short_repr(text)} does not stand at character {short_repr(start)} of its context.",
         )
     return tuple(Answer(start, text) for text, start in zip(texts, starts, strict=True))

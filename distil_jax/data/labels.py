@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from distil_jax.data.records import SURROGATE
-from distil_jax.schema import InputError, require, shown
+from distil_jax.schema import InputError, require, short_repr
 
 _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?", re.ASCII)
 _WHOLE = re.compile(
@@ -71,7 +71,8 @@ class Classes:
             raise InputError(_no_label(where, meant) if indexed else _below_zero(where, meant, ("-1", "0", "1")))
         labels = ", ".join(self.names)
         require(
-            bool(named), f"{where} has the label {shown(label)}, and the labels are {labels}: see task.label_names."
+            bool(named),
+            f"{where} has the label {short_repr(label)}, and the labels are {labels}: see task.label_names.",
         )
         return named[0]
 
@@ -112,9 +113,9 @@ def meaning(label: Any, where: str) -> int | str:
     else:
         found = int(label) if isinstance(label, bool) else label
     nothing = found is None or (isinstance(found, (str, float)) and str(found) in ("", "nan", "NaN"))
-    require(not nothing, f"{where} has no label ({shown(label)}): leave such examples out.")
+    require(not nothing, f"{where} has no label ({short_repr(label)}): leave such examples out.")
     if not isinstance(found, (int, str)) or (isinstance(found, str) and SURROGATE.search(found)):
-        raise InputError(f"{where} has the label {shown(label)}: it must be a whole number or a name.")
+        raise InputError(f"{where} has the label {short_repr(label)}: it must be a whole number or a name.")
     return found
 
 
@@ -131,7 +132,7 @@ def real(label: Any, where: str) -> float:
     if number or (isinstance(label, str) and _REAL.fullmatch(label.strip())):
         with contextlib.suppress(OverflowError):
             value = float(label)
-    require(abs(value) <= _LARGEST, f"{where} has the label {shown(label)}: a regression needs a finite number.")
+    require(abs(value) <= _LARGEST, f"{where} has the label {short_repr(label)}: a regression needs a finite number.")
     return value
 
 

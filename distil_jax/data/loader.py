@@ -23,7 +23,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import numpy as np
 
 from distil_jax.data.manifest import Manifest, Split, read_manifest
-from distil_jax.schema import InputError, place
+from distil_jax.schema import InputError, user_path
 from distil_jax.structs import Rows
 
 _LONGEST_GOODBYE = 2.0  # seconds; a thread that is not stuck ends after the item that it is reading
@@ -105,7 +105,8 @@ def open_rows(folder: str | Path, split: Split = "train") -> RowTable:
     manifest = read_manifest(folder)
     shape = (getattr(manifest, split).rows, manifest.sequence_length)
     arrays = [
-        _array(place(folder) / split / f"{name}.npy", ("<u2", "<u4"), shape) for name in ("input_ids", "segment_ids")
+        _array(user_path(folder) / split / f"{name}.npy", ("<u2", "<u4"), shape)
+        for name in ("input_ids", "segment_ids")
     ]
     return RowTable(*arrays, pad_id=manifest.pad_id, vocab_size=manifest.vocab_size)
 
@@ -116,7 +117,7 @@ def token_counts(folder: str | Path, manifest: Manifest) -> np.ndarray:
     Raises:
       InputError: an array of another shape or type than the manifest says.
     """
-    return _array(place(folder) / "token_counts.npy", ("<i8",), (manifest.vocab_size,))
+    return _array(user_path(folder) / "token_counts.npy", ("<i8",), (manifest.vocab_size,))
 
 
 def _array(path: Path, dtypes: tuple[str, ...], shape: tuple[int, ...]) -> np.ndarray:
@@ -169,7 +170,7 @@ class Table(Protocol[T_co]):
     def take(self, numbers: np.ndarray, places: np.ndarray) -> T_co: ...
 
 
-def numbers_at(table: Table, start: int, batch_rows: int, *, seed: int) -> np.ndarray:
+def indices_at(table: Table, start: int, batch_rows: int, *, seed: int) -> np.ndarray:
     """[batch_rows] the rows of the endless stream from `start` on, which may be of several epochs."""
     epochs, places = np.divmod(start + np.arange(batch_rows), len(table))
     numbers = np.empty(batch_rows, np.int64)
@@ -196,12 +197,12 @@ def batches(
     if not len(table):
         raise InputError(table.if_empty)
     return (
-        table.take(numbers_at(table, start, batch_rows, seed=seed), places)
+        table.take(indices_at(table, start, batch_rows, seed=seed), places)
         for start in itertools.count(position, batch_rows)
     )
 
 
-def judged_rows(rows: int, limit: int) -> np.ndarray:
+def evaluation_rows(rows: int, limit: int) -> np.ndarray:
     """[min(limit, rows)] the numbers of the held-out rows that are judged, ascending; a limit of 0 means all.
 
     They are drawn at random, because rows stand in the order of their sources: the first of them may all be of one
@@ -216,9 +217,9 @@ def judged_rows(rows: int, limit: int) -> np.ndarray:
 def held_out_batches(
     table: Table[T], *, batch_rows: int, limit: int = 0, places: np.ndarray | None = None
 ) -> Iterator[T]:
-    """The rows of `judged_rows`, once; empty rows fill the last batch up. `places` as in `batches`."""
+    """The rows of `evaluation_rows`, once; empty rows fill the last batch up. `places` as in `batches`."""
     places = np.arange(batch_rows) if places is None else places
-    judged = judged_rows(len(table), limit)
+    judged = evaluation_rows(len(table), limit)
     for start in range(0, len(judged), batch_rows):
         numbers = judged[start : start + batch_rows]
         present = places < len(numbers)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal, get_args
 
-from distil_jax.schema import InputError, build, place, require, shown
+from distil_jax.schema import InputError, build, require, short_repr, user_path
 
 FORMAT = 1  # of the folder; a reader refuses any other
 Split = Literal["train", "held_out"]
@@ -77,7 +77,7 @@ def read_manifest(folder: str | Path) -> Manifest:
       InputError: no such folder, a manifest that is missing, damaged or of another format, a file that is missing,
         of another size or outside the folder.
     """
-    folder = place(folder)
+    folder = user_path(folder)
     path = folder / "manifest.json"
     again = "copy the folder again, or prepare the rows again"
     try:
@@ -88,7 +88,7 @@ def read_manifest(folder: str | Path) -> Manifest:
         raise InputError(f"{path} is damaged ({error}): {again}.") from error
     version = values.get("format") if isinstance(values, dict) else None
     if version != FORMAT:
-        found = shown(version)
+        found = short_repr(version)
         raise InputError(f"{path} has format {found}, and this version reads {FORMAT}: prepare the rows again.")
     try:
         manifest = build(Manifest, values)
@@ -127,7 +127,7 @@ def verify(folder: str | Path) -> Manifest:
     """
     manifest = read_manifest(folder)
     for file in manifest.files:
-        path = place(folder) / file.path
+        path = user_path(folder) / file.path
         try:
             with path.open("rb") as stream:
                 stream.seek(file.header)

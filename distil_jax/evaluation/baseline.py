@@ -6,7 +6,7 @@ import numpy as np
 
 from distil_jax.config.task import TaskConfig
 from distil_jax.data.examples import Example, read_splits
-from distil_jax.evaluation.task_metrics import scores
+from distil_jax.evaluation.task_metrics import score_predictions
 from distil_jax.schema import InputError, require
 
 _STRENGTHS = (0.1, 1.0, 10.0, 100.0)  # of the fit against the regularisation, chosen on the dev examples
@@ -39,10 +39,10 @@ def baseline_scores(task: TaskConfig) -> dict[str, float]:
     for strength in _STRENGTHS:
         linear = LogisticRegression(C=strength, max_iter=2000) if task.kind == "sequence" else Ridge(alpha=1 / strength)
         linear.fit(fitted, labels)
-        found = scores(task.judges, linear.predict(dev), _labels(splits.dev))[task.judges[0]]
+        found = score_predictions(task.metric_names, linear.predict(dev), _labels(splits.dev))[task.metric_names[0]]
         if found > best:
             best, chosen = found, linear
-    return scores(task.judges, chosen.predict(vectors.transform(_texts(judged))), _labels(judged))
+    return score_predictions(task.metric_names, chosen.predict(vectors.transform(_texts(judged))), _labels(judged))
 
 
 def _texts(examples: list[Example]) -> list[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +15,22 @@ from distil_jax.config.run import ComputeConfig, MeshConfig
 from distil_jax.config.step import OptimizerConfig, StepConfig
 from distil_jax.data.loader import RowTable, held_out_batches, open_rows
 from distil_jax.data.manifest import read_manifest
-from distil_jax.io.metrics import Sums, perplexity
+from distil_jax.io.metrics import MetricSums, perplexity
 from distil_jax.models.encoder import abstract_params
 from distil_jax.runtime.assemble import check_tokenizer, resolve_compute, token_weights, with_compute
-from distil_jax.runtime.attention import settle_attention
+from distil_jax.runtime.attention import resolve_attention
 from distil_jax.runtime.run_folder import Model
 from distil_jax.schema import InputError
 from distil_jax.training.sharding import (
     jit_eval,
     local_places,
     make_mesh,
-    put_everywhere,
     put_params,
     put_rows,
+    replicate,
     shardings_of,
 )
-from distil_jax.training.state import TrainState, abstract_state, judged_state
+from distil_jax.training.state import TrainState, abstract_state, eval_state
 from distil_jax.training.step import mask_and_eval_step
 
 _BATCH_TOKENS = 8192  # per device and call; the numbers do not depend on it
@@ -42,7 +43,7 @@ def evaluate(model: Model, data: str | Path, *, teacher: Model | None = None, li
       model: whose numbers.
       data: a folder of prepared rows.
       teacher: adds kl and agreement with it.
-      limit: only so many rows, see `judged_rows`; 0: all.
+      limit: only so many rows, see `evaluation_rows`; 0: all.
 
     Raises:
       InputError: a model without an MLM head, or rows of another tokenizer.
@@ -69,54 +70,64 @@ def evaluate(model: Model, data: str | Path, *, teacher: Model | None = None, li
         optimizer=OptimizerConfig(steps=1),
     )
     mesh = make_mesh(MeshConfig())
-    config, _ = settle_attention(config, "auto", mesh, manifest.sequence_length)
+    config, _ = resolve_attention(config, "auto", mesh, manifest.sequence_length)
     shapes = abstract_state(config).replace(opt_state=None)
     params = put_params(model.params, shardings_of(shapes, mesh).params)
     teacher_shapes = abstract_params(config.teacher) if teacher else None
-    return held_out_numbers(
-        jit_eval(mask_and_eval_step, mesh, shapes, teacher_shapes),
-        judged_state(config, params),
-        put_params(teacher.params, shardings_of(teacher_shapes, mesh)) if teacher else None,
-        table,
-        put_everywhere(token_weights(data, manifest, model.config, smoothing=0.0), mesh),
+    evaluator = HeldOutEvaluator(
+        step=jit_eval(mask_and_eval_step, mesh, shapes, teacher_shapes),
+        teacher_params=put_params(teacher.params, shardings_of(teacher_shapes, mesh)) if teacher else None,
+        open_table=lambda: table,
+        weights=replicate(token_weights(data, manifest, model.config, smoothing=0.0), mesh),
         mesh=mesh,
         batch_rows=rows_per_call(mesh, manifest.sequence_length),
         limit=limit,
     )
+    return evaluator.evaluate(eval_state(config, params))
 
 
-def held_out_numbers(
-    step: Callable,
-    state: TrainState,
-    teacher_params: Any,
-    table: RowTable,
-    weights: jax.Array,
-    *,
-    mesh: Mesh,
-    batch_rows: int,
-    limit: int = 0,
-    alive: Callable[[], None] = lambda: None,
-) -> dict[str, float]:
-    """Means over the held-out rows: mlm, accuracy, perplexity, and kl and agreement with a teacher.
+@dataclass(frozen=True, eq=False)
+class HeldOutEvaluator:
+    """Judges students on held-out rows; the masks of a row are always the same.
 
-    Args:
+    Attributes:
       step: `mask_and_eval_step`, compiled with `jit_eval`.
-      state: the student.
-      teacher_params: the teacher's tree or None.
-      table: held-out rows; the masks are the same at every call, and of a row whatever the limit.
+      teacher_params: the teacher's tree on the mesh, or None.
+      open_table: opens the held-out rows.
       weights: [V], on the mesh.
       mesh: where the rows go.
       batch_rows: rows per call of `step`.
-      limit: only so many rows, see `judged_rows`; 0: all.
-      alive: called with every batch.
+      limit: only so many rows, see `evaluation_rows`; 0: all.
     """
-    sums, places = Sums(), local_places(mesh, batch_rows)
-    for rows in held_out_batches(table, batch_rows=batch_rows, limit=limit, places=places):
-        alive()
-        sums.add(step(state, teacher_params, put_rows(rows, mesh, batch_rows=batch_rows), weights))
-    numbers = sums.numbers()
-    mlm = numbers.pop("mlm")
-    return {"mlm": mlm, "perplexity": perplexity(mlm), **numbers}
+
+    step: Callable
+    teacher_params: Any
+    open_table: Callable[[], RowTable]
+    weights: jax.Array
+    mesh: Mesh
+    batch_rows: int
+    limit: int
+
+    def evaluate(self, state: TrainState, alive: Callable[[], None] = lambda: None) -> dict[str, float]:
+        """Means over the rows: mlm, perplexity, accuracy, and kl and agreement with a teacher.
+
+        Args:
+          state: of the student.
+          alive: called with every batch.
+        """
+        sums, places = MetricSums(), local_places(self.mesh, self.batch_rows)
+        table = self.open_table()
+        for rows in held_out_batches(table, batch_rows=self.batch_rows, limit=self.limit, places=places):
+            alive()
+            batch = put_rows(rows, self.mesh, batch_rows=self.batch_rows)
+            sums.add(self.step(state, self.teacher_params, batch, self.weights))
+        metrics = sums.means()
+        mlm = metrics.pop("mlm")
+        return {"mlm": mlm, "perplexity": perplexity(mlm), **metrics}
+
+    def criterion(self, metrics: Mapping[str, Any]) -> float:
+        """The MLM loss."""
+        return metrics["mlm"]
 
 
 def rows_per_call(mesh: Mesh, length: int) -> int:

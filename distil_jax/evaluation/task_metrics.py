@@ -19,7 +19,7 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
-def scores(metrics: Iterable[str], predictions: Any, labels: Any) -> dict[str, float]:
+def score_predictions(metrics: Iterable[str], predictions: Any, labels: Any) -> dict[str, float]:
     """Judges predictions by each of the metrics.
 
     Args:

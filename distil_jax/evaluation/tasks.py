@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -12,24 +13,24 @@ from jax.sharding import Mesh
 from distil_jax.config.run import ComputeConfig, MeshConfig
 from distil_jax.config.step import OptimizerConfig, StepConfig
 from distil_jax.config.task import StartConfig, TaskConfig, check_head, head_of
-from distil_jax.data.loader import held_out_batches, judged_rows
+from distil_jax.data.loader import evaluation_rows, held_out_batches
 from distil_jax.data.spans import answers
 from distil_jax.data.task_table import TaskTable
 from distil_jax.data.tasks import TaskData, read_task
 from distil_jax.evaluation.held_out import rows_per_call
-from distil_jax.evaluation.task_metrics import scores
-from distil_jax.io.metrics import Sums
+from distil_jax.evaluation.task_metrics import score_predictions
+from distil_jax.io.metrics import MetricSums
 from distil_jax.runtime.assemble import resolve_compute, with_compute
-from distil_jax.runtime.attention import settle_attention
+from distil_jax.runtime.attention import resolve_attention
 from distil_jax.runtime.run_folder import Model
 from distil_jax.schema import InputError
 from distil_jax.structs import IGNORED
 from distil_jax.training.sharding import jit_eval, local_places, make_mesh, put_params, put_rows, shardings_of
-from distil_jax.training.state import abstract_state, judged_state
+from distil_jax.training.state import TrainState, abstract_state, eval_state
 from distil_jax.training.step import task_eval_step
 
 
-class Judge:
+class TaskEvaluator:
     """Judges parameters on the examples of a task.
 
     Args:
@@ -47,7 +48,7 @@ class Judge:
         self._label_names = np.array(label_names)
         self._eval = jit_eval(task_eval_step, mesh, abstract_state(step).replace(opt_state=None), None)
 
-    def numbers(
+    def evaluate(
         self, params: Any, table: TaskTable, *, limit: int = 0, alive: Callable[[], None] = lambda: None
     ) -> dict[str, float]:
         """The metrics, as shares, and the mean loss.
@@ -55,40 +56,65 @@ class Judge:
         Args:
           params: on the mesh.
           table: the examples.
-          limit: only so many, see `judged_rows`; 0: all, as it must be of spans, whose examples have several rows.
+          limit: only so many, see `evaluation_rows`; 0: all, as it must be of spans, whose examples have several rows.
           alive: called with every batch.
         """
-        state, sums, found = judged_state(self._step, params), Sums(), []
+        state, sums, found = eval_state(self._step, params), MetricSums(), []
         places = local_places(self._mesh, self._batch_rows)
         for batch in held_out_batches(table, batch_rows=self._batch_rows, limit=limit, places=places):
             alive()
             metrics, logits = self._eval(state, None, put_rows(batch, self._mesh, batch_rows=self._batch_rows))
             sums.add(metrics)
             found.append(logits)  # fetched at the end
-        judged = judged_rows(len(table), limit)
+        judged = evaluation_rows(len(table), limit)
         logits = [row for batch in jax.device_get(found) for row in batch][: len(judged)]
-        return {**self._scores(logits, table, table.labels[judged]), **sums.numbers()}
+        return {**self._scores(logits, table, table.labels[judged]), **sums.means()}
 
-    def splits(self, params: Any, data: TaskData) -> dict[str, dict[str, float]]:
-        """`numbers` of the task's "dev" and, where there are such examples, "test"."""
+    def evaluate_splits(self, params: Any, data: TaskData) -> dict[str, dict[str, float]]:
+        """`evaluate` of the task's "dev" and, where there are such examples, "test"."""
         tables = {"dev": data.dev, "test": data.test}
-        return {name: self.numbers(params, table) for name, table in tables.items() if table is not None}
+        return {name: self.evaluate(params, table) for name, table in tables.items() if table is not None}
 
     def _scores(self, logits: list[np.ndarray], table: TaskTable, labels: np.ndarray) -> dict[str, float]:
-        metrics = self._task.judges
+        metrics = self._task.metric_names
         if self._task.kind == "regression":
-            return scores(metrics, np.array(logits)[:, 0], labels)
+            return score_predictions(metrics, np.array(logits)[:, 0], labels)
         if self._task.kind == "sequence":
-            return scores(metrics, np.argmax(logits, axis=-1), labels)
+            return score_predictions(metrics, np.argmax(logits, axis=-1), labels)
         if self._task.kind == "tokens":
             asked = [truth[: len(row)] != IGNORED for row, truth in zip(logits, labels, strict=True)]
             said, true = (
                 [self._label_names[row[: len(where)][where]].tolist() for row, where in zip(rows, asked, strict=True)]
                 for rows in ([row.argmax(axis=-1) for row in logits], labels)
             )
-            return scores(metrics, said, true)
+            return score_predictions(metrics, said, true)
         starts, ends = ([row[:, end] for row in logits] for end in (0, 1))
-        return scores(metrics, answers(table, starts, ends, self._task.max_answer), table.references)
+        return score_predictions(metrics, answers(table, starts, ends, self._task.max_answer), table.references)
+
+
+@dataclass(frozen=True, eq=False)
+class DevEvaluator:
+    """Judges the states of a fine-tuning run on the task's dev examples.
+
+    Attributes:
+      evaluator: of the task.
+      table: the examples.
+      limit: only so many, see `evaluation_rows`; 0: all.
+      metric: decides which state is best.
+    """
+
+    evaluator: TaskEvaluator
+    table: TaskTable
+    limit: int
+    metric: str
+
+    def evaluate(self, state: TrainState, alive: Callable[[], None]) -> dict[str, float]:
+        """`TaskEvaluator.evaluate` of the state's parameters."""
+        return self.evaluator.evaluate(state.params, self.table, limit=self.limit, alive=alive)
+
+    def criterion(self, metrics: Mapping[str, Any]) -> float:
+        """The negative of the first metric, of which more is better."""
+        return -metrics[self.metric]
 
 
 def examples_for(model: Model, task: TaskConfig) -> TaskData:
@@ -115,14 +141,14 @@ def evaluate_task(model: Model, task: TaskConfig, data: TaskData) -> dict[str, d
     mesh, compute = make_mesh(MeshConfig()), resolve_compute(ComputeConfig())
     student = with_compute(model.config, compute)
     step = StepConfig(student, optimizer=OptimizerConfig(steps=1), head=model.head)
-    step, _ = settle_attention(step, "auto", mesh, length)
+    step, _ = resolve_attention(step, "auto", mesh, length)
     params = put_params(model.params, shardings_of(abstract_state(step).replace(opt_state=None), mesh).params)
-    judge = Judge(task, step, mesh, data.label_names, rows_per_call(mesh, length))
-    return judge.splits(params, data)
+    judge = TaskEvaluator(task, step, mesh, data.label_names, rows_per_call(mesh, length))
+    return judge.evaluate_splits(params, data)
 
 
-def in_words(found: dict[str, dict[str, float]]) -> str:
-    """What `Judge.splits` returns, one line a split."""
+def format_metrics(found: dict[str, dict[str, float]]) -> str:
+    """What `TaskEvaluator.evaluate_splits` returns, one line a split."""
     return "\n".join(
         f"{split}: " + ", ".join(f"{name} {number:.4f}" for name, number in numbers.items())
         for split, numbers in found.items()

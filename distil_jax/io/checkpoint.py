@@ -1,8 +1,9 @@
-"""Checkpoints of a run: the state, and beside it a few plain facts. Orbax writes arrays and stays in this file.
+"""Checkpoints of a run: the state, and beside it a little metadata. Orbax writes arrays and stays in this file.
 
-`checkpoints/STEP/` holds what Orbax wrote, in `state/`, and `manifest.json`: the facts, the shape of every array, and
-size and sha256 of every file, under a sha256 of its own. All of it is written in a folder with another name and renamed
-last, so a checkpoint is there whole or not at all, and whatever damages one afterwards is found before it is used.
+`checkpoints/STEP/` holds what Orbax wrote, in `state/`, and `manifest.json`: the metadata, the shape of every array,
+and size and sha256 of every file, under a sha256 of its own. All of it is written in a folder with another name and
+renamed last, so a checkpoint is there whole or not at all, and whatever damages one afterwards is found before it is
+used.
 """
 
 from __future__ import annotations
@@ -60,8 +61,8 @@ class _File:
 class _Manifest:
     format: int
     step: int
-    score: float | None  # the lower the better
-    facts: dict
+    score: float | None  # the criterion, the lower the better; on disk it has always been called so
+    facts: dict  # the metadata, likewise
     arrays: dict  # path -> dtype and shape, see `_described`
     files: tuple[_File, ...]
 
@@ -101,7 +102,7 @@ class Checkpoints:
         """The steps that have a folder, whole or damaged, in order."""
         return sorted(int(path.name) for path in self._folder.glob("*") if path.is_dir() and _STEP.fullmatch(path.name))
 
-    def facts(self, step: int) -> dict[str, Any]:
+    def metadata(self, step: int) -> dict[str, Any]:
         """What was saved beside the arrays of `step`; these alone are read and checked.
 
         Raises:
@@ -110,7 +111,7 @@ class Checkpoints:
         return self._manifest(step).facts
 
     def verify(self, step: int) -> dict[str, Any]:
-        """Reads every file of a checkpoint, compares it with its checksum, and returns the facts.
+        """Reads every file of a checkpoint, compares it with its checksum, and returns the metadata.
 
         Raises:
           InputError: damaged, or not there.
@@ -144,23 +145,23 @@ class Checkpoints:
         return found, problems
 
     def best_valid(self) -> tuple[int | None, list[str]]:
-        """The step with the best score among those that pass `verify`, and what is wrong with better ones.
+        """The step with the best criterion among those that pass `verify`, and what is wrong with better ones.
 
-        None where no valid checkpoint has a score. Only the first process looks, as for `newest_valid`.
+        None where no valid checkpoint has one. Only the first process looks, as for `newest_valid`.
         """
-        scores = self._scores()
-        found, problems, _ = self._first_valid(sorted(scores, key=scores.get))
+        criteria = self._criteria()
+        found, problems, _ = self._first_valid(sorted(criteria, key=criteria.get))
         return found, problems
 
     def best(self) -> tuple[int | None, float]:
-        """The step with the best score and that score, as the first process sees them; (None, inf) where there is none.
+        """The step with the best criterion, and that, as the first process sees them; (None, inf) where there is none.
 
         A save that is under way counts: it is waited for. Files are not read; what `verify` has found damaged, or
         whose manifest is, does not count.
         """
         self.wait()
-        scores = self._scores() if self._first else {}
-        found = self._same(min(scores, key=scores.get, default=None))
+        criteria = self._criteria() if self._first else {}
+        found = self._same(min(criteria, key=criteria.get, default=None))
         return found, math.inf if found is None else self._manifest(found).score
 
     def set_aside_after(self, step: int) -> list[str]:
@@ -173,15 +174,15 @@ class Checkpoints:
         self._meet("later checkpoints are set aside")
         return moved
 
-    def save(self, step: int, arrays: Any, facts: dict[str, Any], *, score: float | None = None) -> None:
+    def save(self, step: int, arrays: Any, metadata: dict[str, Any], *, criterion: float | None = None) -> None:
         """Starts a save and returns; it appears whole or not at all, and `failure` says if it does not.
 
         Args:
           step: its name; a step that is already there is left as it is.
           arrays: a tree of arrays.
-          facts: plain values.
-          score: of the state, where it is known: the lower the better; the checkpoint with the best is never removed.
-            One that is not finite is none.
+          metadata: plain values.
+          criterion: of the state, where it is known: the lower the better. The checkpoint with the best is never
+            removed. One that is not finite is none.
         """
         self.wait()
         if step in self.steps():
@@ -196,8 +197,8 @@ class Checkpoints:
             self._fail(step, error)
             return
         self._found_damaged.discard(step)  # that one has been set aside
-        score = score if score is not None and math.isfinite(score) else None
-        self._sealing = (step, self._sealer.submit(self._seal, step, facts, _described(arrays), score))
+        criterion = criterion if criterion is not None and math.isfinite(criterion) else None
+        self._sealing = (step, self._sealer.submit(self._seal, step, metadata, _described(arrays), criterion))
 
     def saving(self) -> bool:
         """Whether a save that was started is not on disk yet; any thread may ask."""
@@ -272,7 +273,7 @@ class Checkpoints:
         if refused:
             raise refusal or OSError("the first process says why")
 
-    def _seal(self, step: int, facts: dict[str, Any], arrays: dict[str, str], score: float | None) -> None:
+    def _seal(self, step: int, metadata: dict[str, Any], arrays: dict[str, str], criterion: float | None) -> None:
         """In a thread: once the arrays of all processes are written, the manifest, the name, and what is too old."""
         self._checkpointer.wait_until_finished()
         if not self._first:
@@ -283,7 +284,7 @@ class Checkpoints:
             for path in sorted(draft.rglob("*"))
             if path.is_file()
         ]
-        body = {"format": FORMAT, "step": step, "score": score, "facts": facts, "arrays": arrays, "files": files}
+        body = {"format": FORMAT, "step": step, "score": criterion, "facts": metadata, "arrays": arrays, "files": files}
         with (draft / _MANIFEST).open("w", encoding="utf-8") as stream:
             json.dump({"sha256": _digest(body), "body": body}, stream)
             stream.flush()
@@ -293,23 +294,23 @@ class Checkpoints:
 
     def _retire(self) -> None:
         """Removes what is neither among the newest nor the best; a damaged checkpoint counts for nothing and stays."""
-        whole, scores = self._whole(), self._scores()
-        best = min(scores, key=scores.get, default=None)
+        whole, criteria = self._whole(), self._criteria()
+        best = min(criteria, key=criteria.get, default=None)
         for step in sorted(whole)[: -self._keep]:
             if step != best:
                 shutil.rmtree((self._folder / str(step)).rename(self._folder / f".retired-{step}"))
 
-    def _scores(self) -> dict[int, float]:
-        """Of the whole checkpoints those that have a score, in order."""
-        return {step: score for step, score in self._whole().items() if score is not None}
+    def _criteria(self) -> dict[int, float]:
+        """The criterion of each whole checkpoint that has one, in order."""
+        return {step: criterion for step, criterion in self._whole().items() if criterion is not None}
 
     def _whole(self) -> dict[int, float | None]:
-        """The scores of the checkpoints whose manifests are whole, and of which nothing was found to be damaged."""
+        """The criteria of the checkpoints whose manifests are whole, and of which nothing was found to be damaged."""
         found = {}
         for step in self.steps():
             with contextlib.suppress(InputError):
                 found[step] = self._manifest(step).score
-        return {step: score for step, score in found.items() if step not in self._found_damaged}
+        return {step: criterion for step, criterion in found.items() if step not in self._found_damaged}
 
     def _first_valid(self, steps: Iterable[int]) -> tuple[int | None, list[str], bool]:
         """The first of these steps that passes `verify`, what is wrong with those before, and whether there are any."""

@@ -20,12 +20,12 @@ from distil_jax.structs import Mean, Metrics
 _BATCHES_LATE = 16  # that may be under way before their numbers are fetched
 
 
-def to_numbers(metrics: Metrics) -> dict[str, float]:
+def to_floats(metrics: Metrics) -> dict[str, float]:
     """Fetches metrics from the device and divides; a mean over nothing is 0."""
     return {name: float(mean.total) / max(float(mean.count), 1.0) for name, mean in jax.device_get(metrics).items()}
 
 
-class Sums:
+class MetricSums:
     """Adds up what batches say, on the host and in float64: a float32 sum loses the counts of 100 million tokens.
 
     Numbers are fetched some batches late, so that the host does not wait for the device at every batch.
@@ -41,11 +41,11 @@ class Sums:
         if len(self._late) > _BATCHES_LATE:
             self._fetch()
 
-    def numbers(self) -> dict[str, float]:
+    def means(self) -> dict[str, float]:
         """The means over everything that was added, as `to_numbers` says."""
         while self._late:
             self._fetch()
-        return to_numbers(self._sums)
+        return to_floats(self._sums)
 
     def _fetch(self) -> None:
         for name, mean in jax.device_get(self._late.popleft()).items():

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from distil_jax.files import TOKENIZER_FILES
-from distil_jax.schema import InputError, place
+from distil_jax.schema import InputError, user_path
 
 SINGLE, INDEX, PICKLE = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
 
@@ -51,7 +51,7 @@ def local_folder(name: str | Path) -> Path:
     Raises:
       InputError: neither exists, the folder is of no model, or the hub cannot be reached.
     """
-    folder = place(name)
+    folder = user_path(name)
     if folder.is_dir():
         _check_model(folder)
         return folder

@@ -24,7 +24,7 @@ from distil_jax.config.run import Config
 from distil_jax.config.step import StepConfig
 from distil_jax.machines.chips import CHIPS
 from distil_jax.machines.hlo import Program
-from distil_jax.runtime.assemble import settle, teacher_shapes
+from distil_jax.runtime.assemble import resolve_step, teacher_shapes
 from distil_jax.schema import InputError, build, to_dict
 from distil_jax.training.sharding import lower_step, make_mesh, shard_count, shardings_of
 from distil_jax.training.state import abstract_state
@@ -111,7 +111,7 @@ def _compile_here(job: Job) -> Compiled:
     if devices[0].device_kind not in CHIPS:
         raise InputError(f"Nothing is known of the chip {devices[0].device_kind}, only of {', '.join(CHIPS)}.")
     mesh = make_mesh(job.config.mesh, devices)
-    step, attention = settle(job.step, job.config, mesh, job.sequence_length)
+    step, attention = resolve_step(job.step, job.config, mesh, job.sequence_length)
     state, teacher = abstract_state(step), None
     if step.teacher is not None:
         teacher = teacher_shapes(job.config.teacher, step.teacher)

@@ -15,7 +15,7 @@ from distil_jax.machines.aot import Job
 from distil_jax.objective.masking import most_targets
 from distil_jax.runtime.assemble import (
     resolve_compute,
-    student_in,
+    student_from_folder,
     student_model,
     teacher_compute,
     total_steps,
@@ -114,7 +114,7 @@ def _architecture(path: str) -> ModelConfig:
 def _student(student: StudentConfig, teacher: ModelConfig | None, manifest: Manifest | None) -> ModelConfig:
     if student.init in ("teacher", "random"):
         return student_model(student, teacher, _vocabulary(manifest, teacher))
-    return student_in(local_folder(student.init), _architecture(student.init), student)
+    return student_from_folder(local_folder(student.init), _architecture(student.init), student)
 
 
 def _vocabulary(manifest: Manifest | None, teacher: ModelConfig | None) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from distil_jax.config.model import ModelConfig
-from distil_jax.data.told import losses
+from distil_jax.data.summary import data_problems
 from distil_jax.io.metrics import read_metrics
 from distil_jax.models.encoder import count_parameters
 from distil_jax.objective.distillation import Distillation
@@ -19,7 +19,7 @@ from distil_jax.schema import build
 _PIPELINES = {"sequence": "text-classification", "tokens": "token-classification", "spans": "question-answering"}
 
 
-def card(model: Model) -> str:
+def model_card(model: Model) -> str:
     """The text of README.md for an exported model."""
     if model.run is None:
         return _plain_card(model)
@@ -28,7 +28,7 @@ def card(model: Model) -> str:
 
 def _card(model: Model) -> str:
     """What was done, with what, and how well it went: from the run's own files."""
-    facts, config = model.facts, model.run_config
+    facts, config = model.metadata, model.run_config
     data, train = facts["data"], config.train
     lines = [*_front_matter(model), f"# {model.run.resolve().name}", ""]
     if facts["teacher"]:
@@ -59,7 +59,7 @@ def _card(model: Model) -> str:
 
 def _task_card(model: Model) -> str:
     """Of a fine-tuned model."""
-    facts, config = model.facts, model.run_config
+    facts, config = model.metadata, model.run_config
     task, loss, optimizer = config.task, config.loss, config.optimizer
     teacher = (
         f", with `{_named(config.teacher.path)}` as its teacher (weight {loss.soft:g} at temperature "
@@ -99,7 +99,7 @@ def _task_card(model: Model) -> str:
 
 def _doubtful(counts: dict[str, dict[str, int]]) -> list[str]:
     """What was cut, lost or doubtful of the examples, one line a split."""
-    said = {split: ", ".join(losses(found)) for split, found in counts.items()}
+    said = {split: ", ".join(data_problems(found)) for split, found in counts.items()}
     return [f"- {split}: {text}" for split, text in said.items() if text]
 
 

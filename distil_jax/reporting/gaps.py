@@ -146,6 +146,6 @@ def _choices(choices: list[tuple[str, float]]) -> str:
 def _teacher(path: str, student: Model) -> Model:
     """What lies at `path`, if that is still the teacher that the student learnt from."""
     teacher = open_model(path)
-    if huggingface.fingerprint(teacher.params) != student.facts["identity"].get("teacher"):
+    if huggingface.fingerprint(teacher.params) != student.metadata["identity"].get("teacher"):
         raise InputError(f"{path} holds another teacher than the run began with.")
     return teacher

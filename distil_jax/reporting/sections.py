@@ -38,7 +38,7 @@ def summary(folder: Path, told: History, config: Config | FinetuneConfig, *, lea
     took = f" in {duration(told.seconds)}" if told.seconds else ""
     sentence = f"{student}, {teacher}: {done}{took}"
     if found := told.evaluations:
-        names = config.task.judges if isinstance(config, FinetuneConfig) else ("mlm", "agreement")
+        names = config.task.metric_names if isinstance(config, FinetuneConfig) else ("mlm", "agreement")
         judged = [f"{_name(name)} {_from_to(found, name)}" for name in names if name in found[-1]]
         sentence += f"; held out: {', '.join(judged)}" if judged else ""
     blocks: list[Block] = [Paragraph(f"{sentence}.", lead)]
@@ -77,7 +77,7 @@ def _facts(folder: Path) -> dict:
     with contextlib.closing(Checkpoints(folder / "checkpoints")) as checkpoints:
         for step in reversed(checkpoints.steps()):
             with contextlib.suppress(InputError):
-                return checkpoints.facts(step)
+                return checkpoints.metadata(step)
     return {}
 
 

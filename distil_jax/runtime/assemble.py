@@ -27,7 +27,7 @@ from distil_jax.models.encoder import init_params
 from distil_jax.models.heads import abstract_model
 from distil_jax.models.student import choose_layers, student_from_teacher
 from distil_jax.objective.masking import masking_weights, most_targets
-from distil_jax.runtime.attention import settle_attention
+from distil_jax.runtime.attention import resolve_attention
 from distil_jax.runtime.processes import is_first
 from distil_jax.schema import InputError, require
 from distil_jax.training.sharding import check_mesh, make_mesh, put_params, shard_count, shardings_of
@@ -109,11 +109,11 @@ def assemble(config: Config) -> Parts:
     )
     mesh = make_mesh(config.mesh)
     check_batch(config.train, manifest.train.rows, mesh)
-    step, attention = settle(step, config, mesh, manifest.sequence_length)
+    step, attention = resolve_step(step, config, mesh, manifest.sequence_length)
     identity = {"rows": _digest(manifest)}
     if teacher_params is not None:
         identity["teacher"] = huggingface.fingerprint(teacher_params)
-        teacher_params = in_dtype_of(teacher_config, teacher_params)
+        teacher_params = cast_teacher(teacher_config, teacher_params)
     return Parts(
         config=config,
         step=step,
@@ -197,7 +197,7 @@ def check_batch(train: TrainConfig, rows: int, mesh: Mesh) -> None:
     )
 
 
-def settle(step: StepConfig, config: Config, mesh: Mesh, length: int) -> tuple[StepConfig, str]:
+def resolve_step(step: StepConfig, config: Config, mesh: Mesh, length: int) -> tuple[StepConfig, str]:
     """The step as it is compiled for a mesh, and which attention that means and why.
 
     Raises:
@@ -205,7 +205,7 @@ def settle(step: StepConfig, config: Config, mesh: Mesh, length: int) -> tuple[S
     """
     check_mesh(mesh, step)
     step = replace(step, accumulation=micro_batches(config.train, mesh, length))
-    return settle_attention(step, config.compute.attention, mesh, length)
+    return resolve_attention(step, config.compute.attention, mesh, length)
 
 
 def micro_batches(train: TrainConfig, mesh: Mesh, sequence_length: int) -> int:
@@ -278,12 +278,12 @@ def teacher_shapes(teacher: TeacherConfig, model: ModelConfig, head: HeadConfig 
     return shapes if teacher.sharded else nn.unbox(shapes)
 
 
-def in_dtype_of(model: ModelConfig, params: Any) -> Any:
+def cast_teacher(model: ModelConfig, params: Any) -> Any:
     """A teacher's parameters in its compute dtype: it only computes, and on accelerators that is half the memory."""
     return jax.tree.map(lambda leaf: np.asarray(leaf, jnp.dtype(model.dtype)), params)
 
 
-def place_teacher(params: Any, teacher: TeacherConfig, step: StepConfig, mesh: Mesh) -> tuple[Any, Any]:
+def put_teacher(params: Any, teacher: TeacherConfig, step: StepConfig, mesh: Mesh) -> tuple[Any, Any]:
     """The teacher's `teacher_shapes`, and its parameters on the mesh; both None where there is none."""
     if params is None:
         return None, None
@@ -337,7 +337,7 @@ def _student(
         folder = local_folder(student.init)
         model, params = huggingface.load(folder)
         check_tokenizer(folder, model, data, manifest)
-        model = student_in(folder, model, student)
+        model = student_from_folder(folder, model, student)
         if "mlm" not in params:
             # A bare encoder gets a new head; everything else is kept.
             fresh = nn.unbox(init_params(jax.random.key(seed), model))
@@ -354,7 +354,7 @@ def _student(
     return replace(resolved, layers=layers), model, params
 
 
-def student_in(folder: Path, model: ModelConfig, student: StudentConfig) -> ModelConfig:
+def student_from_folder(folder: Path, model: ModelConfig, student: StudentConfig) -> ModelConfig:
     """The architecture of a student that goes on from a folder: the folder's, with an MLM head and the run's dropout.
 
     Raises:

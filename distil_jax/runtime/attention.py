@@ -21,7 +21,7 @@ from distil_jax.structs import Array
 _RATE = 0.1
 
 
-def settle_attention(
+def resolve_attention(
     step: StepConfig, wanted: Literal["auto", "xla", "pallas"], mesh: Mesh, length: int
 ) -> tuple[StepConfig, str]:
     """The step with the implementation for each of its models, and what was taken and why, in words.
@@ -47,7 +47,7 @@ def settle_attention(
             heads = (model.num_heads // mesh.shape["tensor"], model.head_size)  # of one device
             key = (took, *heads, model.dtype)
             if key not in tried:  # a student has its teacher's heads, nearly always: one trial serves both
-                tried[key] = _tried(took, heads, length, model.dtype)
+                tried[key] = _try_kernel(took, heads, length, model.dtype)
             took, why = tried[key]
         if wanted == "pallas" and took == "xla":
             raise InputError(f'compute.attention = "pallas" cannot be for the {name}: {why}. Leave it at "auto".')
@@ -62,7 +62,7 @@ def _is_recent(capability: str) -> bool:
     return bool(re.fullmatch(r"\d+\.\d+", capability)) and float(capability) >= 8
 
 
-def _tried(implementation: Attention, heads: tuple[int, int], length: int, dtype: str) -> tuple[Attention, str]:
+def _try_kernel(implementation: Attention, heads: tuple[int, int], length: int, dtype: str) -> tuple[Attention, str]:
     """The kernel, unless it fails on this machine, in whatever way, or is less exact here than XLA.
 
     Args:

@@ -32,7 +32,7 @@ class Divergence:
         """All that is remembered of the steps so far, as plain values: whoever goes on with it judges alike."""
         return {"usual": list(self._usual), "skipped": self._skipped, "high": self._high}
 
-    def look(self, step: int, loss: float, *, skipped: bool) -> None:
+    def update(self, step: int, loss: float, *, skipped: bool) -> None:
         """Takes note of one step.
 
         Raises:

@@ -27,7 +27,7 @@ class Stopped(Exception):
     """The run was asked to stop, and saved a checkpoint first: start it again."""
 
 
-def tell(sentence: object) -> None:
+def print_error(sentence: object) -> None:
     """The last line of a command that did not succeed.
 
     In one piece, which `print` is not: what a thread of some library writes meanwhile must not get between the sentence

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from distil_jax.runtime.exit_codes import MACHINE_FAILED, tell
+from distil_jax.runtime.exit_codes import MACHINE_FAILED, print_error
 from distil_jax.schema import InputError
 
 
@@ -137,7 +137,7 @@ class Watchdog:
             silent = time.monotonic() - self._alive
             if silent > self._seconds:
                 faulthandler.dump_traceback(all_threads=True)
-                tell(
+                print_error(
                     f"nothing has happened for {silent:.0f} s (train.hang_seconds is {self._seconds:g}), "
                     "and above is where every thread stands: look after the machine, and start the run again; it goes "
                     "on from its last checkpoint."

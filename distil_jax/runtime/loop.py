@@ -11,18 +11,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from distil_jax.config.run import TrainConfig
 from distil_jax.data.loader import prefetch
-from distil_jax.files import keep, missing, passing
+from distil_jax.files import keep, missing_folders, remove_on_exit
 from distil_jax.io.checkpoint import Checkpoints
 from distil_jax.io.metrics import MetricsWriter, last_held_out, read_metrics
 from distil_jax.runtime import processes, run_folder, signals
+from distil_jax.runtime.disk_monitor import DiskMonitor
 from distil_jax.runtime.divergence import Divergence
+from distil_jax.runtime.early_stopping import EarlyStopping
 from distil_jax.runtime.exit_codes import Diverged, MachineFailed, Stopped
 from distil_jax.runtime.guards import StopRequest, Watchdog, folder_lock
+from distil_jax.runtime.profiler import Profiler
 from distil_jax.runtime.program import Program
 from distil_jax.runtime.progress import Progress
-from distil_jax.schema import InputError, place
+from distil_jax.schema import InputError, user_path
 from distil_jax.training.sharding import shard_count
 from distil_jax.training.state import TrainState
 
@@ -88,32 +90,32 @@ def run_program(
       Diverged: too many steps without a finite loss, or a loss far above what it was; checkpoints are from before.
       MachineFailed: the disk did not take the end of the run, or a device or another process is lost.
     """
-    workdir = place(workdir)
-    program = processes.together(lambda: _ready(make, workdir))  # nobody writes before everybody has looked
+    workdir = user_path(workdir)
+    program = processes.refuse_together(lambda: _ready(make, workdir))  # nobody writes before everybody has looked
     run, config = program.config, program.config.train
-    processes.agree(f"{program.step_config} {program.identity} {run.seed} {config} {run.mesh} {resume_step}")
-    made = missing(workdir)
+    processes.check_same(f"{program.step_config} {program.identity} {run.seed} {config} {run.mesh} {resume_step}")
+    made = missing_folders(workdir)
     with contextlib.ExitStack() as stack:
         if processes.is_first():
-            processes.together(lambda: stack.enter_context(folder_lock(workdir)))
-            passing(made)  # until the first step: a folder that was made for nothing
+            processes.refuse_together(lambda: stack.enter_context(folder_lock(workdir)))
+            remove_on_exit(made)  # until the first step: a folder that was made for nothing
             stack.callback(keep, workdir)
         else:
-            processes.together(lambda: None)
+            processes.refuse_together(lambda: None)
         kept = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
         checkpoints = stack.enter_context(contextlib.closing(kept))
-        stack.enter_context(signals.waits_for(checkpoints.saving))
+        stack.enter_context(signals.delay_exit_while(checkpoints.saving))
         state, divergence = _begin(program, checkpoints, resume_step)
         step = int(state.step)
-        processes.together(lambda: run_folder.begin(workdir, program) if processes.is_first() else None)
+        processes.refuse_together(lambda: run_folder.prepare_folder(workdir, program) if processes.is_first() else None)
         going_on = f", going on after step {step:,}" if step else ""
-        print(f"{program.about} in {workdir}{going_on}", flush=True)
+        print(f"{program.description} in {workdir}{going_on}", flush=True)
         writer = MetricsWriter(workdir, step=step, tensorboard=config.tensorboard, enabled=processes.is_first())
-        processes.meet("the metrics are as of this step")
+        processes.barrier("the metrics are as of this step")
         stack.enter_context(contextlib.closing(writer))
-        with processes.leaving(), _failures_named(_smaller_steps(program)):
+        with processes.exit_on_failure(), _failures_named(_smaller_steps(program)):
             numbers = _loop(program, state, checkpoints, writer, divergence)
-            signals.note_saved()
+            signals.mark_resumable()
             return numbers
 
 
@@ -130,23 +132,23 @@ def _smaller_steps(program: Program) -> str:
 @_failures_named(_MORE_DEVICES)
 def _ready(make: Callable[[], Program], workdir: Path) -> Program:
     """Everything that can be refused, before anything is written."""
-    run_folder.check(workdir)
+    run_folder.check_folder(workdir)
     program = make()
-    run_folder.check(workdir, program)
+    run_folder.check_folder(workdir, program)
     return program
 
 
 def _begin(program: Program, checkpoints: Checkpoints, resume_step: int | None) -> tuple[TrainState, Divergence]:
-    step, config = run_folder.choose(checkpoints, resume_step), program.config.train
+    step, config = run_folder.choose_checkpoint(checkpoints, resume_step), program.config.train
     if step is None:
         return program.first_state(), Divergence(config)
     program.first_state.drop()
-    state = run_folder.restore(checkpoints, step, program.step_config, program.state_sharding)
+    state = run_folder.restore(checkpoints, step, program.step_config, program.first_state.sharding)
     for name in checkpoints.set_aside_after(step):
         print(f"Going on after step {step}; what is later is kept as {name}.")
     for problem in checkpoints.best_valid()[1]:
         print(f"{problem} It is not the best one any more.", file=sys.stderr, flush=True)
-    return state, Divergence(config, checkpoints.facts(step).get("divergence"))
+    return state, Divergence(config, checkpoints.metadata(step).get("divergence"))
 
 
 def _loop(
@@ -154,116 +156,56 @@ def _loop(
 ) -> dict[str, float]:
     config, start = program.config.train, int(state.step)
     told = read_metrics(writer.folder)
-    patience = Patience(config.patience, program, checkpoints, told)
-    if start == config.steps or patience.is_over:
+    early_stopping = EarlyStopping(config.patience, program, checkpoints, told)
+    if start == config.steps or early_stopping.should_stop:
         print("This run is finished: nothing is left to train.")
         return last_held_out(told)
     numbers: dict[str, float] = {}
-    progress = Progress(config, start, writer=writer, rows_of=program.rows_of, divergence=divergence)
+    progress = Progress(config, start, writer=writer, row_indices=program.stream.row_indices, divergence=divergence)
     with (
         contextlib.closing(progress),
-        contextlib.closing(prefetch(program.batches(start))) as batches,
+        contextlib.closing(prefetch(program.stream.batches(start))) as batches,
         Profiler(config, writer.folder) as profiler,
         StopRequest() as stop,
         Watchdog(config.hang_seconds) as watchdog,
     ):
-        disk = DiskTrouble(checkpoints, writer, progress)
+        disk = DiskMonitor(checkpoints, writer, progress)
         if start == 0:
             # Shown beside the others and not looked at: nobody can have the state before the first step.
             _evaluate(program, state, progress, watchdog, 0)
         for step in range(start + 1, config.steps + 1):
             watchdog.alive()
             profiler.before(step)
-            state, metrics = program.step(state, program.teacher_params, next(batches), *program.others)
+            state, metrics = program.step(state, program.teacher_params, next(batches), *program.step_arguments)
             profiler.after(step)
             progress.add(step, metrics)
             keep(writer.folder)
-            last, stopping, score = step == config.steps, stop.requested(step), None
+            last, stopping, criterion = step == config.steps, stop.requested(step), None
             evaluated = last or (config.eval_every > 0 and step % config.eval_every == 0)
             due = step % config.checkpoint_every == 0 if config.checkpoint_every else evaluated
             if evaluated:
                 numbers = _evaluate(program, state, progress, watchdog, step)
-                score = program.score(numbers)
-                due = patience.look(score) or due  # the best is kept, whenever checkpoints are due
-                last = last or patience.is_over
+                criterion = program.evaluator.criterion(numbers)
+                due = early_stopping.update(criterion) or due  # the best is kept, whenever checkpoints are due
+                last = last or early_stopping.should_stop
             if last or due or stopping:
                 watchdog.alive()
                 progress.flush()  # a run that diverges stops here, before it is saved
                 with progress.paused():
                     if not _finite(state.params):
                         raise Diverged(f"After step {step} the parameters are not finite")
-                    facts = run_folder.facts(program, step, divergence)
-                    checkpoints.save(step, run_folder.arrays(state), facts, score=score)
-            disk.tell()
+                    metadata = run_folder.checkpoint_metadata(program, step, divergence)
+                    checkpoints.save(step, run_folder.state_arrays(state), metadata, criterion=criterion)
+            disk.warn()
             if stopping and not last:
-                disk.settle(f"The run was asked to stop after step {step}")
+                disk.require_saved(f"The run was asked to stop after step {step}")
                 raise Stopped(f"Stopped after step {step} with a checkpoint saved: run the same command to go on.")
             if last:
                 break
         if step < config.steps:
             progress.say(f"No better score in {config.patience} evaluations: the run ends after step {step}.")
-        disk.settle(f"The run has reached its last step, {step}")
+        disk.require_saved(f"The run has reached its last step, {step}")
     return numbers
-
-
-class Patience:
-    """Whether a run has stopped getting better: so many evaluations in a row without a better score than before.
-
-    Only scores of checkpoints count as those before: what is not on disk cannot be delivered.
-
-    Args:
-      allowed: so many; 0: any number.
-      program: says what an evaluation's score is.
-      checkpoints: know the best so far.
-      lines: of the run's metrics so far, so that a run that goes on ends where it would have ended.
-    """
-
-    def __init__(self, allowed: int, program: Program, checkpoints: Checkpoints, lines: list[dict[str, Any]]) -> None:
-        self._allowed, self._checkpoints = allowed, checkpoints
-        step, best = checkpoints.best()
-        later = [line for line in lines if line["kind"] == "held_out" and line["step"] > (step or 0)]
-        self._since = sum(not program.score(line) < best for line in later)
-
-    @property
-    def is_over(self) -> bool:
-        return 0 < self._allowed <= self._since
-
-    def look(self, score: float) -> bool:
-        """Takes note of an evaluation, the lower its score the better; whether it is the best so far."""
-        improved = score < self._checkpoints.best()[1]
-        self._since = 0 if improved else self._since + 1
-        return improved
-
-
-class DiskTrouble:
-    """Tells, while the training goes on, that the disk does not take what it should, and in the end insists."""
-
-    def __init__(self, checkpoints: Checkpoints, writer: MetricsWriter, progress: Progress) -> None:
-        self._checkpoints, self._writer, self._progress = checkpoints, writer, progress
-        self._told: set[str] = set()
-
-    def tell(self) -> None:
-        """Prints what is new."""
-        self._checkpoints.check()
-        for failure in {self._checkpoints.failure, self._writer.failure} - self._told - {None}:
-            self._told.add(failure)
-            saved = self._checkpoints.steps()
-            newest = f"the newest checkpoint is that of step {saved[-1]}" if saved else "there is no checkpoint yet"
-            self._progress.say(f"Warning: {failure}; the training goes on, and {newest}.")
-
-    def settle(self, when: str) -> None:
-        """Waits for the last save.
-
-        Raises:
-          MachineFailed: it, or the last metrics, are not on disk.
-        """
-        self._checkpoints.wait()
-        self.tell()
-        if failure := self._checkpoints.failure or self._writer.failure:
-            raise MachineFailed(
-                f"{when}, but {failure}: make the disk writable and run the same command to go on from the newest "
-                "checkpoint."
-            )
 
 
 @jax.jit
@@ -276,31 +218,6 @@ def _evaluate(
 ) -> dict[str, float]:
     progress.flush()
     with progress.paused():
-        numbers = program.held_out(state, watchdog.alive)
+        numbers = program.evaluator.evaluate(state, watchdog.alive)
     progress.held_out(step, numbers)
     return numbers
-
-
-class Profiler:
-    """While entered, traces the steps of the configured window into the run folder; XProf and TensorBoard show them."""
-
-    def __init__(self, config: TrainConfig, folder: Path) -> None:
-        self._first, self._last = config.profile_at, config.profile_at + config.profile_steps - 1
-        self._folder, self._tracing = folder / "profile", False
-
-    def before(self, step: int) -> None:
-        if step == self._first:
-            jax.profiler.start_trace(str(self._folder))
-            self._tracing = True
-
-    def after(self, step: int) -> None:
-        if self._tracing and step == self._last:
-            self.__exit__()
-
-    def __enter__(self) -> Profiler:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._tracing:
-            jax.profiler.stop_trace()
-            self._tracing = False

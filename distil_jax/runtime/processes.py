@@ -21,7 +21,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from distil_jax import __version__
-from distil_jax.runtime.exit_codes import BAD_INPUT, MACHINE_FAILED, Diverged, MachineFailed, Stopped, tell
+from distil_jax.runtime.exit_codes import BAD_INPUT, MACHINE_FAILED, Diverged, MachineFailed, Stopped, print_error
 from distil_jax.schema import InputError
 
 T = TypeVar("T")
@@ -52,19 +52,19 @@ def connect() -> None:
                 f"{', '.join(_VARIABLES)} go together, host:port, how many, and which one from 0, but they are "
                 f"{', '.join(map(repr, given))}: set all three, or none."
             )
-        _end_aborts()
+        _exit_on_abort()
         jax.distributed.initialize(given[0], int(given[1]), int(given[2]), heartbeat_timeout_seconds=_HEARTBEAT)
         return
     try:
         jax.distributed.initialize(heartbeat_timeout_seconds=_HEARTBEAT)
-        _end_aborts()
+        _exit_on_abort()
     except (ValueError, RuntimeError) as error:
         # No cluster that JAX knows, or a program that computed before it called us: a run of one process.
         if not any(known in str(error) for known in ("coordinator_address", "before any JAX")):
             raise
 
 
-def _end_aborts() -> None:
+def _exit_on_abort() -> None:
     """From here on, SIGABRT is the end with status 4: JAX's service aborts the processes that have lost another.
 
     Nothing in Python can catch that. The handler runs in the thread that aborts, so it may take the interpreter's lock.
@@ -72,7 +72,7 @@ def _end_aborts() -> None:
     global _on_abort  # noqa: PLW0603 (must live as long as the process)
 
     def end(_: int) -> None:
-        tell("another process of this run is lost: start all of them again.")
+        print_error("another process of this run is lost: start all of them again.")
         os._exit(MACHINE_FAILED)
 
     _on_abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(end)
@@ -84,7 +84,7 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def together(action: Callable[[], T]) -> T:
+def refuse_together(action: Callable[[], T]) -> T:
     """Does something in every process, and ends in all of them where one refuses: none waits for it in vain.
 
     Raises:
@@ -102,7 +102,7 @@ def together(action: Callable[[], T]) -> T:
     return result
 
 
-def agree(what: str) -> None:
+def check_same(what: str) -> None:
     """Ends every process where they are not about to do the same, before they wait for each other in vain.
 
     Args:
@@ -121,7 +121,7 @@ def agree(what: str) -> None:
 
 
 @contextlib.contextmanager
-def one_voice() -> Iterator[None]:
+def first_process_prints() -> Iterator[None]:
     """Connects the processes; the first one alone prints, what it runs on to begin with.
 
     Errors still go to everybody's stderr.
@@ -134,14 +134,14 @@ def one_voice() -> Iterator[None]:
         yield
 
 
-def meet(where: str) -> None:
+def barrier(where: str) -> None:
     """Waits until every process of the run is here."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(where)
 
 
 @contextlib.contextmanager
-def leaving() -> Iterator[None]:
+def exit_on_failure() -> Iterator[None]:
     """Where there are others, a failure inside ends this process at once: an orderly end would wait for them.
 
     They wait for this one, in the next exchange, until it is gone. All end alike of `Diverged` and `Stopped`, which
@@ -153,15 +153,15 @@ def leaving() -> Iterator[None]:
         raise
     except Exception as error:
         if jax.process_count() > 1:
-            _leave(error)
+            _exit_now(error)
         raise
 
 
-def _leave(error: Exception) -> NoReturn:
+def _exit_now(error: Exception) -> NoReturn:
     """Ends this process with the status that the command line would end it with."""
     known = isinstance(error, InputError | MachineFailed)
     if known:
-        tell(error)
+        print_error(error)
     else:
         traceback.print_exception(error)
     sys.stdout.flush()

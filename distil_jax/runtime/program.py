@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -14,11 +14,21 @@ from jax.sharding import Mesh
 from distil_jax.config.run import ComputeConfig, Config, TrainConfig
 from distil_jax.config.step import StepConfig
 from distil_jax.config.task import FinetuneConfig
-from distil_jax.data.loader import Table, batches, numbers_at
+from distil_jax.data.loader import Table, batches, indices_at
 from distil_jax.models.encoder import count_parameters
 from distil_jax.structs import Array
 from distil_jax.training.sharding import local_places, put_rows, shard_count
 from distil_jax.training.state import TrainState, init_state
+
+
+class Evaluator(Protocol):
+    """Judges a state on held-out examples."""
+
+    def evaluate(self, state: TrainState, alive: Callable[[], None]) -> dict[str, float]:
+        """The metrics of a state; calls `alive` with every batch."""
+
+    def criterion(self, metrics: Mapping[str, Any]) -> float:
+        """What evaluations are compared by, from their metrics: the lower the better."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,17 +41,14 @@ class Program:
       identity: hashes of what a resumed run must find again.
       tokenizer: the folder whose files stay with the run.
       data: what a checkpoint says of the examples.
-      about: a line for people.
+      description: a line for people.
       mesh: of the devices.
-      step: (state, teacher_params, batch, *others) -> (state, metrics).
+      step: (state, teacher_params, batch, *step_arguments) -> (state, metrics).
       teacher_params: on the mesh, or None.
-      others: what a step takes after the batch.
-      batches: from the steps done so far, every following batch on the mesh.
-      rows_of: the numbers of the rows that a step trains on.
-      held_out: what the held-out examples say of a state; the function it is given is called with every batch.
-      score: of these numbers; the lower the better.
-      state_sharding: where a state lives.
-      first_state: makes the one before the first step, there; once.
+      step_arguments: what a step takes after the batch.
+      stream: the batches.
+      evaluator: judges a state.
+      first_state: makes the state before the first step, once.
     """
 
     config: Config | FinetuneConfig
@@ -49,17 +56,42 @@ class Program:
     identity: dict[str, str]
     tokenizer: Path
     data: dict[str, Any]
-    about: str
+    description: str
     mesh: Mesh
     step: Callable
     teacher_params: Any
-    others: tuple[Any, ...]
-    batches: Callable[[int], Iterator[Any]]
-    rows_of: Callable[[int], list[int]]
-    held_out: Callable[[TrainState, Callable[[], None]], dict[str, float]]
-    score: Callable[[dict[str, Any]], float]
-    state_sharding: Any
+    step_arguments: tuple[Any, ...]
+    stream: BatchStream
+    evaluator: Evaluator
     first_state: FirstState
+
+
+@dataclass(frozen=True)
+class BatchStream:
+    """The batches of a run, without end.
+
+    Attributes:
+      open_table: opens the examples to train on.
+      mesh: where the batches go.
+      batch_rows: rows of a global batch.
+      seed: of their order.
+    """
+
+    open_table: Callable[[], Table]
+    mesh: Mesh
+    batch_rows: int
+    seed: int
+
+    def batches(self, step: int) -> Iterator[Any]:
+        """What this process holds of every batch after so many steps, on the mesh."""
+        places, position = local_places(self.mesh, self.batch_rows), step * self.batch_rows
+        rows = batches(self.open_table(), batch_rows=self.batch_rows, seed=self.seed, position=position, places=places)
+        return (put_rows(batch, self.mesh, batch_rows=self.batch_rows) for batch in rows)
+
+    def row_indices(self, step: int) -> list[int]:
+        """The indices of the rows that a step trains on."""
+        start = (step - 1) * self.batch_rows
+        return indices_at(self.open_table(), start, self.batch_rows, seed=self.seed).tolist()
 
 
 class FirstState:
@@ -73,12 +105,12 @@ class FirstState:
     """
 
     def __init__(self, config: StepConfig, seed: int, params: Any, sharding: Any) -> None:
-        self._seed, self._config, self._params, self._sharding = np.uint32(seed), config, params, sharding
+        self._seed, self._config, self._params, self.sharding = np.uint32(seed), config, params, sharding
 
     def __call__(self) -> TrainState:
         params = self._params
         self.drop()
-        return jax.jit(_seeded_state, static_argnums=1, out_shardings=self._sharding)(self._seed, self._config, params)
+        return jax.jit(_seeded_state, static_argnums=1, out_shardings=self.sharding)(self._seed, self._config, params)
 
     def drop(self) -> None:
         """Lets the parameters go: nobody will ask for the state, because the run goes on from a later one."""
@@ -98,26 +130,7 @@ def keep_compiled(compute: ComputeConfig, workdir: Path) -> None:
         jax.config.update("jax_compilation_cache_dir", cache)
 
 
-def batches_on(
-    mesh: Mesh, open_table: Callable[[], Table], config: Config | FinetuneConfig
-) -> Callable[[int], Iterator[Any]]:
-    """A program's `batches`: what this process has of them read from a table, and put on the mesh."""
-    batch_rows = config.train.batch_rows
-
-    def after(step: int) -> Iterator[Any]:
-        places = local_places(mesh, batch_rows)
-        cut = batches(open_table(), batch_rows=batch_rows, seed=config.seed, position=step * batch_rows, places=places)
-        return (put_rows(rows, mesh, batch_rows=batch_rows) for rows in cut)
-
-    return after
-
-
-def rows_of(open_table: Callable[[], Table], batch_rows: int, seed: int, step: int) -> list[int]:
-    """The numbers of the rows that a step trains on."""
-    return numbers_at(open_table(), (step - 1) * batch_rows, batch_rows, seed=seed).tolist()
-
-
-def about_models(step: StepConfig, attention: str) -> str:
+def describe_models(step: StepConfig, attention: str) -> str:
     """The models and the machine, for people."""
     student = f"student {step.student.num_layers} x {step.student.hidden_size}"
     parameters = f"{count_parameters(step.student):,} parameters"
@@ -126,7 +139,7 @@ def about_models(step: StepConfig, attention: str) -> str:
     return f"{student} ({parameters}){teacher}; {devices}; {attention}"
 
 
-def about_pieces(train: TrainConfig, step: StepConfig, mesh: Mesh, length: int) -> str:
+def describe_micro_batches(train: TrainConfig, step: StepConfig, mesh: Mesh, length: int) -> str:
     """Where a device has more tokens at a time than `train.tokens_per_device` asks for, that and why; else nothing."""
     rows = train.batch_rows // shard_count(mesh) // step.accumulation
     if rows * length <= train.tokens_per_device:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from tqdm import tqdm
 
 from distil_jax.config.run import TrainConfig
-from distil_jax.io.metrics import MetricsWriter, to_numbers
+from distil_jax.io.metrics import MetricsWriter, to_floats
 from distil_jax.runtime.divergence import Divergence
 from distil_jax.runtime.processes import is_first
 from distil_jax.structs import Metrics
@@ -23,7 +23,7 @@ class Progress:
       config: how many steps, and how many of them a line; a line holds their means.
       start: steps done before.
       writer: gets the same numbers.
-      rows_of: the numbers of the rows that a step trains on.
+      row_indices: the indices of the rows that a step trains on.
       divergence: looks at every step's loss.
     """
 
@@ -33,10 +33,10 @@ class Progress:
         start: int,
         *,
         writer: MetricsWriter,
-        rows_of: Callable[[int], list[int]],
+        row_indices: Callable[[int], list[int]],
         divergence: Divergence,
     ) -> None:
-        self._steps, self._every, self._writer, self._rows_of = config.steps, config.log_every, writer, rows_of
+        self._steps, self._every, self._writer, self._row_indices = config.steps, config.log_every, writer, row_indices
         self._divergence = divergence
         self._behind: tuple[int, Metrics] | None = None
         self._window: list[dict[str, float]] = []
@@ -58,13 +58,13 @@ class Progress:
         """Reads what is still unread.
 
         Raises:
-          Diverged: see `Divergence.look`.
+          Diverged: see `Divergence.update`.
         """
         if self._behind is None:
             return
         step, metrics = self._behind
         self._behind = None
-        numbers = to_numbers(metrics)
+        numbers = to_floats(metrics)
         if skipped := bool(numbers["skipped"]):
             self._skipped(step, numbers)
         self._window.append(numbers)
@@ -72,7 +72,7 @@ class Progress:
         # The first step's time is XLA's: it gets a line of its own and is in no throughput.
         if self._first or step % self._every == 0 or step == self._steps:
             self._line(step)
-        self._divergence.look(step, numbers["loss"], skipped=skipped)
+        self._divergence.update(step, numbers["loss"], skipped=skipped)
 
     def held_out(self, step: int, numbers: dict[str, float]) -> None:
         """Shows and writes an evaluation."""
@@ -113,7 +113,7 @@ class Progress:
         self._window, self._clock, self._idle, self._first = [], time.perf_counter(), 0.0, False
 
     def _skipped(self, step: int, numbers: dict[str, float]) -> None:
-        rows = self._rows_of(step)
+        rows = self._row_indices(step)
         found = {name: numbers[name] for name in ("loss", "gradient_norm")}
         self._writer.write(step, "skipped", {**found, "rows": rows})
         self.say(f"step {step:>6,}  no update, because a number is not finite: {_words(found)}; rows {_few(rows)}")

@@ -27,7 +27,7 @@ from distil_jax.models.heads import abstract_model
 from distil_jax.runtime import processes
 from distil_jax.runtime.divergence import Divergence
 from distil_jax.runtime.program import Program
-from distil_jax.schema import InputError, build, differences, place, require, table_of, to_dict
+from distil_jax.schema import InputError, build, differences, require, table_of, to_dict, user_path
 from distil_jax.training.state import TrainState, init_state
 
 
@@ -41,7 +41,7 @@ class Model:
       head: the task's, or None for a language model.
       run: the run folder it was read from, or None for a model folder.
       step: the checkpoint's, or None.
-      facts: what was saved beside the checkpoint, or None.
+      metadata: what was saved beside the checkpoint, or None.
     """
 
     config: ModelConfig
@@ -50,11 +50,11 @@ class Model:
     head: HeadConfig | None = None
     run: Path | None = None
     step: int | None = None
-    facts: dict[str, Any] | None = None
+    metadata: dict[str, Any] | None = None
 
     @property
     def run_config(self) -> Config | FinetuneConfig:
-        return config_from(self.facts["config"])
+        return config_from(self.metadata["config"])
 
 
 def is_run(folder: Path) -> bool:
@@ -62,7 +62,7 @@ def is_run(folder: Path) -> bool:
     return (folder / "config.toml").exists() and (folder / "tokenizer").is_dir()
 
 
-def check(folder: Path, program: Program | None = None) -> None:
+def check_folder(folder: Path, program: Program | None = None) -> None:
     """Refuses a folder that a run cannot use; writes nothing.
 
     Args:
@@ -80,7 +80,7 @@ def check(folder: Path, program: Program | None = None) -> None:
         raise InputError(f"{folder} holds something other than a run: name a new folder; nothing was changed.")
     if program is None or not is_run(folder):
         return
-    before, newest = read_config(folder), _newest_facts(folder)
+    before, newest = read_config(folder), _newest_metadata(folder)
     if type(before) is not type(program.config):
         raise InputError(f"{folder} holds a run of another command: name a new folder; nothing was changed.")
     if isinstance(before, Config):
@@ -101,14 +101,14 @@ def check(folder: Path, program: Program | None = None) -> None:
             )
 
 
-def _newest_facts(folder: Path) -> dict[str, Any] | None:
+def _newest_metadata(folder: Path) -> dict[str, Any] | None:
     """What the newest checkpoint that can be read says beside its arrays; None where there is none."""
     if not (folder / "checkpoints").is_dir():
         return None
     with contextlib.closing(Checkpoints(folder / "checkpoints")) as checkpoints:
         for step in reversed(checkpoints.steps()):
             with contextlib.suppress(InputError):  # whether a damaged one matters is seen when one is restored
-                return checkpoints.facts(step)
+                return checkpoints.metadata(step)
     return None
 
 
@@ -136,7 +136,7 @@ def config_from(values: dict[str, Any]) -> Config | FinetuneConfig:
     return build(FinetuneConfig if "task" in values else Config, values | {"loss": loss})
 
 
-def begin(folder: Path, program: Program) -> None:
+def prepare_folder(folder: Path, program: Program) -> None:
     """Makes the folder, or takes up the run that it holds with what may change and has changed.
 
     Raises:
@@ -151,7 +151,7 @@ def begin(folder: Path, program: Program) -> None:
         raise InputError(f"Cannot write the run folder {folder}: {error.strerror or error}.") from error
 
 
-def facts(program: Program, step: int, divergence: Divergence) -> dict[str, Any]:
+def checkpoint_metadata(program: Program, step: int, divergence: Divergence) -> dict[str, Any]:
     """What a checkpoint says beside its arrays. `position`, the rows consumed, is all the state the data has.
 
     Checkpoints from before 2026-11-26 lack `divergence`, what is remembered of the steps so far.
@@ -170,7 +170,7 @@ def facts(program: Program, step: int, divergence: Divergence) -> dict[str, Any]
     }
 
 
-def arrays(state: TrainState) -> dict[str, Any]:
+def state_arrays(state: TrainState) -> dict[str, Any]:
     """The leaves of a state, without its static config: what a checkpoint holds."""
     return {name: getattr(state, name) for name in ("step", "skipped", "params", "opt_state", "key")}
 
@@ -178,7 +178,7 @@ def arrays(state: TrainState) -> dict[str, Any]:
 def restore(checkpoints: Checkpoints, step: int, config: StepConfig, shardings: Any) -> TrainState:
     """The state that the checkpoint of `step` holds; `shardings` (a state's) may be of any mesh."""
     abstract = _laid_out(jax.eval_shape(partial(init_state, config=config), jax.random.key(0)), shardings)
-    return abstract.replace(**checkpoints.restore(step, arrays(abstract)))
+    return abstract.replace(**checkpoints.restore(step, state_arrays(abstract)))
 
 
 def restore_params(
@@ -203,7 +203,7 @@ def _laid_out(shapes: Any, shardings: Any) -> Any:
     )
 
 
-def choose(checkpoints: Checkpoints, step: int | None) -> int | None:
+def choose_checkpoint(checkpoints: Checkpoints, step: int | None) -> int | None:
     """The checkpoint of `step`, or else the newest valid one; None where there is none at all. Damaged ones are named.
 
     Raises:
@@ -212,19 +212,19 @@ def choose(checkpoints: Checkpoints, step: int | None) -> int | None:
     if step is not None:
         saved = checkpoints.steps()
         require(step in saved, f"There is no checkpoint of step {step}, only of the steps {saved}.")
-        processes.together(lambda: checkpoints.verify(step) if processes.is_first() else None)
+        processes.refuse_together(lambda: checkpoints.verify(step) if processes.is_first() else None)
         return step
     return _named(*checkpoints.newest_valid())
 
 
-def choose_best(checkpoints: Checkpoints) -> int | None:
-    """The valid checkpoint with the best score, or where none has a score the newest. Damaged ones are named.
+def choose_best_checkpoint(checkpoints: Checkpoints) -> int | None:
+    """The valid checkpoint with the best criterion, or where none has a criterion the newest. Damaged ones are named.
 
     Raises:
       InputError: every checkpoint is damaged.
     """
     found, problems = checkpoints.best_valid()
-    return _named(choose(checkpoints, None) if found is None else found, problems)
+    return _named(choose_checkpoint(checkpoints, None) if found is None else found, problems)
 
 
 def _named(found: int | None, problems: list[str]) -> int | None:
@@ -243,7 +243,7 @@ def open_model(path: str | Path, step: int | None = None) -> Model:
     Raises:
       InputError: neither; or no such checkpoint.
     """
-    folder = place(path)
+    folder = user_path(path)
     if not is_run(folder):
         if step is not None:
             raise InputError(f"{path} is not a run, so it has no checkpoint of step {step}: leave --step out.")
@@ -255,12 +255,12 @@ def open_model(path: str | Path, step: int | None = None) -> Model:
         return Model(config, params, tokenizer=folder)
     with contextlib.closing(Checkpoints(folder / "checkpoints")) as checkpoints:
         tuned = isinstance(read_config(folder), FinetuneConfig)
-        step = choose_best(checkpoints) if tuned and step is None else choose(checkpoints, step)
+        step = choose_best_checkpoint(checkpoints) if tuned and step is None else choose_checkpoint(checkpoints, step)
         if step is None:
             raise InputError(f"{folder} has no checkpoint yet: let it train for longer.")
-        found = checkpoints.facts(step)
+        found = checkpoints.metadata(step)
         # Of the machine that trained it was its attention; whoever computes with it now chooses again.
         student = replace(build(ModelConfig, found["student"]), attention="xla")
         head = build(HeadConfig, found["head"]) if found.get("head") else None
         params = jax.device_get(restore_params(checkpoints, step, student, head))
-    return Model(student, params, folder / "tokenizer", head=head, run=folder, step=step, facts=found)
+    return Model(student, params, folder / "tokenizer", head=head, run=folder, step=step, metadata=found)

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from distil_jax.files import remove_unfinished, taking_place
+from distil_jax.files import remove_unfinished, replacing
 from distil_jax.runtime import exit_codes
 
 _LONGEST_SAVE = 5.0  # seconds that an end waits for a checkpoint that is being written
@@ -24,7 +24,7 @@ _saved = threading.Event()
 _saving: list[Callable[[], bool]] = []
 
 
-def watch() -> None:
+def install() -> None:
     """From here on Ctrl-C and SIGTERM end this process, a program of its own; call it first, in the main thread.
 
     Who sets a handler of Python's own, as the training loop does, gets one signal of that kind; the next ends the
@@ -40,7 +40,7 @@ def watch() -> None:
 
 
 @contextlib.contextmanager
-def waits_for(saving: Callable[[], bool]) -> Iterator[None]:
+def delay_exit_while(saving: Callable[[], bool]) -> Iterator[None]:
     """While entered, the process is not ended while this holds, or a few seconds later: a checkpoint is being saved."""
     _saving.append(saving)
     try:
@@ -49,14 +49,14 @@ def waits_for(saving: Callable[[], bool]) -> Iterator[None]:
         _saving.remove(saving)
 
 
-def note_saved() -> None:
+def mark_resumable() -> None:
     """Takes note that a run of this process is saved to its last step: from here on the same command would go on."""
     _saved.set()
 
 
-def give_way() -> None:
+def wait_while_exiting() -> None:
     """Before a last word: waits for ever where the process is being ended, which has a last word of its own."""
-    with taking_place:
+    with replacing:
         pass
 
 
@@ -94,5 +94,5 @@ def _end(number: int) -> None:
 def _say(sentence: str) -> None:
     if sys.stderr.isatty():
         sys.stderr.write("\n")  # after ^C, or half a progress bar
-    exit_codes.tell(sentence)
+    exit_codes.print_error(sentence)
     sys.stdout.flush()

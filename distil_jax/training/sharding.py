@@ -145,7 +145,7 @@ def put_params(params: Any, shardings: Any) -> Any:
     )
 
 
-def put_everywhere(array: np.ndarray, mesh: Mesh) -> jax.Array:
+def replicate(array: np.ndarray, mesh: Mesh) -> jax.Array:
     """An array that every process holds whole, whole on every device of the mesh."""
     return put_params(array, NamedSharding(mesh, P()))
 
@@ -232,7 +232,7 @@ def gather_params(params: Any, abstract: Any) -> Any:
     return _laid_out(params, abstract, _without_fsdp(RULES))
 
 
-def keep_params(params: Any, abstract: Any) -> Any:
+def scatter_params(params: Any, abstract: Any) -> Any:
     """Gradients (or anything of the parameters' shapes) as parameters are kept: cut along fsdp and tensor."""
     return _laid_out(params, abstract, RULES)
 

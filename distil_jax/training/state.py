@@ -53,7 +53,7 @@ def init_state(key: Array, config: StepConfig, *, params: Any = None) -> TrainSt
     return _state(run_key, config, params)
 
 
-def judged_state(config: StepConfig, params: Any) -> TrainState:
+def eval_state(config: StepConfig, params: Any) -> TrainState:
     """A state of parameters that are only evaluated: without an optimiser's moments."""
     zero, key = jnp.zeros((), jnp.int32), jax.random.key_data(jax.random.key(0))
     return TrainState(step=zero, skipped=zero, params=params, opt_state=None, key=key, config=config)

@@ -19,7 +19,7 @@ from distil_jax.objective.tasks import TaskObjective
 from distil_jax.schema import require
 from distil_jax.structs import Array, Batch, Encoded, Mean, Metrics, Rows
 from distil_jax.training.optimizer import learning_rate, make_optimizer, without_frozen
-from distil_jax.training.sharding import gather_params, keep_params, map_shards, sum_over_shards
+from distil_jax.training.sharding import gather_params, map_shards, scatter_params, sum_over_shards
 from distil_jax.training.state import TrainState
 
 _MASKS, _DROPOUT = 0, 1  # what the keys of one step are for
@@ -199,7 +199,7 @@ def _gradients(state: TrainState, teacher_params: Any, batch: Batch) -> tuple[An
     if config.needs_teacher:
         teacher_params = gather_params(teacher_params, abstract_model(config.teacher, config.head))
     gradients, terms = sum_over_shards(shard_sums)(batch, params, teacher_params, counts, _key(state, _DROPOUT))
-    return keep_params(gradients, student), terms, objective.combine(terms, counts)
+    return scatter_params(gradients, student), terms, objective.combine(terms, counts)
 
 
 def _outputs(config: StepConfig, model: ModelConfig, params: Any, batch: Batch, **options: Any) -> Encoded | Array:

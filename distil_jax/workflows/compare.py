@@ -18,7 +18,7 @@ from distil_jax.models.encoder import count_parameters
 from distil_jax.reporting.comparison import Comparison
 from distil_jax.runtime.program import keep_compiled
 from distil_jax.runtime.run_folder import Model, open_model
-from distil_jax.schema import InputError, at_home, place, quoted, require
+from distil_jax.schema import InputError, expand_home, quoted, require, user_path
 from distil_jax.workflows.finetune import finetune
 
 _LENGTH = 128  # tokens a row of the timings, or as many positions as the smallest model has
@@ -63,7 +63,7 @@ def compare(
         linear = {}
         if baseline and config.task.kind in ("sequence", "regression"):  # first: what it refuses, it refuses at once
             print(f"\n== {task}: {_BASELINE}", flush=True)
-            linear[_BASELINE] = [baseline_scores(config.task)[config.task.judges[0]]] * len(seeds)
+            linear[_BASELINE] = [baseline_scores(config.task)[config.task.metric_names[0]]] * len(seeds)
         scores[task] = {}
         for name, path in models.items():
             of_task = replace(config, model=replace(config.model, path=str(path)))
@@ -81,7 +81,7 @@ def compare(
     length = min(_LENGTH, *(model.config.max_positions for model in opened.values()))
     return Comparison(
         scores=scores,
-        metrics={task: config.task.judges[0] for task, config in configs.items()},
+        metrics={task: config.task.metric_names[0] for task, config in configs.items()},
         examples={task: "test" if config.task.test else "dev" for task, config in configs.items()},
         sizes=_sizes(opened, length),
         seeds=seeds,
@@ -122,19 +122,19 @@ def named(models: Sequence[str]) -> dict[str, str]:
     named = {}
     for model in models:
         name, separator, path = model.partition("=")
-        name, path = (name, path) if separator else (place(model).resolve().name, model)
+        name, path = (name, path) if separator else (user_path(model).resolve().name, model)
         if not re.fullmatch(r"[\w.-]+", name) or name.startswith("."):
             raise InputError(f"{name!r} cannot name a model: write NAME=PATH, with letters, digits, - and . in NAME.")
         if name in named:
             raise InputError(f"Two models are called {name}: write NAME=PATH to tell them apart.")
-        named[name] = at_home(path)
+        named[name] = expand_home(path)
     return named
 
 
 def _score(config: FinetuneConfig, seed: int, folder: Path) -> float:
     print(f"\n== {folder}", flush=True)
     found = finetune(replace(config, seed=seed), folder)
-    return found.get("test", found["dev"])[config.task.judges[0]]
+    return found.get("test", found["dev"])[config.task.metric_names[0]]
 
 
 def _sizes(models: dict[str, Model], length: int) -> dict[str, dict[str, float]]:

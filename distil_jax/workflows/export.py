@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from distil_jax.io import huggingface
-from distil_jax.reporting.card import card as made_card
+from distil_jax.reporting.card import model_card as made_card
 from distil_jax.runtime.run_folder import Model
 
 

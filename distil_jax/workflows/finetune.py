@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,38 +16,37 @@ from jax.sharding import Mesh
 from distil_jax.config.model import HeadConfig
 from distil_jax.config.step import StepConfig
 from distil_jax.config.task import FinetuneConfig, check_head, head_of, task_encoder
+from distil_jax.data.summary import summarize
 from distil_jax.data.tasks import TaskData, read_task
-from distil_jax.data.told import told
-from distil_jax.evaluation.tasks import Judge
+from distil_jax.evaluation.tasks import DevEvaluator, TaskEvaluator
 from distil_jax.files import write_whole
 from distil_jax.io import huggingface
 from distil_jax.io.checkpoint import Checkpoints
 from distil_jax.io.metrics import read_metrics
 from distil_jax.models.heads import with_fresh_head
-from distil_jax.reporting.card import card
+from distil_jax.reporting.card import model_card
 from distil_jax.runtime import processes
 from distil_jax.runtime.assemble import (
+    cast_teacher,
     check_batch,
-    in_dtype_of,
-    place_teacher,
+    put_teacher,
     resolve_compute,
+    resolve_step,
     schedule_of,
-    settle,
     teacher_compute,
     tokenizers_agree,
     with_compute,
 )
 from distil_jax.runtime.loop import run_program
 from distil_jax.runtime.program import (
+    BatchStream,
     FirstState,
     Program,
-    about_models,
-    about_pieces,
-    batches_on,
-    rows_of,
+    describe_micro_batches,
+    describe_models,
 )
-from distil_jax.runtime.run_folder import Model, choose_best, open_model, restore_params
-from distil_jax.schema import InputError, place, require, to_dict
+from distil_jax.runtime.run_folder import Model, choose_best_checkpoint, open_model, restore_params
+from distil_jax.schema import InputError, require, to_dict, user_path
 from distil_jax.training.sharding import jit_step, make_mesh, shardings_of
 from distil_jax.training.state import abstract_state
 from distil_jax.training.step import train_step
@@ -68,31 +67,33 @@ def finetune(config: FinetuneConfig, workdir: str | Path) -> dict[str, dict[str,
     Raises:
       As `run_program`.
     """
-    workdir = place(workdir)
+    workdir = user_path(workdir)
     compiled = cache(lambda: compile_task(config))
     run_program(lambda: compiled()[0], workdir)
-    program, judge, data = compiled()
+    program, evaluator, data = compiled()
     with contextlib.closing(Checkpoints(workdir / "checkpoints")) as checkpoints:
-        best = choose_best(checkpoints)
+        best = choose_best_checkpoint(checkpoints)
         _check_delivered(workdir, best)
         if better := _lost(workdir, program, checkpoints):
             print(f"Step {better} was better, but its checkpoint is not there any more: this is step {best}.")
         about = {"step": best, "task": to_dict(program.config.task), "judged": data.judged}
         if found := _judged_before(workdir, about):
             return found
-        step, shardings = program.step_config, program.state_sharding.params
+        step, shardings = program.step_config, program.first_state.sharding.params
         params = restore_params(checkpoints, best, step.student, step.head, shardings)
-        facts = checkpoints.facts(best)
-    found = judge.splits(params, data)
+        metadata = checkpoints.metadata(best)
+    found = evaluator.evaluate_splits(params, data)
     params = multihost_utils.process_allgather(params, tiled=True)  # of several processes none has all of them
     if processes.is_first():
         write_whole(workdir / "scores.json", json.dumps(about | found, indent=1) + "\n")
-        model = Model(step.student, params, workdir / "tokenizer", head=step.head, run=workdir, step=best, facts=facts)
+        model = Model(
+            step.student, params, workdir / "tokenizer", head=step.head, run=workdir, step=best, metadata=metadata
+        )
         if (workdir / "model").exists():
-            write_whole(workdir / "model" / "README.md", card(model))
+            write_whole(workdir / "model" / "README.md", model_card(model))
         else:
             export(model, workdir / "model")
-    processes.meet("the model is written")
+    processes.barrier("the model is written")
     return found
 
 
@@ -111,8 +112,12 @@ def _check_delivered(workdir: Path, best: int) -> None:
 def _lost(workdir: Path, program: Program, checkpoints: Checkpoints) -> int | None:
     """The step of the best evaluation, where it was better than every checkpoint that is left."""
     lines, best = read_metrics(workdir), checkpoints.best()[1]
-    better = [line for line in lines if line["kind"] == "held_out" and line["step"] and program.score(line) < best]
-    return min(better, key=program.score)["step"] if better else None
+    better = [
+        line
+        for line in lines
+        if line["kind"] == "held_out" and line["step"] and program.evaluator.criterion(line) < best
+    ]
+    return min(better, key=program.evaluator.criterion)["step"] if better else None
 
 
 def _judged_before(workdir: Path, about: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -125,7 +130,7 @@ def _judged_before(workdir: Path, about: dict[str, Any]) -> dict[str, dict[str, 
     return {split: scores[split] for split in ("dev", "test") if split in scores} if same else {}
 
 
-def compile_task(config: FinetuneConfig) -> tuple[Program, Judge, TaskData]:
+def compile_task(config: FinetuneConfig) -> tuple[Program, TaskEvaluator, TaskData]:
     """Reads the models and the examples, checks that they fit each other, and compiles the run.
 
     Raises:
@@ -148,16 +153,15 @@ def compile_task(config: FinetuneConfig) -> tuple[Program, Judge, TaskData]:
     mesh = make_mesh(config.mesh)
     check_batch(config.train, len(data.train), mesh)
     step = StepConfig(student=student, teacher=teacher_config, optimizer=config.optimizer, head=head, task=config.loss)
-    step, attention = settle(step, config, mesh, length)
+    step, attention = resolve_step(step, config, mesh, length)
     identity = {"examples": data.digest, "model": huggingface.fingerprint(start.params)}
     if teacher is not None:
         identity["teacher"] = huggingface.fingerprint(teacher.params)
-        teacher_params = in_dtype_of(step.teacher, teacher.params)
-    shapes, teacher_params = place_teacher(teacher_params, config.teacher, step, mesh)
+        teacher_params = cast_teacher(step.teacher, teacher.params)
+    shapes, teacher_params = put_teacher(teacher_params, config.teacher, step, mesh)
     first = with_fresh_head(jax.random.key(config.seed), student, head, start.params)
     state_shapes, batch_rows = abstract_state(step), config.train.batch_rows
-    state_sharding = shardings_of(state_shapes, mesh)
-    judge = Judge(config.task, step, mesh, data.label_names, batch_rows // step.accumulation)
+    evaluator = TaskEvaluator(config.task, step, mesh, data.label_names, batch_rows // step.accumulation)
 
     program = Program(
         config=config,
@@ -166,19 +170,16 @@ def compile_task(config: FinetuneConfig) -> tuple[Program, Judge, TaskData]:
         tokenizer=start.tokenizer,
         data={"examples": len(data.train), "dev": len(data.dev), "test": len(data.test) if data.test else 0}
         | {"counts": {split: dict(counts) for split, counts in data.counts.items()}},
-        about=f"{told(data)}\n" + _about(config, step, attention, data, mesh, asked),
+        description=f"{summarize(data)}\n" + _describe(config, step, attention, data, mesh, asked),
         mesh=mesh,
         step=jit_step(train_step, mesh, state_shapes, shapes),
         teacher_params=teacher_params,
-        others=(),
-        batches=batches_on(mesh, lambda: data.train, config),
-        rows_of=partial(rows_of, lambda: data.train, batch_rows, config.seed),
-        held_out=lambda state, alive: judge.numbers(state.params, data.dev, limit=config.train.eval_rows, alive=alive),
-        score=lambda numbers: -numbers[config.task.judges[0]],
-        state_sharding=state_sharding,
-        first_state=FirstState(step, config.seed, first, state_sharding),
+        step_arguments=(),
+        stream=BatchStream(lambda: data.train, mesh, batch_rows, config.seed),
+        evaluator=DevEvaluator(evaluator, data.dev, config.train.eval_rows, config.task.metric_names[0]),
+        first_state=FirstState(step, config.seed, first, shardings_of(state_shapes, mesh)),
     )
-    return program, judge, data
+    return program, evaluator, data
 
 
 def _check_settings(config: FinetuneConfig) -> None:
@@ -216,7 +217,7 @@ def _resolved(config: FinetuneConfig, data: TaskData, head: HeadConfig, dtype: s
         task=replace(
             config.task,
             label_names=data.label_names,
-            metrics=config.task.judges,
+            metrics=config.task.metric_names,
             max_length=length,
             stride=min(config.task.stride, length - 1) if config.task.kind == "spans" else config.task.stride,
         ),
@@ -228,13 +229,13 @@ def _resolved(config: FinetuneConfig, data: TaskData, head: HeadConfig, dtype: s
     )
 
 
-def _about(config: FinetuneConfig, step: StepConfig, attention: str, data: TaskData, mesh: Mesh, asked: int) -> str:
+def _describe(config: FinetuneConfig, step: StepConfig, attention: str, data: TaskData, mesh: Mesh, asked: int) -> str:
     test = f", {len(data.test):,} to test" if data.test else ""
     examples = f"{len(data.train):,} examples to train on, {len(data.dev):,} to choose by{test}"
     length = config.task.max_length
     shorter = f"; task.max_length is {length}, because the models have no more positions, and not {asked}"
     steps = f"{config.train.steps:,} steps of {config.train.batch_rows:,}"
     return (
-        f"{about_models(step, attention)}\n{examples}{shorter if length < asked else ''}; {steps}"
-        f"{about_pieces(config.train, step, mesh, length)}"
+        f"{describe_models(step, attention)}\n{examples}{shorter if length < asked else ''}; {steps}"
+        f"{describe_micro_batches(config.train, step, mesh, length)}"
     )

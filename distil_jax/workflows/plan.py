@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from distil_jax.files import keep, missing, passing
+from distil_jax.files import keep, missing_folders, remove_on_exit
 from distil_jax.machines.aot import Compiled, Job, compile_for
 from distil_jax.machines.workload import Workload
 from distil_jax.reporting import plan as show
@@ -30,9 +30,9 @@ def plan(
       InputError: a run that fits none of the topologies.
     """
     if output:  # before minutes are spent on what belongs there
-        made = missing(output)
+        made = missing_folders(output)
         output.mkdir(parents=True, exist_ok=True)
-        passing(made)
+        remove_on_exit(made)
     jobs = [workload.job(*machine) for machine in machines]
     found = []
     for job in jobs:

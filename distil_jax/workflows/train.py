@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -10,19 +9,18 @@ from jax.sharding import Mesh
 
 from distil_jax.config.run import Config
 from distil_jax.data.loader import open_rows
-from distil_jax.evaluation.held_out import held_out_numbers
-from distil_jax.runtime.assemble import Parts, assemble, place_teacher
+from distil_jax.evaluation.held_out import HeldOutEvaluator
+from distil_jax.runtime.assemble import Parts, assemble, put_teacher
 from distil_jax.runtime.loop import run_program
 from distil_jax.runtime.program import (
+    BatchStream,
     FirstState,
     Program,
-    about_models,
-    about_pieces,
-    batches_on,
-    rows_of,
+    describe_micro_batches,
+    describe_models,
 )
-from distil_jax.training.sharding import jit_eval, jit_step, make_mesh, put_everywhere, shardings_of
-from distil_jax.training.state import TrainState, abstract_state
+from distil_jax.training.sharding import jit_eval, jit_step, make_mesh, replicate, shardings_of
+from distil_jax.training.state import abstract_state
 from distil_jax.training.step import mask_and_eval_step, mask_and_train_step
 
 
@@ -40,27 +38,10 @@ def compile_run(parts: Parts) -> Program:
     """Mesh, shardings and jitted steps; nothing is computed yet, and XLA compiles at the first call."""
     config, manifest = parts.config, parts.manifest
     mesh, state_shapes = make_mesh(config.mesh), abstract_state(parts.step)
-    shapes, teacher_params = place_teacher(parts.teacher_params, config.teacher, parts.step, mesh)
-    eval_step = jit_eval(mask_and_eval_step, mesh, state_shapes, shapes)
-    batch_rows, accumulation = config.train.batch_rows, parts.step.accumulation
+    shapes, teacher_params = put_teacher(parts.teacher_params, config.teacher, parts.step, mesh)
     # Below, nothing may hold on to `parts`: its models would stay in the host's memory for as long as the run lasts.
     train_rows, held_out_rows = (partial(open_rows, config.data.path, split) for split in ("train", "held_out"))
-    weights, held_out_weights = (put_everywhere(each, mesh) for each in (parts.weights, parts.held_out_weights))
-
-    def held_out(state: TrainState, alive: Callable[[], None]) -> dict[str, float]:
-        return held_out_numbers(
-            eval_step,
-            state,
-            teacher_params,
-            held_out_rows(),
-            held_out_weights,
-            mesh=mesh,
-            batch_rows=batch_rows // accumulation,
-            limit=config.train.eval_rows,
-            alive=alive,
-        )
-
-    state_sharding = shardings_of(state_shapes, mesh)
+    batch_rows = config.train.batch_rows
     return Program(
         config=config,
         step_config=parts.step,
@@ -75,33 +56,38 @@ def compile_run(parts: Parts) -> Program:
             "sources": list(manifest.settings["sources"]),
             "counts": dict(manifest.counts),
         },
-        about=_about(parts, mesh),
+        description=_describe(parts, mesh),
         mesh=mesh,
         step=jit_step(mask_and_train_step, mesh, state_shapes, shapes),
         teacher_params=teacher_params,
-        others=(weights,),
-        batches=batches_on(mesh, train_rows, config),
-        rows_of=partial(rows_of, train_rows, batch_rows, config.seed),
-        held_out=held_out,
-        score=lambda numbers: numbers["mlm"],
-        state_sharding=state_sharding,
-        first_state=FirstState(parts.step, config.seed, parts.student_params, state_sharding),
+        step_arguments=(replicate(parts.weights, mesh),),
+        stream=BatchStream(train_rows, mesh, batch_rows, config.seed),
+        evaluator=HeldOutEvaluator(
+            step=jit_eval(mask_and_eval_step, mesh, state_shapes, shapes),
+            teacher_params=teacher_params,
+            open_table=held_out_rows,
+            weights=replicate(parts.held_out_weights, mesh),
+            mesh=mesh,
+            batch_rows=batch_rows // parts.step.accumulation,
+            limit=config.train.eval_rows,
+        ),
+        first_state=FirstState(parts.step, config.seed, parts.student_params, shardings_of(state_shapes, mesh)),
     )
 
 
-def _about(parts: Parts, mesh: Mesh) -> str:
+def _describe(parts: Parts, mesh: Mesh) -> str:
     config, manifest = parts.config.train, parts.manifest
     row_tokens = manifest.train.tokens / manifest.train.rows
     row_sequences = manifest.train.sequences / manifest.train.rows
-    pieces = about_pieces(config, parts.step, mesh, manifest.sequence_length)
+    pieces = describe_micro_batches(config, parts.step, mesh, manifest.sequence_length)
     return (
-        f"{about_models(parts.step, parts.attention)}\n{config.steps:,} steps of {config.batch_rows:,} rows (about "
+        f"{describe_models(parts.step, parts.attention)}\n{config.steps:,} steps of {config.batch_rows:,} rows (about "
         f"{config.batch_rows * row_sequences:,.0f} sequences, {config.batch_rows * row_tokens:,.0f} tokens)"
-        f"{pieces}{_about_fold(parts)}"
+        f"{pieces}{_describe_fold(parts)}"
     )
 
 
-def _about_fold(parts: Parts) -> str:
+def _describe_fold(parts: Parts) -> str:
     """That the student begins without a part of the teacher's embeddings, where it does."""
     student, teacher = parts.config.student, parts.step.teacher
     if student.init != "teacher" or student.token_types or student.fold_token_types or not teacher.token_types:

@@ -16,7 +16,7 @@ import numpy as np
 from distil_jax.commands.bench import timing
 from distil_jax.commands.bench.timing import Measured
 from distil_jax.data.loader import RowTable, batches, open_rows, prefetch
-from distil_jax.schema import at_home, require
+from distil_jax.schema import expand_home, require
 
 _LINES_AT_ONCE = 4096  # for the bare tokenizer
 _SYNTHETIC_ROWS, _LENGTHS = 16_384, (128, 512)
@@ -44,7 +44,9 @@ def run(arguments: argparse.Namespace) -> Measured:
     require(bool(arguments.text) == bool(arguments.tokenizer), "--text and --tokenizer go together: give both or none.")
     lines = []
     if arguments.text:
-        lines += prepare_rates(list(map(at_home, arguments.text)), at_home(arguments.tokenizer), arguments.rounds)
+        lines += prepare_rates(
+            list(map(expand_home, arguments.text)), expand_home(arguments.tokenizer), arguments.rounds
+        )
     with tempfile.TemporaryDirectory() as folder:
         for table in [open_rows(arguments.rows)] if arguments.rows else _synthetic(Path(folder)):
             rates = [load_rate(table, arguments.batch_rows, arguments.positions) for _ in range(arguments.rounds)]

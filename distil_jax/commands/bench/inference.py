@@ -20,7 +20,7 @@ from distil_jax.config.run import ComputeConfig, MeshConfig, StudentConfig
 from distil_jax.config.step import StepConfig
 from distil_jax.models.encoder import MaskedLm, layers_apart
 from distil_jax.runtime.assemble import resolve_compute, student_model, with_compute
-from distil_jax.runtime.attention import settle_attention
+from distil_jax.runtime.attention import resolve_attention
 from distil_jax.schema import require
 from distil_jax.structs import Batch
 from distil_jax.training.sharding import make_mesh
@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> Measured:
             require(
                 length <= shape.max_positions, f"--lengths {length}: the shape has {shape.max_positions} positions."
             )
-            step, _ = settle_attention(both, "auto", one, length)
+            step, _ = resolve_attention(both, "auto", one, length)
             models = {"teacher": step.teacher, "student": step.student}
             calls = {(OURS, name): encoder(model, batch, length) for name, model in models.items()}
             with peers.pytorch() as make:

@@ -19,7 +19,7 @@ from distil_jax import __version__
 from distil_jax.commands.bench.timing import Measured
 from distil_jax.files import write_whole
 from distil_jax.reporting import markdown
-from distil_jax.schema import InputError, place, require
+from distil_jax.schema import InputError, require, user_path
 
 KEPT = Path(__file__).parent / "results"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "libtpu", "torch", "transformers", "tokenizers")
@@ -86,14 +86,14 @@ def check_output(path: str | None) -> None:
       InputError: it cannot.
     """
     if path is not None:
-        file = place(path)
+        file = user_path(path)
         lawful = not file.is_dir() and os.access(file.absolute().parent, os.W_OK)
         require(lawful, f"Cannot write {file}: --output takes a file in an existing folder.")
 
 
 def write(path: str | Path, values: dict[str, Any]) -> None:
     """Writes a record as JSON."""
-    write_whole(place(path), json.dumps(values, indent=1) + "\n")
+    write_whole(user_path(path), json.dumps(values, indent=1) + "\n")
 
 
 def read(path: str | Path) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def read(path: str | Path) -> dict[str, Any]:
     Raises:
       InputError: another file, or none.
     """
-    path = place(path)
+    path = user_path(path)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

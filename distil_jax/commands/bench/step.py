@@ -21,7 +21,7 @@ from distil_jax.commands.bench.timing import Block, Measured, Timed
 from distil_jax.config.model import ModelConfig
 from distil_jax.config.run import Config
 from distil_jax.config.step import StepConfig
-from distil_jax.data.loader import RowTable, batches, numbers_at, open_rows, prefetch
+from distil_jax.data.loader import RowTable, batches, indices_at, open_rows, prefetch
 from distil_jax.data.manifest import read_manifest
 from distil_jax.machines.chips import CHIPS
 from distil_jax.machines.flops import step_flops
@@ -151,7 +151,7 @@ def read_work(arguments: argparse.Namespace, dropout: float) -> Work:
         optimizer=config.optimizer,
         targets_per_row=most_targets(length, config.masking.rate),
     )
-    step, _ = assemble.settle(step, config, mesh, length)
+    step, _ = assemble.resolve_step(step, config, mesh, length)
     return Work(config, step, mesh, table, weights, length, arguments.steps, arguments.rounds)
 
 
@@ -191,7 +191,7 @@ def _peer_rounds(work: Work, peer_batching: str) -> list[list[list[batching.Padd
     """The sequences of the rows that our own side trains on: optimiser steps of micro-batches, dealt out to rounds."""
     accumulation, seed = work.step.accumulation, work.config.seed
     steps = work.rounds * work.steps
-    sequences = list(batching.unpack(work.table.gather(numbers_at(work.table, 0, steps * work.batch_rows, seed=seed))))
+    sequences = list(batching.unpack(work.table.gather(indices_at(work.table, 0, steps * work.batch_rows, seed=seed))))
     micro_batches = batching.masked_batches(
         sequences,
         size=max(1, round(len(sequences) / (steps * accumulation))),

@@ -10,11 +10,11 @@ import string
 import numpy as np
 import pytest
 
-from distil_jax.evaluation.task_metrics import entities, normalized, scores
+from distil_jax.evaluation.task_metrics import entities, normalized, score_predictions
 
 
 def only(metric, predictions, labels) -> float:
-    found = scores([metric], predictions, labels)
+    found = score_predictions([metric], predictions, labels)
     assert list(found) == [metric] and type(found[metric]) is float
     return found[metric]
 
@@ -36,7 +36,7 @@ def test_classification_as_scikit_learn_counts(classes):
                 "matthews": metrics.matthews_corrcoef(true, said),
                 "f1": metrics.f1_score(true == 1, said == 1, zero_division=0),
             }
-            assert scores(expected, said, true) == pytest.approx(expected, abs=1e-12)
+            assert score_predictions(expected, said, true) == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -50,15 +50,17 @@ def test_correlations_as_scipy_computes_them(ties):
         said = (np.round(true + draw.normal(size=rows)) if ties else true + draw.normal(size=rows)) * 1e-3 + 7
         said[:2] = 7.5, 7.25
         expected = {"pearson": stats.pearsonr(said, true)[0], "spearman": stats.spearmanr(said, true)[0]}
-        assert scores(expected, said, true) == pytest.approx(expected, abs=1e-9)
-        assert scores(expected, -said, true) == pytest.approx({name: -r for name, r in expected.items()}, abs=1e-9)
+        assert score_predictions(expected, said, true) == pytest.approx(expected, abs=1e-9)
+        assert score_predictions(expected, -said, true) == pytest.approx(
+            {name: -r for name, r in expected.items()}, abs=1e-9
+        )
 
 
 def test_perfect_and_inverted_predictions():
     true = np.array([0, 1, 1, 0, 1])
     every = ["accuracy", "f1", "macro_f1", "matthews", "pearson", "spearman"]
-    assert scores(every, true, true) == pytest.approx(dict.fromkeys(every, 1.0))
-    assert scores(every, 1 - true, true) == pytest.approx(
+    assert score_predictions(every, true, true) == pytest.approx(dict.fromkeys(every, 1.0))
+    assert score_predictions(every, 1 - true, true) == pytest.approx(
         dict.fromkeys(every[:3], 0.0) | dict.fromkeys(every[3:], -1.0)
     )
 
@@ -77,16 +79,19 @@ def test_what_cannot_be_told_is_zero(metric):
 def test_f1_without_its_class_is_zero():
     assert only("f1", np.zeros(3, int), np.zeros(3, int)) == 0.0
     assert only("f1", np.ones(3, int), np.zeros(3, int)) == 0.0
-    assert scores(["accuracy", "macro_f1"], np.array([], int), np.array([], int)) == {"accuracy": 0, "macro_f1": 0}
+    assert score_predictions(["accuracy", "macro_f1"], np.array([], int), np.array([], int)) == {
+        "accuracy": 0,
+        "macro_f1": 0,
+    }
 
 
 def test_one_prediction_a_label():
     with pytest.raises(ValueError, match=r"\(2,\) are not one for each of the labels \(3,\)"):
-        scores(["accuracy"], np.zeros(2), np.zeros(3))
+        score_predictions(["accuracy"], np.zeros(2), np.zeros(3))
     with pytest.raises(ValueError, match="2 predictions are not one for each of 1 words"):
-        scores(["entity_f1"], [["O", "O"]], [["O"]])
+        score_predictions(["entity_f1"], [["O", "O"]], [["O"]])
     with pytest.raises(ValueError, match="longer"):
-        scores(["exact_match"], ["a"], [["a"], ["b"]])
+        score_predictions(["exact_match"], ["a"], [["a"], ["b"]])
 
 
 # Entities
@@ -183,12 +188,15 @@ def test_answers_as_squad_judges_them():
         ]
         f1 = [max(slow_f1(each, other) for other in others) for each, others in zip(said, true, strict=True)]
         expected = {"exact_match": sum(exact) / 100, "span_f1": sum(f1) / 100}
-        assert scores(expected, said, true) == pytest.approx(expected, abs=1e-12)
+        assert score_predictions(expected, said, true) == pytest.approx(expected, abs=1e-12)
         assert 0 < expected["span_f1"] < 1
 
 
 def test_answers_by_hand():
-    assert scores(["exact_match", "span_f1"], ["The U.S."], [["us", "America"]]) == {"exact_match": 1.0, "span_f1": 1.0}
+    assert score_predictions(["exact_match", "span_f1"], ["The U.S."], [["us", "America"]]) == {
+        "exact_match": 1.0,
+        "span_f1": 1.0,
+    }
     assert only("span_f1", ["black cat cat"], [["a cat", "nothing"]]) == pytest.approx(2 * 1 / 4)
     assert only("span_f1", ["cat cat"], [["cat cat cat"]]) == pytest.approx(2 * 2 / 5)
     assert only("span_f1", [""], [["cat"]]) == only("exact_match", [""], [["cat"]]) == 0.0

@@ -26,17 +26,17 @@ _SAID = {
 }
 
 
-def told(data: TaskData, splits: Collection[str] = ("train", "dev", "test")) -> str:
+def summarize(data: TaskData, splits: Collection[str] = ("train", "dev", "test")) -> str:
     """What trains and what judges, one line for each of these splits that there is."""
     tables = {"train": data.train, "dev": data.dev, "test": data.test}
     return "\n".join(
-        "; ".join([f"{split}: {_labels(table, data.label_names)}", *losses(data.counts.get(split, {}))])
+        "; ".join([f"{split}: {_labels(table, data.label_names)}", *data_problems(data.counts.get(split, {}))])
         for split, table in tables.items()
         if table is not None and split in splits
     )
 
 
-def losses(counts: Mapping[str, int]) -> list[str]:
+def data_problems(counts: Mapping[str, int]) -> list[str]:
     """What was cut, lost or doubtful of a split, each with its number."""
     return [f"{counts[name]:,} {text}" for name, text in _SAID.items() if counts.get(name)]
 
