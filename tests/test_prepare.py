@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from distil_jax.commands import prepare as command
 from distil_jax.data import docstrings, loader
 from distil_jax.data.corpus import Piece
 from distil_jax.data.manifest import SPLITS, read_manifest, verify
@@ -21,7 +22,6 @@ from distil_jax.data.packing import Packer
 from distil_jax.data.prepare import PrepareConfig, chunks, prepare
 from distil_jax.data.tokenizer import fingerprint, load_tokenizer, train_tokenizer
 from distil_jax.schema import InputError
-from distil_jax.workflows import prepare as command
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "while", "seven", "small", "dogs", "ran", "over", "green", "hills"]
 
