@@ -1,4 +1,4 @@
-"""Real kills, signals, full disks and lost machines, in processes of their own; README, "What it survives"."""
+"""Real kills, signals, full disks and lost machines, in processes of their own; see `distil_jax/runtime/README.md`."""
 
 import functools
 import itertools
