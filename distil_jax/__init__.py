@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """A public name, where the first of them is asked for: the command line is there, and ends, before JAX is."""
+    """Imports `public.py` when the first public name is used, so that the command line starts without JAX."""
     if not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}") is None:
         names = vars(importlib.import_module(f"{__name__}.public"))
         if name in names:

@@ -35,15 +35,15 @@ _VERBS = {
     "report": "write report.md and report.html for runs",
     "doctor": "check the machine, and all that a run needs, and say what to do about what is wrong",
 }
-# Full, broken or read-only disks, and too many open files: whatever a command was about to do, this is not its mistake.
+# Full, broken or read-only disks, and too many open files: the machine's fault, whatever the command was doing.
 _MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE)
-# A path that somebody named, and that cannot be what it was named for.
+# A path that the user gave cannot be used.
 _PATH_ERRORS = (errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb and returns the exit status."""
-    # Models are read without PyTorch here, so that it is not found is no news.
+    # Models are read without PyTorch here, so transformers need not say that it is missing.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     chosen, rest = _split(list(sys.argv[1:] if arguments is None else arguments))
     command = importlib.import_module(f"distil_jax.commands.{chosen}")
@@ -68,12 +68,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def program() -> NoReturn:
-    """`main` as a process of its own: Ctrl-C ends it anywhere, and where the machine failed, so does that.
+    """Runs `main` as the whole process: Ctrl-C ends it anywhere, and a failed machine ends it at once.
 
-    An orderly end might wait for what failed.
+    An orderly exit might wait for what failed.
     """
     signals.install()
-    # Where texts are tokenised and no steps taken, the threads of the tokenizer would wait for each other.
+    # Not for tokenising: with one arena, the threads of the tokenizer would wait for each other.
     if sys.argv[1:2] != ["prepare"] and sys.argv[1:3] != ["bench", "data"]:
         keep_freed_memory()
     try:
@@ -85,7 +85,7 @@ def program() -> NoReturn:
     except BrokenPipeError:
         if not _is_unread(sys.stdout):
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes on exit
         status = exit_codes.UNREAD
     if status == exit_codes.MACHINE_FAILED:
         sys.stdout.flush()
@@ -94,9 +94,9 @@ def program() -> NoReturn:
 
 
 def _is_unread(pipe: TextIO) -> bool:
-    """Whether who read it has closed it, as `head` does."""
+    """Whether its reader has closed the pipe, as `head` does."""
     asked = select.poll()
-    asked.register(pipe, 0)  # errors are told unasked
+    asked.register(pipe, 0)  # errors are reported without asking
     return any(what & select.POLLERR for _, what in asked.poll(0))
 
 

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, whatever ends the process; and which files are a tokenizer's."""
+"""Files and folders that appear whole or not at all, however the process ends; and which files make a tokenizer."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from pathlib import Path
 
 from distil_jax.schema import InputError, user_path
 
-_UNFINISHED = ".unfinished-"  # between the name of a folder and a random end
-# What holds the words: any tokenizer's; WordPiece's; byte-level BPE's; SentencePiece's, under the names it goes by.
+_UNFINISHED = ".unfinished-"  # between a folder's name and a random suffix
+# The vocabulary files: of any fast tokenizer; of WordPiece; of byte-level BPE; of SentencePiece, under its many names.
 _VOCABULARIES = (
     "tokenizer.json",
     "vocab.txt",
@@ -28,10 +28,10 @@ _VOCABULARIES = (
     "spm.model",
     "tokenizer.model",
 )
-# Every file, as a pattern, that `transformers` reads or writes as a part of a tokenizer of any kind of encoder.
+# Patterns of every file that `transformers` reads or writes as part of an encoder's tokenizer.
 TOKENIZER_FILES = (
     *_VOCABULARIES,
-    "tokenizer.*.json",  # for a version of `transformers`, which tokenizer_config.json names
+    "tokenizer.*.json",  # for a certain version of `transformers`, named in tokenizer_config.json
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -40,28 +40,28 @@ TOKENIZER_FILES = (
     "dict.txt",
     "chat_template.jinja",
 )
-_passing: dict[Path, list[Path]] = {}  # what goes if the process is interrupted, and the folders made to hold it
-# Held while something begins or takes its place, and for ever once the process is interrupted: what is being removed
-# must not take its place.
+_unkept: dict[Path, list[Path]] = {}  # path to remove if the process is interrupted -> folders made to hold it
+# Held while a draft is begun or renamed into place, and for ever once the process is being interrupted, so that nothing
+# is renamed while it is being removed.
 replacing = threading.Lock()
 
 
 def check_free(folder: str | Path) -> None:
-    """Raises `InputError` where there is something that is not an empty folder."""
+    """Raises `InputError` unless `folder` is missing or an empty folder."""
     folder = user_path(folder)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise InputError(f"{folder} exists and is not an empty folder: choose another one, or remove it first.")
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a text file in one step: until then, what it replaces stays."""
+    """Writes a text file and renames it into place, so that an older one stays until then."""
     with whole_file(path) as draft:
         draft.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A file beside this one to write; it takes its place at the end of the block, and goes where that raises."""
+    """Yields a draft beside `path`, which is renamed into place after the block, or removed if the block raises."""
     draft = path.with_name(f".{path.name}")
     with replacing:
         remove_on_exit([draft])
@@ -74,29 +74,29 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def missing_folders(folder: Path) -> list[Path]:
-    """The folder, and those above it, as far as they are not there yet."""
+    """The folder and its parents, as far as they do not exist yet."""
     return list(itertools.takewhile(lambda each: not each.exists(), (folder, *folder.parents)))
 
 
 def remove_on_exit(made: list[Path]) -> None:
-    """Takes note that the first of these goes if the process is interrupted before `keep`, and others where empty."""
+    """If the process is interrupted before `keep`, the first of these is removed, and the others if they are empty."""
     if made:
-        _passing[made[0]] = made[1:]
+        _unkept[made[0]] = made[1:]
 
 
 def keep(path: Path) -> None:
-    """Takes note that this stays, whatever happens."""
-    _passing.pop(path, None)
+    """Undoes `remove_on_exit`: the path stays, whatever happens."""
+    _unkept.pop(path, None)
 
 
 def remove_unfinished() -> None:
-    """For a process that is about to end, in a thread beside those that write: removes what is unfinished.
+    """Removes unfinished files when the process is about to end, while other threads may still write them.
 
-    Nothing takes its place any more, and nothing new is begun. Where that cannot be had, because a disk does not
-    answer, everything stays: the next attempt removes it.
+    From here on nothing is begun or renamed into place. If a disk does not answer, everything stays, and the next
+    attempt removes it.
     """
     if replacing.acquire(timeout=5):
-        for path in list(_passing):
+        for path in list(_unkept):
             for _ in range(50):  # another thread may still put files into it
                 shutil.rmtree(path, ignore_errors=True)
                 if not path.is_dir():
@@ -106,15 +106,15 @@ def remove_unfinished() -> None:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether there is a vocabulary in a folder, without which nothing of a tokenizer can be loaded."""
+    """Whether a folder has a vocabulary file, without which no tokenizer can be loaded."""
     return any((folder / name).is_file() for name in _VOCABULARIES)
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """Those files of a folder that are its tokenizer, in the order of their names.
+    """The tokenizer files of a folder, sorted by name.
 
     Raises:
-      InputError: there are none.
+      InputError: there is no tokenizer.
     """
     if not has_tokenizer(folder):
         raise InputError(f"{folder} holds no tokenizer: give a folder with tokenizer.json or vocab.txt.")
@@ -122,9 +122,9 @@ def tokenizer_files(folder: Path) -> list[Path]:
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copies a tokenizer, and config.json, from which `transformers` may learn its class, into an existing folder.
+    """Copies a tokenizer and config.json, which may name its class, into an existing folder.
 
-    Files of another tokenizer that lay there go: some would be read together with the new ones.
+    Files of another tokenizer in the target are removed: some would be read together with the new ones.
 
     Raises:
       InputError: there is no tokenizer.
@@ -138,15 +138,15 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 
 
 def unfinished(folder: Path) -> list[Path]:
-    """The folders beside this one in which `whole_folder` is writing it, or was when its process was killed."""
+    """Drafts of this folder by `whole_folder`, of processes that are running or were killed."""
     return list(folder.parent.glob(f".{glob.escape(folder.name)}{_UNFINISHED}*"))
 
 
 @contextlib.contextmanager
 def whole_folder(folder: str | Path) -> Iterator[Path]:
-    """A folder beside this one to write into; it takes its place at the end of the block, and goes where that raises.
+    """Yields a draft folder, which is renamed into place after the block, or removed if the block raises.
 
-    What a killed process left beside it goes too: one that lives holds a lock on its own.
+    Drafts of killed processes are removed too; a running process holds a lock on its own.
 
     Args:
       folder: must not exist, or be empty.
@@ -157,7 +157,10 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
     folder = user_path(folder).absolute()
     check_free(folder)
     for left in unfinished(folder):
-        with contextlib.suppress(OSError), _locked(left):  # in use, locks are unknown there, or not ours to remove
+        with (
+            contextlib.suppress(OSError),
+            _locked(left),
+        ):  # in use, on a file system without locks, or not ours to remove
             shutil.rmtree(left)
     draft = folder.with_name(f".{folder.name}{_UNFINISHED}{secrets.token_hex(4)}")
     try:
@@ -169,7 +172,7 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
         raise InputError(f"Cannot write {folder}: {error.strerror}.") from error
     try:
         with contextlib.ExitStack() as held:
-            with contextlib.suppress(OSError):  # where locks are unknown, nobody removes it either
+            with contextlib.suppress(OSError):  # without locks, no other process removes it either
                 held.enter_context(_locked(draft))
             yield draft
             with replacing:
@@ -179,20 +182,20 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
 
 
 def _remove(draft: Path) -> None:
-    """Removes a file or folder, if it is there, and the folders that were made to hold it, if nothing else does."""
+    """Removes a file or folder, if it exists, and the folders made to hold it, if they are empty."""
     if draft.is_dir():
         shutil.rmtree(draft, ignore_errors=True)
     else:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             draft.unlink()
-    for folder in _passing.pop(draft, []):
+    for folder in _unkept.pop(draft, []):
         with contextlib.suppress(OSError):
             folder.rmdir()
 
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Holds a lock that the system lets go when the process ends, however it ends."""
+    """Holds a lock, which the system releases when the process ends, however it ends."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

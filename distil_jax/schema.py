@@ -1,6 +1,6 @@
 """Plain values <-> frozen dataclasses: every key and every type is checked, and what is wrong is said in a sentence.
 
-Configs, manifests and the facts beside a checkpoint are all read through here.
+Configs, manifests and the metadata of checkpoints are all read through here.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def require_share(name: str, value: float) -> None:
 
 
 def short_repr(value: Any) -> str:
-    """`repr`, or only the type of what Python does not write out: thousands of digits, or of brackets."""
+    """`repr`, or only the type where Python refuses: thousands of digits or nested brackets."""
     try:
         return repr(value)
     except (ValueError, RecursionError):
@@ -72,18 +72,18 @@ def may_change(default: Any) -> Any:
 
 
 def path_field(default: str, *, may_change: bool = True) -> Any:
-    """A dataclass field that names a file, a folder or a source; `build` reads a `~` in it as `at_home` does."""
+    """A dataclass field that names a file, a folder or a source; `build` expands a `~` in it with `expand_home`."""
     return dataclasses.field(default=default, metadata={"may_change": may_change, "path": True})
 
 
 def expand_home(text: str) -> str:
-    """What a person wrote for a file, folder, source or hub id, with a `~` or `~user` in front replaced by that home.
+    """Replaces a leading `~` or `~user` in the name of a file, folder, source or hub id by that home.
 
-    As in a shell, which never sees the `~` of a quoted word, of `--output=~/run` or of a TOML file. What is really
-    called so is written `./~`.
+    A shell does not do so for quoted words, for `--output=~/run` or in TOML files. A file that is really called `~` is
+    written `./~`.
 
     Raises:
-      InputError: there is no such home, and nothing is called so.
+      InputError: there is no such home, and no file of that name.
     """
     home = os.path.expanduser(text)
     user = text.partition("/")[0]
@@ -93,12 +93,12 @@ def expand_home(text: str) -> str:
 
 
 def user_path(name: str | Path) -> Path:
-    """The file or folder that a person named: every verb and every function that opens or makes one asks here.
+    """The path for a name that a user gave; everything that opens or makes files goes through here.
 
-    A name that begins with `~` once `./` is taken off comes back as an absolute path, which nobody takes for a home.
+    `./~x` comes back as an absolute path, because `Path` drops the `./`, and later code would expand the `~`.
 
     Raises:
-      InputError: as `at_home`.
+      InputError: as `expand_home`.
     """
     path = Path(expand_home(os.fspath(name)))
     return path.absolute() if str(path).startswith("~") else path
@@ -114,9 +114,9 @@ def build(kind: type, values: Mapping[str, Any], where: str = "") -> Any:
             raise InputError(f"Unknown config key {where}{key}: did you mean {where}{near}?")
     missing = [f.name for f in dataclasses.fields(kind) if f.name not in values and f.default is dataclasses.MISSING]
     require(not missing, f"The config lacks {where}{', '.join(missing)}.")
-    found = {key: _convert(types_of[key], value, where + key) for key, value in values.items()}
-    paths = [f.name for f in dataclasses.fields(kind) if f.metadata.get("path") and f.name in found]
-    return kind(**found | {name: expand_home(found[name]) for name in paths})
+    converted = {key: _convert(types_of[key], value, where + key) for key, value in values.items()}
+    paths = [f.name for f in dataclasses.fields(kind) if f.metadata.get("path") and f.name in converted]
+    return kind(**converted | {name: expand_home(converted[name]) for name in paths})
 
 
 @functools.cache  # a manifest may list thousands of files
@@ -138,14 +138,14 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def differences(old: Any, new: Any, where: str = "") -> list[str]:
     """What differs between two configs in fields that a resumed run may not change, one line each."""
-    found = []
+    changes = []
     for f in dataclasses.fields(old):
         before, after = getattr(old, f.name), getattr(new, f.name)
         if dataclasses.is_dataclass(before) and type(before) is type(after):
-            found += differences(before, after, f"{where}{f.name}.")
+            changes += differences(before, after, f"{where}{f.name}.")
         elif before != after and not f.metadata.get("may_change"):
-            found.append(f"{where}{f.name}: {before} -> {after}")
-    return found
+            changes.append(f"{where}{f.name}: {before} -> {after}")
+    return changes
 
 
 def table_of(values: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -155,7 +155,7 @@ def table_of(values: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def quoted(key: str, text: str | Path) -> str:
-    """An override that sets a key to this very text, whatever TOML would read in it: a folder may be called 42."""
+    """An override that sets a key to exactly this text, even if TOML would read a number in it, such as 42."""
     return f"{key}={json.dumps(str(text), ensure_ascii=False)}"
 
 
@@ -191,7 +191,7 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         return kind(value)
     require(type(value) is kind, f"Config key {where} must be of type {kind.__name__}, not {short_repr(value)}.")
     if kind is float:
-        # TOML and JSON have them, and a comparison with a bound lets NaN through or not as it is written.
+        # TOML and JSON can hold NaN and infinity, and NaN may pass a comparison with a bound.
         require(math.isfinite(value), f"Config key {where} must be a finite number, not {value}.")
     if kind is str:
         require(not _SURROGATE.search(value), f"Config key {where} must be text that UTF-8 can hold, not {value!r}.")

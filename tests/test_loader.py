@@ -322,7 +322,7 @@ def test_closing_prefetch_stops_its_thread():
 
 def test_closing_prefetch_does_not_wait_for_a_source_that_hangs(monkeypatch):
     """A disk that is gone must not keep a run that has ended from ending; Python waits for threads but for daemons."""
-    monkeypatch.setattr(loader, "_LONGEST_GOODBYE", 0.05)
+    monkeypatch.setattr(loader, "_JOIN_SECONDS", 0.05)
     never = threading.Event()
 
     def stuck():

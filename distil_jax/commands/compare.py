@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Compares, and prints the tables; started again, it goes on where it was."""
     output, models = user_path(arguments.output), named(arguments.models)
     with processes.first_process_prints():
-        found = compare(
+        comparison = compare(
             models,
             arguments.tasks,
             seeds=tuple(arguments.seeds),
@@ -56,10 +56,10 @@ def run(arguments: argparse.Namespace) -> None:
             distil=list(models)[1:] if arguments.distil == [] else arguments.distil or (),
             baseline=arguments.baseline,
         )
-        lines = tables(found)
+        lines = tables(comparison)
         print("\n".join(["", *lines]))
         if processes.is_first():
-            write(found, lines, output)
+            write(comparison, lines, output)
             cards = [user_path(path) / "README.md" for path in models.values() if arguments.cards]
             for card in filter(Path.is_file, cards):
                 into_card(card, lines)

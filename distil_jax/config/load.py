@@ -13,7 +13,7 @@ from distil_jax.schema import InputError, build, require, set_value, table_of, t
 
 
 def preset(path: str | Path, kind: str = "") -> Path:
-    """The file itself, or the one of that name among the project's own configs (`distilbert_base_uncased`).
+    """The file itself, or the project's own config of that name (`distilbert_base_uncased`).
 
     Args:
       path: a file or a name.
@@ -94,7 +94,7 @@ def load_task(name: str | Path, overrides: Sequence[str] = ()) -> FinetuneConfig
 
 
 def resolve_schedule(values: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Where an override says how long a run is, in steps or in epochs, it replaces what the file says in the other."""
+    """Lets an override of train.steps replace the file's train.epochs, and the other way round."""
     named, train = {override.partition("=")[0].strip() for override in overrides}, dict(table_of(values, "train"))
     for one, other in (("steps", "epochs"), ("epochs", "steps")):
         if f"train.{one}" in named and f"train.{other}" not in named and train.get(one):

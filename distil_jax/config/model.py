@@ -75,7 +75,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """What a task asks of an encoder: one answer a sequence, one a token, or where a span begins and ends."""
+    """A task's head: it classifies sequences or tokens, or finds where a span begins and ends."""
 
     kind: Literal["sequence", "tokens", "spans"]
     labels: int = 2  # of a sequence: 1 is a regression; of spans: 2, start and end
@@ -96,9 +96,9 @@ class HeadConfig:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """One name a label, in the order of the logits."""
+        """A name for each label, in the order of the logits."""
         return self.label_names or tuple(f"LABEL_{number}" for number in range(self.labels))
 
     def encoder(self, config: ModelConfig) -> ModelConfig:
-        """The encoder under this head: no MLM head, and a pooler exactly where one is read, by BERT on sequences."""
+        """The encoder under this head: no MLM head, and a pooler only for sequences on a BERT."""
         return replace(config, mlm_head=False, pooler=self.kind == "sequence" and config.token_types > 0)

@@ -77,7 +77,7 @@ class StudentConfig:
         )
 
     def resolved(self, model: ModelConfig, teacher: ModelConfig | None) -> StudentConfig:
-        """What was left open, as it is in the student that was made.
+        """The config with nothing left open, as the student was built.
 
         Args:
           model: the student's.
@@ -171,7 +171,7 @@ class MeshConfig:
 class ComputeConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on accelerators, float32 on CPUs
     unroll: Literal["auto", "yes", "no"] = may_change("auto")  # auto: on CPUs without remat, where it is faster
-    attention: Literal["auto", "xla", "pallas"] = may_change("auto")  # auto: a Pallas kernel wherever it is lawful
+    attention: Literal["auto", "xla", "pallas"] = may_change("auto")  # auto: a Pallas kernel wherever it can be used
     remat: Literal["auto", "none", "dots", "full"] = may_change("auto")  # auto: dots on TPUs, whose memory is slow
     cache: str = path_field("auto")  # folder of compiled programs; auto: in the run's, but "" (none) on CPUs
 
@@ -205,6 +205,6 @@ class Config:
 
 
 def check_seeds(*seeds: int) -> None:
-    """Refuses seeds that JAX would read as others."""
+    """Refuses seeds that JAX would cut to other seeds."""
     for seed in seeds:
         require(0 <= seed <= _LAST_SEED, f"A seed must be from 0 to {_LAST_SEED:,}, not {seed}.")

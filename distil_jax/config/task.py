@@ -29,7 +29,7 @@ _OF_KIND: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """One labelled data set, and how it is judged.
+    """A labelled data set and its metrics.
 
     A source is a CSV, TSV, JSONL or Parquet file, or `hub:NAME[:CONFIG[:SPLIT]]`, as for `distil-jax prepare`.
     """
@@ -72,7 +72,7 @@ class TaskConfig:
 
     @property
     def metric_names(self) -> tuple[str, ...]:
-        """The metrics, the first of which decides."""
+        """The metrics; the first decides which checkpoint is best."""
         default = {"sequence": "accuracy", "regression": "pearson", "tokens": "entity_f1", "spans": "span_f1"}
         return self.metrics or (default[self.kind],)
 
@@ -126,7 +126,7 @@ class FinetuneConfig:
 
 
 def head_of(task: TaskConfig, start: StartConfig, model: ModelConfig, label_names: tuple[str, ...]) -> HeadConfig:
-    """The head that a task wants on an encoder; its dropout, unless given, is what was published for that model.
+    """The head for a task on an encoder; its dropout, unless given, is what was published for that model.
 
     Those are 0.2 for sequences and 0.1 for spans on a DistilBERT, none for spans on a BERT, and 0.1 otherwise.
     """
@@ -141,13 +141,13 @@ def head_of(task: TaskConfig, start: StartConfig, model: ModelConfig, label_name
     return HeadConfig(kind, labels, dropout, names)
 
 
-def check_head(found: HeadConfig, wanted: HeadConfig, model: str) -> None:
-    """Refuses a model whose head is not that of a task: of another kind, with other labels or in another order."""
-    theirs, ours = (found.kind, found.labels), (wanted.kind, wanted.labels)
-    same_names = not (found.label_names and wanted.label_names) or found.label_names == wanted.label_names
+def check_head(head: HeadConfig, wanted: HeadConfig, model: str) -> None:
+    """Refuses a model whose head differs from the task's: in its kind, its labels or their order."""
+    theirs, ours = (head.kind, head.labels), (wanted.kind, wanted.labels)
+    same_names = not (head.label_names and wanted.label_names) or head.label_names == wanted.label_names
     require(
         theirs == ours and same_names,
-        f"{model} answers another question ({' '.join(map(str, theirs))}: {', '.join(found.names[:5])}) than this task "
+        f"{model} answers another question ({' '.join(map(str, theirs))}: {', '.join(head.names[:5])}) than this task "
         f"({' '.join(map(str, ours))}: {', '.join(wanted.names[:5])}): fine-tune it on the same task.",
     )
 

@@ -35,12 +35,12 @@ class Piece(NamedTuple):
 
 
 def is_held_out(key: bytes, fraction: float) -> bool:
-    """Whether a document is held out: equal documents fall on one side, whatever they are prepared with."""
+    """Whether a document is held out: equal documents always fall on the same side."""
     return int.from_bytes(key) < fraction * 2**64
 
 
 def expand(sources: Sequence[str], counts: Counter[str] | None = None) -> list[str]:
-    """The files that folders and globs stand for, in a fixed order; `docstrings` and `hub:` stay as they are.
+    """The files that folders and globs stand for, in a fixed order; `docstrings` and `hub:` names stay.
 
     Args:
       counts: `left_out_files`, those of folders that are hidden or have another suffix, and `repeated_files`, those
@@ -85,7 +85,7 @@ def _files_of(folder: Path, counts: Counter[str]) -> list[str]:
 
 
 def size_in_bytes(sources: Sequence[str]) -> int | None:
-    """What `counts["bytes"]` of `read` will end at; None where nobody knows."""
+    """The final value of `counts["bytes"]` of `read`; None if it cannot be known."""
     files = expand(sources)
     if all(not _is_name(file) and kind_of(file) != "parquet" for file in files):
         return sum(Path(file).stat().st_size for file in files)
@@ -159,7 +159,7 @@ def _document(key: bytes, texts: list[str]) -> Iterator[Piece]:
 
 
 def _docstring_pieces() -> Iterator[Piece]:
-    """Paragraphs of docstrings; a document is what stands under one name.
+    """Paragraphs of docstrings; a document is everything under one name.
 
     Of all the names that a paragraph occurs under, it goes to the one with the largest key: so it is held out only if
     all of them are. Long ones never are: they will be cut, and inner parts of long paragraphs repeat each other.

@@ -1,4 +1,4 @@
-"""Labelled examples of a task: read, checked one by one, and cut into what trains and what judges."""
+"""Labelled examples of a task: read, checked one by one, and split into train, dev and test."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from distil_jax.schema import InputError, require, short_repr
 
 
 class Answer(NamedTuple):
-    """Where a context answers a question."""
+    """The place of an answer in its context."""
 
     start: int  # characters before it
     text: str
@@ -104,7 +104,7 @@ def read_splits(task: TaskConfig) -> Splits:
 
 
 def _doubtful(task: TaskConfig, examples: list[Example], train: list[Example]) -> Counter[str]:
-    """The examples that may be mistakes: they are kept, and counted."""
+    """Counts the examples that may be mistakes; they are kept."""
     hold_text = any if task.kind == "tokens" else all  # of words, or of one text or two
     counts: Counter[str] = Counter()
     trains = {example.texts for example in train}
@@ -119,7 +119,7 @@ def _doubtful(task: TaskConfig, examples: list[Example], train: list[Example]) -
 
 
 def _split(task: TaskConfig, examples: list[Example]) -> tuple[list[Example], list[Example]]:
-    """What trains and what judges, where the task names nothing to judge by."""
+    """Splits training examples into train and dev, for a task that names no dev examples."""
     sides: tuple[list[Example], list[Example]] = ([], [])
     for example in examples:
         key = _key(example.texts[-1:] if task.kind == "spans" else example.texts)
@@ -165,7 +165,7 @@ def _texts(task: TaskConfig, record: Any, where: str) -> tuple[str, ...]:
 
 
 def _classes(task: TaskConfig, class_names: tuple[str, ...], examples: list[Example]) -> Classes:
-    """As the task names them, or the source, or as they are found."""
+    """The classes as the task names them, else as the source does, else as they occur."""
     if task.kind not in ("sequence", "tokens"):
         return Classes((), given=False, found=False)
     names = task.label_names or class_names
@@ -186,7 +186,7 @@ def _classes(task: TaskConfig, class_names: tuple[str, ...], examples: list[Exam
 
 
 def _check_order(source: str, own: tuple[str, ...], classes: Classes) -> None:
-    """Refuses a source whose numbers count names of its own that are the task's in another order."""
+    """Refuses a source that numbers the task's label names in another order."""
     names = classes.names
     counted = names == tuple(map(str, range(len(names))))
     renamed = classes.given and not {*own} & {*names}
@@ -198,7 +198,7 @@ def _check_order(source: str, own: tuple[str, ...], classes: Classes) -> None:
 
 
 def _converter(task: TaskConfig, classes: Classes, *, indexed: bool) -> Callable[[Any, Example], Any]:
-    """What turns a label as it stands in the source into what trains."""
+    """A function from a label in the source to the label to train on."""
     known: dict[tuple[type, Any], int] = {}  # a source has few labels many times
 
     def number(label: Any, where: str) -> int:
@@ -216,7 +216,7 @@ def _converter(task: TaskConfig, classes: Classes, *, indexed: bool) -> Callable
 
 
 def _list(example: Example) -> list[Any]:
-    """The labels of words."""
+    """The labels of an example's words."""
     labels = example.label
     require(isinstance(labels, list), f"{example.where} must have a list of labels, one a word.")
     words = len(example.texts)
@@ -225,7 +225,7 @@ def _list(example: Example) -> list[Any]:
 
 
 def _answers(label: Any, context: str, where: str) -> tuple[Answer, ...]:
-    """SQuAD's {"text": [...], "answer_start": [...]}, each where it says."""
+    """SQuAD's {"text": [...], "answer_start": [...]}, as checked answers."""
     schema = f'{where}: an answer must be {{"text": [...], "answer_start": [...]}}, lists of one length.'
     require(isinstance(label, dict) and {"text", "answer_start"} <= label.keys(), schema)
     texts, starts = label["text"], label["answer_start"]

@@ -1,4 +1,4 @@
-"""Labels as the numbers of their classes: the same from CSV, where all is text, as from JSON and Parquet."""
+"""Labels as class indices: the same from CSV, where everything is text, as from JSON and Parquet."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Classes:
     found: bool
 
     def number(self, label: Any, where: str, *, indexed: bool) -> int:
-        """The number of a label's class.
+        """The index of a label's class.
 
         Args:
           label: as it stands in the source.
@@ -137,7 +137,7 @@ def real(label: Any, where: str) -> float:
 
 
 def _of_text(text: str) -> int | str:
-    """A whole number where the text is one, and else the text without the spaces around it."""
+    """A whole number if the text is one, otherwise the text without surrounding spaces."""
     text = text.strip()
     if whole := _WHOLE.fullmatch(text):
         return int(whole[1])

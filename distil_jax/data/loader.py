@@ -8,6 +8,7 @@ NumPy alone.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import io
 import itertools
@@ -18,7 +19,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import ClassVar, Protocol, TypeVar
 
 import numpy as np
 
@@ -26,8 +27,8 @@ from distil_jax.data.manifest import Manifest, Split, read_manifest
 from distil_jax.schema import InputError, user_path
 from distil_jax.structs import Rows
 
-_LONGEST_GOODBYE = 2.0  # seconds; a thread that is not stuck ends after the item that it is reading
-_JUDGED = 2**32  # of the draw of held-out rows; the seeds of runs are smaller
+_JOIN_SECONDS = 2.0  # a reader that is not stuck ends after the item that it is reading
+_EVALUATION_SEED = 2**32  # for the choice of held-out rows; larger than any run's seed
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 # The header of a .npy file as NumPy writes it: its length after the first ten bytes, the type, and one or two sizes.
@@ -53,22 +54,22 @@ class RowTable:
 
     @property
     def filling(self) -> dict[str, float]:
-        """What an empty row holds, by field, where that is not 0."""
+        """The values of an empty row, by field, where they are not 0."""
         return {"input_ids": self.pad_id}
 
     def order(self, seed: int, epoch: int, batch_rows: int) -> np.ndarray:
-        """[N] the row numbers of one epoch, as they are read."""
+        """[N] the row indices of one epoch, in reading order."""
         return order(len(self), seed, epoch)
 
-    def take(self, numbers: np.ndarray, places: np.ndarray) -> Rows:
-        """Of the rows of a global batch those that stand at `places`."""
-        return self.gather(numbers[places])
+    def take(self, indices: np.ndarray, places: np.ndarray) -> Rows:
+        """The rows at `places` of a global batch, given the row indices of all of it."""
+        return self.gather(indices[places])
 
     def gather(self, indices: np.ndarray) -> Rows:
-        """The rows with these numbers, as NumPy int32 arrays.
+        """The rows at these indices, as NumPy int32 arrays.
 
         Raises:
-          InputError: an id that the vocabulary does not have.
+          InputError: a token id outside the vocabulary.
         """
         ids_BxL = self.input_ids[indices]
         if (largest := int(ids_BxL.max(initial=0))) >= self.vocab_size:
@@ -123,7 +124,7 @@ def token_counts(folder: str | Path, manifest: Manifest) -> np.ndarray:
 def _array(path: Path, dtypes: tuple[str, ...], shape: tuple[int, ...]) -> np.ndarray:
     """The array of a .npy file, memory-mapped.
 
-    The header is matched and not evaluated: NumPy's reader takes it for Python, and fails in any way that Python can.
+    The header is matched by a pattern: NumPy's reader evaluates it as Python, and on damaged files raises anything.
     """
     again = "copy the folder again, or prepare the rows again"
     try:
@@ -134,10 +135,10 @@ def _array(path: Path, dtypes: tuple[str, ...], shape: tuple[int, ...]) -> np.nd
         raise InputError(f"{path} cannot be read ({error.strerror}): {again}.") from error
     if header is None or 10 + int.from_bytes(header[1], "little") != header.end():
         raise InputError(f"{path} is damaged (it does not begin as NumPy's files do): {again}.")
-    dtype, found = header[2].decode(), tuple(int(length) for length in header.groups()[2:] if length)
-    if dtype not in dtypes or found != shape:
+    dtype, stored = header[2].decode(), tuple(int(length) for length in header.groups()[2:] if length)
+    if dtype not in dtypes or stored != shape:
         raise InputError(
-            f"{path} holds {dtype} {list(found)} where the manifest says {' or '.join(dtypes)} {list(shape)}: {again}."
+            f"{path} holds {dtype} {list(stored)} where the manifest says {' or '.join(dtypes)} {list(shape)}: {again}."
         )
     if size != header.end() + math.prod(shape) * np.dtype(dtype).itemsize:
         raise InputError(f"{path} is damaged ({size:,} bytes are not those of {list(shape)} numbers): {again}.")
@@ -156,7 +157,7 @@ def order(rows: int, seed: int, epoch: int) -> np.ndarray:
 
 
 class Table(Protocol[T_co]):
-    """What batches are cut from; `RowTable` says what each part means."""
+    """Anything that batches are cut from; the members are those of `RowTable`."""
 
     if_empty: ClassVar[str]
 
@@ -167,23 +168,23 @@ class Table(Protocol[T_co]):
 
     def order(self, seed: int, epoch: int, batch_rows: int) -> np.ndarray: ...
 
-    def take(self, numbers: np.ndarray, places: np.ndarray) -> T_co: ...
+    def take(self, indices: np.ndarray, places: np.ndarray) -> T_co: ...
 
 
 def indices_at(table: Table, start: int, batch_rows: int, *, seed: int) -> np.ndarray:
-    """[batch_rows] the rows of the endless stream from `start` on, which may be of several epochs."""
+    """[batch_rows] row indices of the endless stream from `start` on, which may span several epochs."""
     epochs, places = np.divmod(start + np.arange(batch_rows), len(table))
-    numbers = np.empty(batch_rows, np.int64)
+    indices = np.empty(batch_rows, np.int64)
     for epoch in range(epochs[0], epochs[-1] + 1):
         inside = epochs == epoch
-        numbers[inside] = table.order(seed, epoch, batch_rows)[places[inside]]
-    return numbers
+        indices[inside] = table.order(seed, epoch, batch_rows)[places[inside]]
+    return indices
 
 
 def batches(
     table: Table[T], *, batch_rows: int, seed: int, position: int = 0, places: np.ndarray | None = None
 ) -> Iterator[T]:
-    """Batches without end, from `position` on.
+    """An endless stream of batches, from `position` on.
 
     Args:
       batch_rows: rows of a global batch.
@@ -191,7 +192,7 @@ def batches(
       places: which rows of each global batch this process reads, in order; None: all.
 
     Raises:
-      InputError: no rows.
+      InputError: the table is empty.
     """
     places = np.arange(batch_rows) if places is None else places
     if not len(table):
@@ -203,69 +204,73 @@ def batches(
 
 
 def evaluation_rows(rows: int, limit: int) -> np.ndarray:
-    """[min(limit, rows)] the numbers of the held-out rows that are judged, ascending; a limit of 0 means all.
+    """[min(limit, rows)] indices of the held-out rows to evaluate on, ascending; a limit of 0 means all.
 
-    They are drawn at random, because rows stand in the order of their sources: the first of them may all be of one
-    kind. The draw is the same of every run, and a smaller limit takes some of the rows that a larger one takes.
+    They are drawn at random, because rows stand in the order of their sources: the first ones may all be of one kind.
+    Every run draws the same rows, and a smaller limit draws a subset of those of a larger one.
     """
     if not 0 < limit < rows:
         return np.arange(rows)
-    draws_N = np.random.Philox(key=[_JUDGED, 0]).random_raw(rows)
+    draws_N = np.random.Philox(key=[_EVALUATION_SEED, 0]).random_raw(rows)
     return np.flatnonzero(draws_N <= np.partition(draws_N, limit - 1)[limit - 1])[:limit]
 
 
 def held_out_batches(
     table: Table[T], *, batch_rows: int, limit: int = 0, places: np.ndarray | None = None
 ) -> Iterator[T]:
-    """The rows of `evaluation_rows`, once; empty rows fill the last batch up. `places` as in `batches`."""
+    """The rows of `evaluation_rows`, once, the last batch filled up with empty rows. `places` as in `batches`."""
     places = np.arange(batch_rows) if places is None else places
-    judged = evaluation_rows(len(table), limit)
-    for start in range(0, len(judged), batch_rows):
-        numbers = judged[start : start + batch_rows]
-        present = places < len(numbers)
-        empty = len(table) + places[~present] - len(numbers)  # numbers that no row has
-        rows = table.take(numbers, places[present])
-        yield _fill(rows, np.concatenate([numbers[places[present]], empty]), table.filling)
+    indices = evaluation_rows(len(table), limit)
+    for start in range(0, len(indices), batch_rows):
+        batch = indices[start : start + batch_rows]
+        present = places < len(batch)
+        empty = len(table) + places[~present] - len(batch)  # indices that no row has
+        rows = table.take(batch, places[present])
+        yield _fill(rows, np.concatenate([batch[places[present]], empty]), table.filling)
 
 
-def _fill(rows: T, numbers: np.ndarray, filling: dict[str, float]) -> T:
-    """Adds empty rows (segment 0 throughout) until there are as many as `numbers`, which become the row indices."""
-    missing = len(numbers) - len(rows.input_ids)
+def _fill(rows: T, indices: np.ndarray, filling: dict[str, float]) -> T:
+    """Adds empty rows (segment 0 throughout) until there are as many as `indices`, which become the row indices."""
+    missing = len(indices) - len(rows.input_ids)
 
-    def longer(field: str) -> np.ndarray:
-        array = getattr(rows, field)
-        return np.pad(array, ((0, missing), *((0, 0),) * (array.ndim - 1)), constant_values=filling.get(field, 0))
-
-    present = [field for field, array in vars(rows).items() if array is not None]
-    return rows.replace(**{field: longer(field) for field in present} | {"row_index": numbers.astype(np.int32)})
+    filled = {}
+    for field in dataclasses.fields(rows):
+        array = getattr(rows, field.name)
+        if array is not None:
+            widths = [(0, missing)] + [(0, 0)] * (array.ndim - 1)
+            filled[field.name] = np.pad(array, widths, constant_values=filling.get(field.name, 0))
+    return rows.replace(**filled | {"row_index": indices.astype(np.int32)})
 
 
 def prefetch(items: Iterable[T], depth: int = 2) -> Iterator[T]:
-    """The same items, read ahead by one background thread.
+    """Reads `depth` items ahead in a background thread, and yields the same items.
 
-    An exception of the source is raised here, in its turn. Closing the generator ends the thread, unless the source
-    does not answer: that is not waited for, here or at the end of the process.
+    What the source raises is raised here, in its turn. Closing the generator ends the thread; a source that hangs is
+    not waited for for long, neither here nor at the end of the process.
     """
-    source, end = iter(items), object()
-    ready: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
-    asked, closed = threading.Semaphore(depth), threading.Event()
+    source = iter(items)
+    ready: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
+    room, closed = threading.Semaphore(depth), threading.Event()
 
     def read() -> None:
-        while asked.acquire() and not closed.is_set():
+        while room.acquire() and not closed.is_set():
             try:
-                ready.put((next(source, end), None))
-            except BaseException as error:  # noqa: BLE001 (raised where the item would have been taken)
-                ready.put((end, error))
+                ready.put((next(source), None))
+            except BaseException as error:  # noqa: BLE001 (raised below, where the item would have been yielded)
+                ready.put((None, error))
 
     reader = threading.Thread(target=read, name="prefetch", daemon=True)
     reader.start()
     try:
-        while (answer := ready.get())[0] is not end:
-            asked.release()
-            yield answer[0]
-        if answer[1] is not None:
-            raise answer[1]
+        while True:
+            item, error = ready.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            room.release()
+            yield item
     finally:
         closed.set()
-        asked.release()
-        reader.join(_LONGEST_GOODBYE)
+        room.release()
+        reader.join(_JOIN_SECONDS)

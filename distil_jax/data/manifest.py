@@ -1,4 +1,4 @@
-"""The manifest of the folder that `distil-jax prepare` wrote: what it holds, and whether that is still there."""
+"""The manifest of a folder of prepared rows: what it holds, with checks that it is still there."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Manifest:
 
 
 def read_manifest(folder: str | Path) -> Manifest:
-    """The folder's manifest, checked against the files that lie there (names and sizes; `verify` checks contents).
+    """The folder's manifest, checked against the names and sizes of the files (`verify` checks their contents).
 
     Raises:
       InputError: no such folder, a manifest that is missing, damaged or of another format, a file that is missing,

@@ -20,7 +20,7 @@ Row = list[Ids]  # sequences that share a row
 
 
 class Packer:
-    """Best fit: a sequence joins the open row that it leaves the least space in.
+    """Best-fit packing: a sequence joins the open row in which it leaves the least space.
 
     Rows are filed under their free space, and the bits of one integer say which spaces occur: finding a row takes the
     same time however many are open.
@@ -33,7 +33,7 @@ class Packer:
         self._open = 0
 
     def add(self, sequence: Ids) -> list[Row]:
-        """Places a sequence; returns the rows that are finished by it, one or none."""
+        """Places a sequence; returns the rows that this finishes, one or none."""
         size = len(sequence)
         row, space = self._take(size) if self._spaces >> size else ([], self._length)
         row.append(sequence)
@@ -84,7 +84,7 @@ class RowWriter:
             self._flush()
 
     def close(self) -> list[StoredFile]:
-        """Writes what waits and the final headers."""
+        """Writes the buffered rows and the final headers."""
         self._flush()
         return [column.close() for column in self._columns]
 

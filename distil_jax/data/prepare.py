@@ -153,7 +153,7 @@ def _tokenizer(config: PrepareConfig, folder: Path) -> PreTrainedTokenizerBase:
 
 @dataclass(frozen=True)
 class _TrainingText:
-    """The training side of the text, line by line, as often as it is asked for."""
+    """The training side of the text, line by line; it can be iterated several times."""
 
     config: PrepareConfig
 
@@ -228,7 +228,7 @@ def _check_rows(config: PrepareConfig, train_rows: int, held_out_rows: int, coun
 
 
 def _advice(config: PrepareConfig, counts: Counter[str]) -> str:
-    """What helps where nothing is left to train on: by what took the most."""
+    """Advice where nothing is left to train on, for whatever dropped the most."""
     causes = ("dropped_short", "dropped_unknown", "sequences", "invalid_lines")
     most = max(causes, key=counts.__getitem__)
     lines = "join the lines of a document (--sequence document), or " if config.sequence == "line" else ""

@@ -40,7 +40,7 @@ class Records(NamedTuple):
 
 
 def read_records(source: str) -> Records:
-    """Opens a source; its records are read as they are asked for.
+    """Opens a source; its records are read lazily.
 
     Args:
       source: a file, also compressed, known by its first bytes and its suffix, or `hub:NAME[:CONFIG[:SPLIT]]`. CSV is
@@ -127,7 +127,7 @@ def _class_names(stream: IterableDataset) -> dict[str, tuple[str, ...]]:
 
 
 def table_records(path: str, kind: str, counts: Counter[str]) -> Iterator[tuple[str, dict[str, str]]]:
-    """The rows of a CSV or TSV file, with where each stands (`line 3`); empty lines are left out.
+    """The rows of a CSV or TSV file, each with its place (`line 3`); empty lines are left out.
 
     Args:
       kind: "csv" or "tsv".
@@ -169,7 +169,7 @@ def _check_header(path: str, kind: str, header: list[str]) -> None:
 
 
 def _table_rows(path: str, kind: str, counts: Counter[str]) -> Iterator[tuple[int, list[str]]]:
-    """The fields of each row, with the number of its first line: where a quote was opened that nothing closes."""
+    """The fields of each row with the number of its first line, where an unclosed quote began."""
     texts = (text for _, text in decoded(path, file_lines(path, counts), None))
     csv.field_size_limit(_LARGEST_FIELD)  # of the module: Python's own, 128 KiB, is less than many a document
     if kind == "tsv":

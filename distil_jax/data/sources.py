@@ -160,7 +160,7 @@ def decoded(path: str, lines: Iterable[bytes], counts: Counter[str] | None) -> I
 
 
 def json_records(path: str, counts: Counter[str] | None = None) -> Iterator[tuple[str, Any]]:
-    """The records of JSON lines, or of one list of objects, with where each stands (`line 3`); JSON may hold anything.
+    """The records of JSON lines, or of one list of objects, each with its place (`line 3`); JSON may hold anything.
 
     Args:
       counts: as for `file_lines` and `decoded`; None: lines that are no text are refused.
@@ -191,7 +191,7 @@ def json_records(path: str, counts: Counter[str] | None = None) -> Iterator[tupl
 
 
 def _listed(path: str, whole: Any) -> Iterator[tuple[str, Any]]:
-    """The records of a list; what else a file may be as a whole is refused."""
+    """The records of a list; any other JSON value is refused."""
     if isinstance(whole, dict):
         fields = ", ".join(whole) or "none"
         raise InputError(
@@ -240,7 +240,7 @@ def _is_json(path: str) -> bool:
 
 
 def _check(path: str, head: bytes, packed: bool) -> None:
-    """Refuses what the first bytes show to be no text."""
+    """Refuses a file whose first bytes show that it is not text."""
     inside = f"{path}, unpacked," if packed else path
     for magic, said in _REFUSED.items():
         require(not head.startswith(magic), f"{inside} {said}.")

@@ -122,10 +122,10 @@ def answers(
     max_answer: int,
     best: int = 20,
 ) -> list[str]:
-    """The best answer to each example, cut out of its context as it stands there.
+    """The best answer to each example, copied from its context.
 
     Of each row the `best` starts and the `best` ends are combined, and over all rows of an example the largest sum of
-    two logits wins; the first of equal ones. Where no pair is lawful the answer is empty.
+    two logits wins; the first of equal ones. Where no pair is allowed the answer is empty.
 
     Args:
       table: what was asked.

@@ -1,4 +1,4 @@
-"""What a task's examples are, in words: their classes, and what was cut, lost or doubtful among them."""
+"""A summary of a task's examples: their classes, and what was cut, lost or doubtful among them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from distil_jax.data.task_table import TaskTable
 from distil_jax.data.tasks import TaskData
 from distil_jax.structs import IGNORED
 
-_MOST = 20  # classes that are shown by name
-_SAID = {
+_MOST_CLASSES = 20  # shown by name
+_PROBLEMS = {
     "cut": "cut at the longest row (task.max_length)",
     "words_cut": "words cut off with their labels",
     "words_lost": "words of which the tokenizer leaves nothing",
@@ -27,7 +27,7 @@ _SAID = {
 
 
 def summarize(data: TaskData, splits: Collection[str] = ("train", "dev", "test")) -> str:
-    """What trains and what judges, one line for each of these splits that there is."""
+    """One line for each of these splits that exists: its classes and its problems."""
     tables = {"train": data.train, "dev": data.dev, "test": data.test}
     return "\n".join(
         "; ".join([f"{split}: {_labels(table, data.label_names)}", *data_problems(data.counts.get(split, {}))])
@@ -37,8 +37,8 @@ def summarize(data: TaskData, splits: Collection[str] = ("train", "dev", "test")
 
 
 def data_problems(counts: Mapping[str, int]) -> list[str]:
-    """What was cut, lost or doubtful of a split, each with its number."""
-    return [f"{counts[name]:,} {text}" for name, text in _SAID.items() if counts.get(name)]
+    """What was cut, lost or doubtful in a split, each with its count."""
+    return [f"{counts[name]:,} {text}" for name, text in _PROBLEMS.items() if counts.get(name)]
 
 
 def _labels(table: TaskTable, names: tuple[str, ...]) -> str:
@@ -47,8 +47,10 @@ def _labels(table: TaskTable, names: tuple[str, ...]) -> str:
     if table.labels.dtype == np.float32:
         least, mean, most = table.labels.min(), table.labels.mean(dtype=np.float64), table.labels.max()
         return f"{len(table):,} numbers from {least:g} to {most:g}, {mean:.4g} on average"
-    asked = np.bincount(table.labels[table.labels != IGNORED], minlength=len(names))
-    shown = range(len(names)) if len(names) <= _MOST else sorted(np.argsort(-asked, kind="stable")[:_MOST])
-    others = np.delete(asked, list(shown))
+    counts = np.bincount(table.labels[table.labels != IGNORED], minlength=len(names))
+    shown = (
+        range(len(names)) if len(names) <= _MOST_CLASSES else sorted(np.argsort(-counts, kind="stable")[:_MOST_CLASSES])
+    )
+    others = np.delete(counts, list(shown))
     rest = [f"{len(others):,} other classes, of {others.min():,} to {others.max():,} each"] if len(others) else []
-    return ", ".join([*(f"{names[number]} {asked[number]:,}" for number in shown), *rest])
+    return ", ".join([*(f"{names[number]} {counts[number]:,}" for number in shown), *rest])

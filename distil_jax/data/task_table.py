@@ -1,4 +1,4 @@
-"""The tokenised examples of a task in memory, in rows no wider than the longest of a batch asks for."""
+"""The tokenised examples of a task in memory; batches are only as wide as their longest row needs."""
 
 from __future__ import annotations
 
@@ -43,16 +43,16 @@ class TaskTable:
 
     @property
     def filling(self) -> dict[str, float]:
-        """What an empty row holds, by field, where that is not 0: no label, or that of a regression."""
+        """The values of an empty row, by field, where they are not 0: the label."""
         return {"input_ids": self.pad_id, "labels": 0.0 if self.labels.dtype == np.float32 else IGNORED}
 
     def order(self, seed: int, epoch: int, batch_rows: int) -> np.ndarray:
-        """[N] the row numbers of one epoch, as they are read."""
+        """[N] the row indices of one epoch, in reading order."""
         return _similar(self, seed, epoch, batch_rows) if self.by_length else loader.order(len(self), seed, epoch)
 
-    def take(self, numbers: np.ndarray, places: np.ndarray) -> Batch:
-        """Of the rows of a global batch those that stand at `places`; all processes cut them to the same length."""
-        return self.gather(numbers[places], self.bucket(numbers))
+    def take(self, indices: np.ndarray, places: np.ndarray) -> Batch:
+        """The rows at `places` of a global batch; all processes cut them to the same length."""
+        return self.gather(indices[places], self.bucket(indices))
 
     def bucket(self, indices: np.ndarray) -> int:
         """The smallest power of two, from 16 to at most L, that holds the longest of these rows."""
@@ -60,10 +60,10 @@ class TaskTable:
         return min(1 << (longest - 1).bit_length(), self.input_ids.shape[1])
 
     def gather(self, indices: np.ndarray, length: int | None = None) -> Batch:
-        """The rows with these numbers, as NumPy arrays: [B, L] int32, and labels as they are.
+        """The rows at these indices, as NumPy arrays: [B, L] int32, and labels as they are.
 
         Args:
-          indices: [B] row numbers.
+          indices: [B] row indices.
           length: columns to keep; None: all. Less than `bucket` cuts tokens off.
         """
         length = self.input_ids.shape[1] if length is None else length
@@ -86,18 +86,18 @@ def _similar(table: TaskTable, seed: int, epoch: int, batch_rows: int) -> np.nda
 
     The rows that share a batch with those of another epoch are left as they fall.
     """
-    numbers = loader.order(len(table), seed, epoch)
+    indices = loader.order(len(table), seed, epoch)
     first = min(-epoch * len(table) % batch_rows, len(table))  # they complete the batch that the last epoch began
     last = first + (len(table) - first) // batch_rows * batch_rows
-    whole = numbers[first:last]
+    whole = indices[first:last]
     windows = np.split(whole, range(_WINDOW * batch_rows, len(whole), _WINDOW * batch_rows))
     sorted_ = np.concatenate([window[np.argsort(table.lengths[window], kind="stable")] for window in windows])
     shuffled = sorted_.reshape(-1, batch_rows)[loader.order(len(whole) // batch_rows, seed, epoch)]
-    return np.concatenate([numbers[:first], shuffled.ravel(), numbers[last:]])
+    return np.concatenate([indices[:first], shuffled.ravel(), indices[last:]])
 
 
 def padded(rows: Sequence[np.ndarray], length: int, fill: int) -> np.ndarray:
-    """[N, length] of the first one's type: rows of at most that many numbers, filled up."""
+    """[N, length] rows, filled up with `fill`, in the dtype of the first."""
     table = np.full((len(rows), length), fill, rows[0].dtype)
     for place, row in enumerate(rows):
         table[place, : len(row)] = row

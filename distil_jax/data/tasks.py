@@ -46,7 +46,7 @@ class TaskData:
     counts: dict[str, Counter[str]]
 
     def with_labels(self, names: tuple[str, ...]) -> TaskData:
-        """The same, its labels numbered in the order of these names, which must be the same ones."""
+        """The same data with labels numbered in the order of `names`, which must be the same names."""
         if not names:
             return self
         places = np.array([names.index(name) for name in self.label_names], np.int32)
@@ -110,7 +110,7 @@ def _texts_table(
     label_dtype: type,
     counts: Counter[str],
 ) -> TaskTable:
-    """Rows of one or two texts; of two the longer one is cut first, as `transformers` cuts, which `counts` counts."""
+    """Rows of one or two texts; of two, the longer is cut first, as in `transformers`. `counts` counts cut rows."""
     texts = [example.texts if len(example.texts) == 2 else example.texts[0] for example in examples]
     rows, second, dtype = [], [], id_type(tokenizer)
     for encoding in encodings(tokenizer, texts, max_length=max_length):

@@ -93,7 +93,7 @@ def check_fits(tokenizer: PreTrainedTokenizerBase, path: str | Path, vocab_size:
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The ids that are no words: [CLS] and its like, and added tokens that are marked special, such as [E1]."""
+    """The ids that are not words: [CLS] and the like, and added tokens marked as special, such as [E1]."""
     added = (number for number, token in tokenizer.added_tokens_decoder.items() if token.special)
     return tuple(sorted({*tokenizer.all_special_ids, *added}))
 
@@ -173,7 +173,7 @@ def identity(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _matched(token: dict[str, Any]) -> list[str]:
-    """How an added token is found in a text, where it is not found as such tokens commonly are."""
+    """How an added token is matched in a text, if not in the usual way."""
     flags = [name for name in ("single_word", "lstrip", "rstrip") if token[name]]
     return flags if token["normalized"] != token["special"] else [*flags, f"normalized {token['normalized']}"]
 
@@ -194,7 +194,7 @@ def same_tokenizer(first: Path, second: Path) -> bool:
 
 
 def _same_files(first: Path, second: Path) -> bool:
-    """Whether that is so without loading, which takes seconds: the same files, and they name the tokenizer's class."""
+    """A quick check without loading, which takes seconds: equal files that name the tokenizer's class."""
     files, others = ({file.name: file.read_bytes() for file in tokenizer_files(folder)} for folder in (first, second))
     named = re.search(rb'"tokenizer_class"\s*:\s*"', files.get("tokenizer_config.json", b""))
     return named is not None and files == others
@@ -217,7 +217,7 @@ def encodings(
     max_length: int | None = None,
     words: bool = False,
 ) -> Iterator[Encoding]:
-    """Encodes texts, pairs of texts, or lists of words; text that says "[SEP]" means those characters.
+    """Encodes texts, pairs of texts, or lists of words; "[SEP]" in a text is plain characters.
 
     Args:
       texts: in memory.

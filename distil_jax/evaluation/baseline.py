@@ -1,4 +1,4 @@
-"""A linear model of TF-IDF: what a task asks of somebody who has no encoder."""
+"""A linear model of TF-IDF: the score that a task gives without any encoder."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def baseline_scores(task: TaskConfig) -> dict[str, float]:
     for strength in _STRENGTHS:
         linear = LogisticRegression(C=strength, max_iter=2000) if task.kind == "sequence" else Ridge(alpha=1 / strength)
         linear.fit(fitted, labels)
-        found = score_predictions(task.metric_names, linear.predict(dev), _labels(splits.dev))[task.metric_names[0]]
-        if found > best:
-            best, chosen = found, linear
+        score = score_predictions(task.metric_names, linear.predict(dev), _labels(splits.dev))[task.metric_names[0]]
+        if score > best:
+            best, chosen = score, linear
     return score_predictions(task.metric_names, chosen.predict(vectors.transform(_texts(judged))), _labels(judged))
 
 

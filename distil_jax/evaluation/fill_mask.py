@@ -1,4 +1,4 @@
-"""What a model puts in a gap: the quickest look at whether it has learnt anything."""
+"""The words that a model predicts for a [MASK]: the quickest look at whether it has learnt anything."""
 
 from __future__ import annotations
 

@@ -33,17 +33,17 @@ from distil_jax.training.sharding import (
 from distil_jax.training.state import TrainState, abstract_state, eval_state
 from distil_jax.training.step import mask_and_eval_step
 
-_BATCH_TOKENS = 8192  # per device and call; the numbers do not depend on it
+_BATCH_TOKENS = 8192  # per device and call; the metrics do not depend on it
 
 
 def evaluate(model: Model, data: str | Path, *, teacher: Model | None = None, limit: int = 0) -> dict[str, float]:
-    """Held-out numbers of any masked language model.
+    """Held-out metrics of any masked language model.
 
     Args:
-      model: whose numbers.
+      model: the one to judge.
       data: a folder of prepared rows.
       teacher: adds kl and agreement with it.
-      limit: only so many rows, see `evaluation_rows`; 0: all.
+      limit: judge only so many rows, see `evaluation_rows`; 0: all.
 
     Raises:
       InputError: a model without an MLM head, or rows of another tokenizer.
@@ -97,7 +97,7 @@ class HeldOutEvaluator:
       weights: [V], on the mesh.
       mesh: where the rows go.
       batch_rows: rows per call of `step`.
-      limit: only so many rows, see `evaluation_rows`; 0: all.
+      limit: judge only so many rows, see `evaluation_rows`; 0: all.
     """
 
     step: Callable
@@ -131,5 +131,5 @@ class HeldOutEvaluator:
 
 
 def rows_per_call(mesh: Mesh, length: int) -> int:
-    """How many rows of so many tokens are judged at a time; the numbers do not depend on it."""
+    """How many rows of `length` tokens are judged at a time; the metrics do not depend on it."""
     return mesh.size * max(1, _BATCH_TOKENS // length)

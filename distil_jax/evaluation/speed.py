@@ -1,4 +1,4 @@
-"""How fast encoders are, beside each other."""
+"""How fast encoders are, compared with each other."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from distil_jax.structs import Batch
 def encoder_seconds(models: Mapping[str, Model], *, rows: int, length: int, repeats: int = 15) -> dict[str, float]:
     """The median seconds of a call of each encoder, without vocabulary or head, on full rows.
 
-    Models take turns, so that whatever else the machine does meets all of them; each computes as this machine would,
-    and not as that which trained it.
+    Models take turns, so that other load on the machine meets all of them alike. Each uses this machine's compute
+    settings, not those it was trained with.
 
     Args:
       models: by name; all with at least `length` positions.
@@ -45,7 +45,7 @@ def encoder_seconds(models: Mapping[str, Model], *, rows: int, length: int, repe
             began = time.perf_counter()
             call().block_until_ready()
             seconds[name].append(time.perf_counter() - began)
-    return {name: median(found) for name, found in seconds.items()}
+    return {name: median(times) for name, times in seconds.items()}
 
 
 def _hidden(config: ModelConfig, params: dict, batch: Batch) -> jax.Array:

@@ -1,4 +1,4 @@
-"""How good a model is at a task: its logits for labelled examples, and the task's metrics of them."""
+"""How good a model is at a task: the task's metrics, from its logits for labelled examples."""
 
 from __future__ import annotations
 
@@ -59,15 +59,15 @@ class TaskEvaluator:
           limit: only so many, see `evaluation_rows`; 0: all, as it must be of spans, whose examples have several rows.
           alive: called with every batch.
         """
-        state, sums, found = eval_state(self._step, params), MetricSums(), []
+        state, sums, collected = eval_state(self._step, params), MetricSums(), []
         places = local_places(self._mesh, self._batch_rows)
         for batch in held_out_batches(table, batch_rows=self._batch_rows, limit=limit, places=places):
             alive()
             metrics, logits = self._eval(state, None, put_rows(batch, self._mesh, batch_rows=self._batch_rows))
             sums.add(metrics)
-            found.append(logits)  # fetched at the end
+            collected.append(logits)  # fetched at the end
         judged = evaluation_rows(len(table), limit)
-        logits = [row for batch in jax.device_get(found) for row in batch][: len(judged)]
+        logits = [row for batch in jax.device_get(collected) for row in batch][: len(judged)]
         return {**self._scores(logits, table, table.labels[judged]), **sums.means()}
 
     def evaluate_splits(self, params: Any, data: TaskData) -> dict[str, dict[str, float]]:
@@ -82,12 +82,13 @@ class TaskEvaluator:
         if self._task.kind == "sequence":
             return score_predictions(metrics, np.argmax(logits, axis=-1), labels)
         if self._task.kind == "tokens":
-            asked = [truth[: len(row)] != IGNORED for row, truth in zip(logits, labels, strict=True)]
-            said, true = (
-                [self._label_names[row[: len(where)][where]].tolist() for row, where in zip(rows, asked, strict=True)]
-                for rows in ([row.argmax(axis=-1) for row in logits], labels)
-            )
-            return score_predictions(metrics, said, true)
+            predicted, true = [], []
+            for row, truth in zip(logits, labels, strict=True):
+                truth = truth[: len(row)]
+                labelled = truth != IGNORED
+                predicted.append(self._label_names[row.argmax(axis=-1)[labelled]].tolist())
+                true.append(self._label_names[truth[labelled]].tolist())
+            return score_predictions(metrics, predicted, true)
         starts, ends = ([row[:, end] for row in logits] for end in (0, 1))
         return score_predictions(metrics, answers(table, starts, ends, self._task.max_answer), table.references)
 
@@ -118,7 +119,7 @@ class DevEvaluator:
 
 
 def examples_for(model: Model, task: TaskConfig) -> TaskData:
-    """The task's, for a model with a head; labels that the task does not name may come in another order than its.
+    """Reads a task's examples for a model with a head; the model's order of labels wins if the task names none.
 
     Raises:
       InputError: a model without a head or with that of another task, or examples that cannot be read.
@@ -147,9 +148,9 @@ def evaluate_task(model: Model, task: TaskConfig, data: TaskData) -> dict[str, d
     return judge.evaluate_splits(params, data)
 
 
-def format_metrics(found: dict[str, dict[str, float]]) -> str:
-    """What `TaskEvaluator.evaluate_splits` returns, one line a split."""
+def format_metrics(splits: dict[str, dict[str, float]]) -> str:
+    """The metrics of `TaskEvaluator.evaluate_splits` as text, one line for each split."""
     return "\n".join(
-        f"{split}: " + ", ".join(f"{name} {number:.4f}" for name, number in numbers.items())
-        for split, numbers in found.items()
+        f"{split}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        for split, metrics in splits.items()
     )

@@ -38,10 +38,10 @@ _MANIFEST, _ARRAYS = "manifest.json", "state"
 _STEP = re.compile("0|[1-9][0-9]{0,17}")  # the name of a checkpoint's folder
 _LARGEST_MANIFEST = 64 * 2**20  # bytes; a real one has some thousand
 _ROOM = 1.25  # free bytes that a save needs for each byte of its arrays
-# How TensorStore begins what it says of its files; it raises ValueError for them, as a mistake in the program would.
-_OF_TENSORSTORE = re.compile(r"[A-Z_]+: .*(in OCDBT database|at local file|os_error_code=)", re.DOTALL)
-# Of an array that several devices hold, each writes a slice, and Orbax compiles a program for every one: before the
-# first save of 80 small shapes on 8 devices that took 38 s, and 0.2 s where slices below this many bytes are not cut.
+# How TensorStore's messages about files begin; it raises ValueError for them, as a bug would.
+_TENSORSTORE_ERROR = re.compile(r"[A-Z_]+: .*(in OCDBT database|at local file|os_error_code=)", re.DOTALL)
+# Each device writes a slice of an array that several hold, and Orbax compiles a program for every slice shape. Slices
+# below so many bytes are not cut, because compiling took most of the time of a first save of many small arrays.
 _LEAST_SLICE = 2**20
 
 
@@ -73,11 +73,11 @@ class _Manifest:
 class Checkpoints:
     """The checkpoints of one run folder, by step.
 
-    Of several processes, all make the same calls in the same order; the first one alone renames, seals and removes.
+    With several processes, all make the same calls in the same order; only the first renames, seals and removes.
 
     Args:
-      folder: made by the first save.
-      keep: how many of the newest stay, and besides them the best; None: only to read, and nothing on disk changes.
+      folder: the first save makes it.
+      keep: how many of the newest stay, besides the best; None: only for reading, nothing on disk changes.
 
     Attributes:
       failure: why the newest save did not succeed, or None.
@@ -96,17 +96,17 @@ class Checkpoints:
             if self._first:
                 for left in (*self._folder.glob(".saving-*"), *self._folder.glob(".retired-*")):
                     shutil.rmtree(left)  # by a process that was killed
-            self._meet("what a killed process left is gone")
+            self._barrier("what a killed process left is gone")
 
     def steps(self) -> list[int]:
-        """The steps that have a folder, whole or damaged, in order."""
+        """The steps that have a checkpoint folder, whole or damaged, in ascending order."""
         return sorted(int(path.name) for path in self._folder.glob("*") if path.is_dir() and _STEP.fullmatch(path.name))
 
     def metadata(self, step: int) -> dict[str, Any]:
-        """What was saved beside the arrays of `step`; these alone are read and checked.
+        """The metadata saved with `step`; only the manifest is read and checked.
 
         Raises:
-          InputError: damaged, or not there.
+          InputError: the checkpoint is damaged or missing.
         """
         return self._manifest(step).facts
 
@@ -114,7 +114,7 @@ class Checkpoints:
         """Reads every file of a checkpoint, compares it with its checksum, and returns the metadata.
 
         Raises:
-          InputError: damaged, or not there.
+          InputError: the checkpoint is damaged or missing.
         """
         manifest = self._manifest(step)
         for file in manifest.files:
@@ -128,12 +128,12 @@ class Checkpoints:
         return manifest.facts
 
     def newest_valid(self) -> tuple[int | None, list[str]]:
-        """The newest step that passes `verify`, and what is wrong with those that are newer.
+        """The newest step that passes `verify`, and the problems of newer ones.
 
-        None where there is no checkpoint at all. Only the first process looks; it alone can say what is wrong.
+        None if there is no checkpoint at all. Only the first process reads files, and only it returns problems.
 
         Raises:
-          InputError: there are some, and none is valid.
+          InputError: there are checkpoints, and none is valid.
         """
         found, problems, damaged = self._first_valid(reversed(self.steps()))
         if found is None and damaged:
@@ -145,19 +145,19 @@ class Checkpoints:
         return found, problems
 
     def best_valid(self) -> tuple[int | None, list[str]]:
-        """The step with the best criterion among those that pass `verify`, and what is wrong with better ones.
+        """The step with the best criterion that passes `verify`, and the problems of better ones.
 
-        None where no valid checkpoint has one. Only the first process looks, as for `newest_valid`.
+        None if no valid checkpoint has a criterion. Only the first process reads files, as for `newest_valid`.
         """
         criteria = self._criteria()
         found, problems, _ = self._first_valid(sorted(criteria, key=criteria.get))
         return found, problems
 
     def best(self) -> tuple[int | None, float]:
-        """The step with the best criterion, and that, as the first process sees them; (None, inf) where there is none.
+        """The step with the best criterion, and that criterion, on every process; (None, inf) without any.
 
-        A save that is under way counts: it is waited for. Files are not read; what `verify` has found damaged, or
-        whose manifest is, does not count.
+        Waits for a save that is under way. Reads manifests only: checkpoints with a damaged one, or that `verify` has
+        found damaged, do not count.
         """
         self.wait()
         criteria = self._criteria() if self._first else {}
@@ -165,24 +165,24 @@ class Checkpoints:
         return found, math.inf if found is None else self._manifest(found).score
 
     def set_aside_after(self, step: int) -> list[str]:
-        """Renames every checkpoint later than `step`, so that the run can write these steps again; the new names."""
+        """Renames checkpoints later than `step`, so that the run can save these steps again; returns the new names."""
         later, moved = [number for number in self.steps() if number > step], []
-        self._meet("all have seen the checkpoints that are set aside")
+        self._barrier("all have seen the checkpoints that are set aside")
         for number in later if self._first else ():
             moved.append(f"{number}.set-aside-{time.time_ns()}")
             (self._folder / str(number)).rename(self._folder / moved[-1])
-        self._meet("later checkpoints are set aside")
+        self._barrier("later checkpoints are set aside")
         return moved
 
     def save(self, step: int, arrays: Any, metadata: dict[str, Any], *, criterion: float | None = None) -> None:
-        """Starts a save and returns; it appears whole or not at all, and `failure` says if it does not.
+        """Starts a save and returns; the checkpoint appears whole or not at all, and `failure` says why if it does not.
 
         Args:
-          step: its name; a step that is already there is left as it is.
+          step: names the checkpoint; an existing one is left as it is.
           arrays: a tree of arrays.
           metadata: plain values.
-          criterion: of the state, where it is known: the lower the better. The checkpoint with the best is never
-            removed. One that is not finite is none.
+          criterion: of the state, if it was evaluated: the lower the better. The checkpoint with the best one is never
+            removed. A criterion that is not finite is ignored.
         """
         self.wait()
         if step in self.steps():
@@ -196,21 +196,21 @@ class Checkpoints:
                 raise
             self._fail(step, error)
             return
-        self._found_damaged.discard(step)  # that one has been set aside
+        self._found_damaged.discard(step)  # the damaged one has been set aside
         criterion = criterion if criterion is not None and math.isfinite(criterion) else None
         self._sealing = (step, self._sealer.submit(self._seal, step, metadata, _described(arrays), criterion))
 
     def saving(self) -> bool:
-        """Whether a save that was started is not on disk yet; any thread may ask."""
+        """Whether a save is still being written; any thread may ask."""
         return any(self._folder.glob(".saving-*"))
 
     def check(self) -> None:
-        """Takes note of a save that has ended meanwhile; call it at every step."""
+        """Updates `failure` if a save has ended; call it at every step."""
         if self._sealing is not None and self._sealing[1].done():
             self.wait()
 
     def wait(self) -> None:
-        """Until the save that was started is on disk, or has failed."""
+        """Waits until the last save is on disk, or has failed."""
         if self._sealing is None:
             return
         (step, future), self._sealing = self._sealing, None
@@ -227,8 +227,8 @@ class Checkpoints:
 
         Args:
           step: one of `steps()`.
-          abstract: a tree of `jax.ShapeDtypeStruct` with shardings: of any mesh, not only the one that saved.
-          partial: whether `abstract` may lack some of what was saved, which is then not read.
+          abstract: a tree of `jax.ShapeDtypeStruct` with shardings on any mesh, not only the one that saved.
+          partial: whether `abstract` may lack arrays that were saved; those are not read.
 
         Raises:
           InputError: the checkpoint does not fit `abstract`, or is damaged.
@@ -242,23 +242,23 @@ class Checkpoints:
                 f"Checkpoint {step} in {self._folder} does not fit this run: {name} is {saved.get(name, 'not there')} "
                 f"and should be {wanted.get(name, 'absent')}: use the configuration it was written with."
             )
-        how = ocp.checkpoint_utils.construct_restore_args(abstract)
-        asked = ocp.args.PyTreeRestore(abstract, how, partial_restore=partial)
+        restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
+        request = ocp.args.PyTreeRestore(abstract, restore_args, partial_restore=partial)
         try:
-            return self._checkpointer.restore(self._folder / str(step) / _ARRAYS, args=asked)
+            return self._checkpointer.restore(self._folder / str(step) / _ARRAYS, args=request)
         except Exception as error:
             if not _is_of_disk(error):
                 raise
             raise self._damaged(step, " ".join(str(error).split())[:500]) from error
 
     def close(self) -> None:
-        """Finishes what was started, and lets the folder go."""
+        """Waits for the last save and frees Orbax's threads."""
         self.wait()
         self._sealer.shutdown()
         self._checkpointer.close()
 
     def _make(self, draft: Path, size: int) -> None:
-        """The folder of a save, on a disk with room for it; where the first process refuses, all do."""
+        """Makes the folder of a save if the disk has room; if the first process cannot, all processes raise."""
         refusal = None
         if self._first:
             try:
@@ -274,7 +274,7 @@ class Checkpoints:
             raise refusal or OSError("the first process says why")
 
     def _seal(self, step: int, metadata: dict[str, Any], arrays: dict[str, str], criterion: float | None) -> None:
-        """In a thread: once the arrays of all processes are written, the manifest, the name, and what is too old."""
+        """In a thread: waits for the arrays of all processes, writes the manifest, renames, removes old checkpoints."""
         self._checkpointer.wait_until_finished()
         if not self._first:
             return
@@ -293,7 +293,7 @@ class Checkpoints:
         self._retire()
 
     def _retire(self) -> None:
-        """Removes what is neither among the newest nor the best; a damaged checkpoint counts for nothing and stays."""
+        """Removes checkpoints that are neither among the newest nor the best; damaged ones stay and do not count."""
         whole, criteria = self._whole(), self._criteria()
         best = min(criteria, key=criteria.get, default=None)
         for step in sorted(whole)[: -self._keep]:
@@ -301,19 +301,19 @@ class Checkpoints:
                 shutil.rmtree((self._folder / str(step)).rename(self._folder / f".retired-{step}"))
 
     def _criteria(self) -> dict[int, float]:
-        """The criterion of each whole checkpoint that has one, in order."""
+        """Step -> criterion of the checkpoints that are whole and have one, in ascending order."""
         return {step: criterion for step, criterion in self._whole().items() if criterion is not None}
 
     def _whole(self) -> dict[int, float | None]:
-        """The criteria of the checkpoints whose manifests are whole, and of which nothing was found to be damaged."""
-        found = {}
+        """Step -> criterion or None, of checkpoints with a whole manifest that `verify` has not found damaged."""
+        criteria = {}
         for step in self.steps():
             with contextlib.suppress(InputError):
-                found[step] = self._manifest(step).score
-        return {step: criterion for step, criterion in found.items() if step not in self._found_damaged}
+                criteria[step] = self._manifest(step).score
+        return {step: criterion for step, criterion in criteria.items() if step not in self._found_damaged}
 
     def _first_valid(self, steps: Iterable[int]) -> tuple[int | None, list[str], bool]:
-        """The first of these steps that passes `verify`, what is wrong with those before, and whether there are any."""
+        """The first of these steps that passes `verify`, the problems of those before it, and whether there are any."""
         found, problems = None, []
         for step in steps if self._first else ():
             try:
@@ -326,27 +326,27 @@ class Checkpoints:
         return self._same(found), problems, self._same(1 if problems else None) is not None
 
     def _same(self, step: int | None) -> int | None:
-        """The first process's, in every process."""
+        """The first process's step, on every process."""
         if jax.process_count() == 1:
             return step
-        told = int(multihost_utils.broadcast_one_to_all(np.array(-1 if step is None else step)))
-        return None if told < 0 else told
+        first = int(multihost_utils.broadcast_one_to_all(np.array(-1 if step is None else step)))
+        return None if first < 0 else first
 
     def _fail(self, step: int, error: Exception) -> None:
-        said = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
-        of_system = re.search(r"os_error_code='(\d+)'", said)  # at the end of a long story of TensorStore's
-        reason = os.strerror(int(of_system[1])) if of_system else said[:300]
+        message = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+        of_system = re.search(r"os_error_code='(\d+)'", message)  # at the end of a long message of TensorStore's
+        reason = os.strerror(int(of_system[1])) if of_system else message[:300]
         self.failure = f"the checkpoint of step {step} could not be saved ({reason})"
-        if self._first:  # half of one only fills the disk further
+        if self._first:  # half a checkpoint only fills the disk
             shutil.rmtree(self._folder / f".saving-{step}", ignore_errors=True)
 
     def _manifest(self, step: int) -> _Manifest:
-        """Checked in itself; the files that it lists are not."""
+        """The manifest of `step`, checked against its own checksum; the files that it lists are not read."""
         path = self._folder / str(step) / _MANIFEST
         try:
             require(path.stat().st_size <= _LARGEST_MANIFEST, f"{path} is too large to be one.")
             whole = json.loads(path.read_text(encoding="utf-8"))
-            manifest = build(_Manifest, _with_numbers(whole["body"]))
+            manifest = build(_Manifest, _with_finite_score(whole["body"]))
             intact = _digest(whole["body"]) == whole["sha256"] and (manifest.format, manifest.step) == (FORMAT, step)
         except OSError as error:
             raise self._damaged(step, f"{_MANIFEST} cannot be read: {error.strerror}") from error
@@ -360,16 +360,16 @@ class Checkpoints:
         self._found_damaged.add(step)
         return InputError(f"Checkpoint {step} in {self._folder} is damaged ({reason}).")
 
-    def _meet(self, where: str) -> None:
+    def _barrier(self, where: str) -> None:
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(where)
 
 
 def _is_of_disk(error: BaseException) -> bool:
-    """Whether a disk, its file system or TensorStore above them failed; anything else is a mistake in the program."""
-    said = isinstance(error, ValueError) and _OF_TENSORSTORE.match(str(error))
+    """Whether the disk, its file system or TensorStore failed; anything else is a bug."""
+    from_tensorstore = isinstance(error, ValueError) and _TENSORSTORE_ERROR.match(str(error))
     below = error.__cause__ is not None and _is_of_disk(error.__cause__)
-    return isinstance(error, OSError) or bool(said) or below
+    return isinstance(error, OSError) or bool(from_tensorstore) or below
 
 
 def _described(tree: Any) -> dict[str, str]:
@@ -380,8 +380,8 @@ def _described(tree: Any) -> dict[str, str]:
     }
 
 
-def _with_numbers(body: dict[str, Any]) -> dict[str, Any]:
-    """A manifest's body, without a score that is no number: they were written down once."""
+def _with_finite_score(body: dict[str, Any]) -> dict[str, Any]:
+    """A manifest's body without a score that is not finite, which earlier versions wrote."""
     score = body["score"]
     return body | {"score": None} if isinstance(score, float) and not math.isfinite(score) else body
 

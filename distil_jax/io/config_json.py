@@ -57,10 +57,10 @@ def from_json(values: Mapping[str, Any], path: Path) -> ModelConfig:
         raise InputError(
             f'{path.parent} {what}: give a folder whose config.json has model_type "{BERT}" or "{DISTILBERT}".'
         )
-    for key, lawful in _ONLY.items():
-        if values.get(key, lawful) != lawful:
+    for key, allowed in _ONLY.items():
+        if values.get(key, allowed) != allowed:
             raise InputError(
-                f"{path} says {key} = {values[key]!r}, but only {lawful!r} is supported: use such a model."
+                f"{path} says {key} = {values[key]!r}, but only {allowed!r} is supported: use such a model."
             )
     keys = {field: names[kind] for field, names in _FIELDS.items() if kind in names}
     given = {field: values[key] for field, key in keys.items() if values.get(key) is not None}

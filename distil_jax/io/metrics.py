@@ -1,4 +1,4 @@
-"""From `Mean` to numbers, and to the files that keep them: JSONL always, TensorBoard where it is wanted and there."""
+"""From `Mean` to plain numbers, and to files: JSONL always, TensorBoard if it is wanted and installed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from distil_jax.files import write_whole
 from distil_jax.schema import InputError, require
 from distil_jax.structs import Mean, Metrics
 
-_BATCHES_LATE = 16  # that may be under way before their numbers are fetched
+_BATCHES_LATE = 16  # so many may be under way before their metrics are fetched
 
 
 def to_floats(metrics: Metrics) -> dict[str, float]:
@@ -26,9 +26,9 @@ def to_floats(metrics: Metrics) -> dict[str, float]:
 
 
 class MetricSums:
-    """Adds up what batches say, on the host and in float64: a float32 sum loses the counts of 100 million tokens.
+    """Adds up the metrics of batches on the host in float64: float32 sums would lose counts of 100 million tokens.
 
-    Numbers are fetched some batches late, so that the host does not wait for the device at every batch.
+    Metrics are fetched some batches late, so that the host does not wait for the device at every batch.
     """
 
     def __init__(self) -> None:
@@ -36,13 +36,13 @@ class MetricSums:
         self._sums: dict[str, Mean] = {}
 
     def add(self, metrics: Metrics) -> None:
-        """Takes what one batch says; its arrays may still be in the making."""
+        """Adds the metrics of one batch, whose arrays need not be computed yet."""
         self._late.append(metrics)
         if len(self._late) > _BATCHES_LATE:
             self._fetch()
 
     def means(self) -> dict[str, float]:
-        """The means over everything that was added, as `to_numbers` says."""
+        """The means over everything that was added, as `to_floats` computes them."""
         while self._late:
             self._fetch()
         return to_floats(self._sums)
@@ -61,13 +61,13 @@ def perplexity(mlm: float) -> float:
 class MetricsWriter:
     """Appends one JSON object a line to `metrics.jsonl`: {"step": ..., "kind": ..., name: number, ...}.
 
-    A disk that takes no more stops no run: what could not be written is kept and tried again with the next line.
+    A full disk stops no run: lines that could not be written are kept and tried again with the next one.
 
     Args:
       folder: the run's.
-      step: where the run goes on from; lines of later steps, written by a run that was then cut off, are dropped.
+      step: where the run resumes; lines of later steps, which an interrupted run wrote, are dropped.
       tensorboard: whether to write event files too, which needs the tensorboardX package.
-      enabled: False writes nothing: of several processes, one writes.
+      enabled: False writes nothing; with several processes, one writes.
 
     Attributes:
       failure: why the newest lines are not on disk, or None.
@@ -84,16 +84,16 @@ class MetricsWriter:
         self._lines = path.open("ab", buffering=0)
         self._events = _event_writer(self.folder / "tensorboard", step) if tensorboard else None
 
-    def write(self, step: int, kind: str, numbers: dict[str, Any]) -> None:
-        """Writes the numbers of one step; `kind` is "train", "held_out" or "skipped"."""
+    def write(self, step: int, kind: str, metrics: dict[str, Any]) -> None:
+        """Writes the metrics of one step; `kind` is "train", "held_out" or "skipped"."""
         if self._lines is None:
             return
-        self._unwritten += _dumps({"step": step, "kind": kind, **numbers}).encode()
+        self._unwritten += _dumps({"step": step, "kind": kind, **metrics}).encode()
         try:
             while self._unwritten:
                 self._unwritten = self._unwritten[self._lines.write(self._unwritten) :]
             if self._events is not None:
-                for name, number in numbers.items():
+                for name, number in metrics.items():
                     if isinstance(number, float) and math.isfinite(number):
                         self._events.add(f"{kind}/{name}", number, step)
                 self._events.flush()
@@ -113,20 +113,20 @@ def read_metrics(folder: str | Path) -> list[dict[str, float | str]]:
     """The lines of a run's `metrics.jsonl`; a last line that was cut off is left out.
 
     Raises:
-      InputError: a line that no `MetricsWriter` writes.
+      InputError: a line that `MetricsWriter` cannot have written.
     """
     path = Path(folder) / "metrics.jsonl"
     return list(_whole_lines(path, path.read_bytes().splitlines())) if path.exists() else []
 
 
 def last_held_out(lines: list[dict[str, float | str]]) -> dict[str, float]:
-    """The numbers of the newest evaluation among the lines of a run; none where there was none."""
-    found = [line for line in lines if line["kind"] == "held_out"] or [{}]
-    return {name: number for name, number in found[-1].items() if name not in ("step", "kind")}
+    """The metrics of the newest evaluation among a run's lines; empty without one."""
+    evaluations = [line for line in lines if line["kind"] == "held_out"] or [{}]
+    return {name: number for name, number in evaluations[-1].items() if name not in ("step", "kind")}
 
 
 def _dumps(line: dict[str, float | str]) -> str:
-    # JSON has no word for what is not a number.
+    # JSON has neither NaN nor infinity.
     plain = {name: None if isinstance(n, float) and not math.isfinite(n) else n for name, n in line.items()}
     return json.dumps(plain) + "\n"
 
@@ -144,7 +144,7 @@ def _whole_lines(path: Path, lines: list[bytes]) -> Iterable[dict[str, float | s
 
 
 def _checked(line: Any) -> dict[str, float | str]:
-    """A line as it was before it was written, where None stood for what is not a number."""
+    """A checked line, with None turned back into the NaN that it stands for."""
     require(isinstance(line, dict), "it is no object")
     step, kind = line.get("step"), line.get("kind")
     require(type(step) is int and step >= 0 and isinstance(kind, str), "it has no step and kind")
@@ -165,7 +165,7 @@ def _event_writer(folder: Path, step: int) -> _Events | None:
 
 
 class _Events:
-    """An event file, written by this thread: tensorboardX's own SummaryWriter hangs once its thread met a full disk."""
+    """An event file, written by this thread: tensorboardX's own SummaryWriter hangs after a full disk."""
 
     def __init__(self, folder: Path, step: int) -> None:
         from tensorboardX import event_file_writer, summary
@@ -174,7 +174,7 @@ class _Events:
         folder.mkdir(exist_ok=True)
         self._event, self._scalar = event_pb2.Event, summary.scalar
         self._file = event_file_writer.EventsWriter(str(folder / "events"))
-        # TensorBoard forgets what an earlier file has of later steps.
+        # Makes TensorBoard drop the later steps of an earlier file.
         began = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._file.write_event(self._event(wall_time=time.time(), step=step + 1, session_log=began))
 

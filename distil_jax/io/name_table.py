@@ -1,6 +1,6 @@
 """What the tensors of a BERT or DistilBERT file are called, how they are laid out, and which parameter each one is.
 
-Hugging Face names stand here and nowhere else; so does what a file may lawfully lack or carry beyond.
+Hugging Face names stand here and nowhere else; so does what a file may lack or have in addition.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Compiles the real train step for TPUs that are not there; a process of its own for each topology.
+"""Compiles the real train step for TPUs that are not attached, in a separate process for each topology.
 
 `python -m distil_jax.machines.aot` reads a `Job` as JSON and prints what the compiler says as JSON: libtpu wants
 the environment to itself, and a compiler that aborts must not take the plan with it.
@@ -100,8 +100,10 @@ def elsewhere(module: str, job: Any, topology: str) -> dict[str, Any]:
     if done.returncode == 2 and lines:
         raise InputError(lines[-1])
     if done.returncode:
-        said = " ".join(done.stderr.split())[-500:]
-        raise InputError(f"Compiling for {topology} failed ({said}): try another topology, where libtpu is installed.")
+        message = " ".join(done.stderr.split())[-500:]
+        raise InputError(
+            f"Compiling for {topology} failed ({message}): try another topology, where libtpu is installed."
+        )
     return json.loads(lines[-1])
 
 
@@ -120,7 +122,7 @@ def _compile_here(job: Job) -> Compiled:
         leaves = zip(jax.tree.leaves(nn.unbox(abstract)), jax.tree.leaves(shardings_of(abstract, mesh)), strict=True)
         return float(sum(_bytes(sharding.shard_shape(leaf.shape), leaf.dtype) for leaf, sharding in leaves))
 
-    found = {
+    sizes = {
         "kind": devices[0].device_kind,
         "chips": len(devices),
         "hosts": len({device.process_index for device in devices}),
@@ -140,11 +142,11 @@ def _compile_here(job: Job) -> Compiled:
         peak = memory_asked(str(error))
         if peak is None:
             raise
-        return Compiled(**found, seconds=time.monotonic() - began, peak=peak, fits=False)
+        return Compiled(**sizes, seconds=time.monotonic() - began, peak=peak, fits=False)
     memory, costs = compiled.memory_analysis(), Program(compiled.as_text()).costs
     peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Compiled(
-        **found,
+        **sizes,
         seconds=time.monotonic() - began,
         peak=float(peak + memory.temp_size_in_bytes),
         fits=True,
@@ -177,9 +179,9 @@ def _devices(job: Job) -> list[Any]:
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=job.topology, **options).devices
     except jax.errors.JaxRuntimeError as error:
-        said = " ".join(str(error).split())[:300]
+        message = " ".join(str(error).split())[:300]
         raise InputError(
-            f"libtpu knows no topology {job.topology!r} ({said}): name one such as v5e:2x4, v5p:2x2x2 or v6e:4x4."
+            f"libtpu knows no topology {job.topology!r} ({message}): name one such as v5e:2x4, v5p:2x2x2 or v6e:4x4."
         ) from error
 
 

@@ -19,12 +19,12 @@ def encoder_flops(model: ModelConfig, length: int) -> float:
 
 
 def vocabulary_flops(model: ModelConfig) -> float:
-    """Of one position's logits."""
+    """FLOPs of one position's logits."""
     return 2 * model.hidden_size * model.padded_vocab_size
 
 
 def step_flops(config: StepConfig, length: int) -> float:
-    """Per position of a training step: the teacher forward, the student forward and twice that backward.
+    """FLOPs per position of a training step: the teacher forward, the student forward and twice that backward.
 
     What a rematerialising step computes again is not counted: it is the work that is asked for, not the work that is
     done.

@@ -57,7 +57,7 @@ class Instruction:
 
 @dataclass
 class Costs:
-    """Of one execution on one device.
+    """Costs of one execution on one device.
 
     Attributes:
       flops: of matrix products (and convolutions, which TPUs make of them): two per multiply-add.
@@ -88,7 +88,7 @@ class Program:
 
     @cached_property
     def costs(self) -> Costs:
-        """Of the whole program, loops included, and of a choice the branch that moves the most."""
+        """Costs of the whole program, with loops; of a conditional, those of the branch that moves the most."""
         return self._costs(self.entry)
 
     def _costs(self, entry: str) -> Costs:
@@ -120,9 +120,9 @@ class Program:
             return int(known[1])
         # A scan counts from 0 up to a constant.
         constants = [
-            int(found[1])
+            int(match[1])
             for each in self.computations[condition].values()
-            if each.opcode == "constant" and (found := re.match(r"(\d+)\)", each.text))
+            if each.opcode == "constant" and (match := re.match(r"(\d+)\)", each.text))
         ]
         if len(constants) != 1:
             raise ValueError(f"The loop {loop.name} does not say how often it runs.")
@@ -139,10 +139,10 @@ class Program:
                 self._exchange(costs, fused, replace(each, opcode="reduce-scatter") if scatters else each, times)
         elif opcode in COLLECTIVES:
             given = sum(each.bytes for name in instruction.operands for each in inside[name].arrays)
-            found = sum(each.bytes for each in instruction.arrays)
+            result = sum(each.bytes for each in instruction.arrays)
             if opcode != instruction.opcode:  # an asynchronous start names its operands beside its results
-                found -= given
-            costs.exchanged[opcode] += times * max(given, found)
+                result -= given
+            costs.exchanged[opcode] += times * max(given, result)
             costs.collectives[opcode] += times
 
     def _flops(self, inside: dict[str, Instruction], instruction: Instruction) -> float:
@@ -157,8 +157,8 @@ class Program:
         if instruction.opcode == "convolution":
             return _convolution_flops(inside, instruction)
         if instruction.opcode == "custom-call":  # a kernel says itself what it does
-            said = re.search(r'"cost_estimate":\{"flops":"(\d+)"', instruction.text)
-            return float(said[1]) if said else 0
+            match = re.search(r'"cost_estimate":\{"flops":"(\d+)"', instruction.text)
+            return float(match[1]) if match else 0
         return 0
 
     def _traffic(self, inside: dict[str, Instruction], instruction: Instruction) -> float:
@@ -227,8 +227,8 @@ def _convolution_flops(inside: dict[str, Instruction], instruction: Instruction)
     }
 
     def number(key: str, axis: int, default: int) -> int:
-        found = window[key]
-        return int(found[1].split("x")[axis].split("_")[0]) if found else default  # of low_high the low one
+        match = window[key]
+        return int(match[1].split("x")[axis].split("_")[0]) if match else default  # the low one of low_high
 
     pairs = 1
     for axis, label in enumerate(spatial):
@@ -250,14 +250,14 @@ def _convolution_flops(inside: dict[str, Instruction], instruction: Instruction)
 def _instruction(line: str) -> Instruction | None:
     name, _, rest = line.strip().partition(" = ")
     kind, rest = _until(rest) if rest.startswith("(") else rest.split(" ", 1)
-    found = re.match(r"\s*([a-z][\w\-]*)\(", rest)
-    if not found:
+    match = re.match(r"\s*([a-z][\w\-]*)\(", rest)
+    if not match:
         return None
-    inside, after = _until(rest[found.end() - 1 :])
-    leaf = found[1] in ("constant", "parameter")  # what stands in their parentheses is no operand
+    inside, after = _until(rest[match.end() - 1 :])
+    leaf = match[1] in ("constant", "parameter")  # what stands in their parentheses is no operand
     return Instruction(
         name=name.removeprefix("ROOT ").removeprefix("%"),
-        opcode=found[1],
+        opcode=match[1],
         arrays=tuple(
             Array(kind, tuple(int(n) for n in dims.split(",") if n), "S(1)" in (layout or ""))
             for kind, dims, layout in _SHAPE.findall(kind)
@@ -268,7 +268,7 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _until(text: str) -> tuple[str, str]:
-    """What stands in the parentheses that `text` begins with, these included, and the rest."""
+    """The parenthesised beginning of `text`, and the rest."""
     depth = 0
     for place, character in enumerate(text):
         depth += (character == "(") - (character == ")")

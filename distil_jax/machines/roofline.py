@@ -1,4 +1,4 @@
-"""How fast a step can be at best: each of the machine's limits on its own, and the one that is the roof."""
+"""How fast a step can be at best: each limit of the machine on its own; the slowest is the roof."""
 
 from __future__ import annotations
 

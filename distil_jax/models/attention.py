@@ -1,8 +1,8 @@
-"""Self-attention inside segments: which implementation computes it, and when that is lawful.
+"""Self-attention inside segments: the implementations, and when each can be used.
 
-XLA's is lawful everywhere. It writes the scores [B, H, L, L] to memory, which costs more time than the products of the
-layer at a length of 512; the kernels do not. cuDNN's is none of them: as JAX offers it, it knows neither segments nor
-dropout.
+XLA's can be used everywhere. It writes the scores [B, H, L, L] to memory, which costs more time than the products of
+the layer at a length of 512; the kernels do not. cuDNN's is not among them: as JAX offers it, it supports neither
+segments nor dropout.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def attend(
 def choose_attention(
     model: ModelConfig, *, length: int, platform: str, tensor_shards: int = 1
 ) -> tuple[Attention, str]:
-    """The fastest lawful implementation for a model, and why it is none faster, if there is a reason to give.
+    """The fastest implementation that can compute a model, and why a faster one cannot, or "".
 
     Args:
       model: whose heads.
@@ -100,10 +100,10 @@ def _forward(implementation: Attention, rate: float, *arrays: Array) -> tuple[Ar
     return output, (arrays, output, saved)
 
 
-def _backward(implementation: Attention, rate: float, forward: tuple, slope: Array) -> tuple:
+def _backward(implementation: Attention, rate: float, forward: tuple, cotangent: Array) -> tuple:
     arrays, output, saved = forward
     kernel = functools.partial(_KERNELS[implementation].backward, rate=rate)
-    found = _on_each_device(kernel, arrays, (output, saved, slope), (_WIDE, _SAVED, _WIDE), (_WIDE,) * 3)
+    found = _on_each_device(kernel, arrays, (output, saved, cotangent), (_WIDE, _SAVED, _WIDE), (_WIDE,) * 3)
     return *found, None, None
 
 

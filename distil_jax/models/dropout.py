@@ -1,4 +1,4 @@
-"""Dropout whose masks are a hash of where a number stands: cheap, and the same however a batch is cut.
+"""Dropout whose masks are a hash of each element's place: cheap, and the same however a batch is split.
 
 A mask is never stored: forward and backward, and a kernel that works tile by tile, each make it anew from the row's
 seed and the element's index. A seed comes from the step's key and the row's own number, so masks do not depend on
@@ -22,7 +22,7 @@ _WEYL, _FIRST, _SECOND = np.uint32(0x9E3779B9), np.uint32(0x21F0AAAD), np.uint32
 
 
 def row_seeds(key: Array, row_index: Array, sites: int) -> Array:
-    """[B, sites] uint32: one seed for each row and each place of a model where something is dropped.
+    """[B, sites] uint32: a seed for each row and each dropout site of a model.
 
     Args:
       key: of this step.
@@ -34,7 +34,7 @@ def row_seeds(key: Array, row_index: Array, sites: int) -> Array:
 
 
 def batch_seeds(key: Array, batch: Batch, sites: int) -> Array:
-    """[B, sites] uint32: `row_seeds` of a batch, whose rows go by `row_index`, or else by their place in it."""
+    """[B, sites] uint32: `row_seeds` of a batch, by `row_index` or, without one, by position in the batch."""
     rows_B = jnp.arange(len(batch.input_ids), dtype=jnp.int32) if batch.row_index is None else batch.row_index
     return row_seeds(key, rows_B, sites)
 
@@ -77,8 +77,8 @@ def _forward(values: Array, seeds: Array | None, rate: float) -> tuple[Array, Ar
     return dropout(values, seeds, rate), seeds
 
 
-def _backward(rate: float, seeds: Array | None, slope: Array) -> tuple[Array, None]:
-    return dropout(slope, seeds, rate), None
+def _backward(rate: float, seeds: Array | None, cotangent: Array) -> tuple[Array, None]:
+    return dropout(cotangent, seeds, rate), None
 
 
 dropout.defvjp(_forward, _backward)

@@ -1,12 +1,12 @@
 """Self-attention on an NVIDIA GPU without scores in memory: FlashAttention-2 (Dao, 2023) as Pallas kernels for Triton.
 
 A program has a block of queries of one head of one row and goes over the keys block by block, with the running maximum
-and sum of the softmax. It keeps the logarithm of each query's sum, from which two kernels make the weights again in the
-backward pass: one has queries and goes over keys, one has keys and goes over queries. Blocks are read out of
-[B, L, H, K] as they lie; those that can share no segment with a program's own are passed over, so packed rows cost what
+and sum of the softmax. It keeps the logarithm of each query's sum, from which two kernels recompute the probabilities
+in the backward pass: one has queries and goes over keys, one has keys and goes over queries. Blocks are read from
+[B, L, H, K] as they lie; blocks that share no segment with the program's own are skipped, so packed rows cost what
 their sequences cost. Scores are in base 2, which is what the chip computes.
 
-Checked by Pallas's interpreter and compiled for sm_90 without one at hand: it has not run on a GPU yet.
+Checked by Pallas's interpreter, compiled for sm_90, and run on an H200 (2026-11-26).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def obstacle(heads: int, head_size: int, length: int) -> str | None:
 def forward(
     query: Array, key: Array, value: Array, segment_ids: Array, seeds: Array, heads: Array, *, rate: float
 ) -> tuple[Array, tuple]:
-    """What `attend` returns, and what `backward` needs of it beside its arguments: [B, H, L] logarithms of sums.
+    """The output of `attend`, and the residuals for `backward`: [B, H, L] logarithms of the softmax's sums.
 
     Args:
       query, key, value: [B, L, H, K]; see `obstacle`.
@@ -68,14 +68,14 @@ def backward(
     heads: Array,
     output: Array,
     saved: tuple,
-    slope: Array,
+    cotangent: Array,
     *,
     rate: float,
 ) -> tuple[Array, ...]:
-    """The gradients of `query`, `key` and `value`, where `slope` is that of the output."""
-    # The mean of the slopes of a query's weights, weighted by these: its output says it, with dropout too.
-    means = jnp.sum(output.astype(jnp.float32) * slope.astype(jnp.float32), axis=-1).swapaxes(1, 2)
-    of_queries, of_keys = (query, slope.astype(value.dtype), *saved, means), (key, value)
+    """The gradients of `query`, `key` and `value`, where `cotangent` is that of the output."""
+    # The mean of the cotangents of a query's probabilities, weighted by them: from its output, also with dropout.
+    means = jnp.sum(output.astype(jnp.float32) * cotangent.astype(jnp.float32), axis=-1).swapaxes(1, 2)
+    of_queries, of_keys = (query, cotangent.astype(value.dtype), *saved, means), (key, value)
     call = functools.partial(_call, _BLOCK, segment_ids, seeds, heads, rate)
     return *call(_query_kernel, of_queries, of_keys, (query,)), *call(_key_kernel, of_keys, of_queries, (key, value))
 
@@ -87,12 +87,12 @@ def _call(
     heads: Array,
     rate: float,
     kernel: Any,
-    ours: tuple[Array, ...],
-    theirs: tuple[Array, ...],
+    own: tuple[Array, ...],
+    other: tuple[Array, ...],
     outputs: tuple[Any, ...],
 ) -> tuple[Array, ...]:
-    """Runs programs that have `width` positions of `ours` and of the outputs, and go over a row of `theirs`."""
-    rows, length, count, size = ours[0].shape
+    """Runs programs that have `width` positions of `own` and of the outputs, and go over a row of `other`."""
+    rows, length, count, size = own[0].shape
 
     def part(array: Any) -> pl.BlockSpec:
         if len(array.shape) == 3:
@@ -112,13 +112,13 @@ def _call(
             pl.BlockSpec((1,), lambda block, head, row: (head,)),
             pl.BlockSpec((None, None, 2), lambda block, head, row: (row, block, 0)),
             pl.BlockSpec((None, length), lambda block, head, row: (row, 0)),
-            *map(part, ours),
-            *map(whole, theirs),
+            *map(part, own),
+            *map(whole, other),
         ],
         out_specs=[*map(part, outputs)],
         out_shape=[jax.ShapeDtypeStruct(each.shape, each.dtype) for each in outputs],
         compiler_params=plgpu.CompilerParams(num_warps=4 if width * size <= _SUMS else 8, num_stages=_STAGES),
-    )(seeds, heads, _ranges(segment_ids, width), segment_ids, *ours, *theirs)
+    )(seeds, heads, _ranges(segment_ids, width), segment_ids, *own, *other)
 
 
 def _ranges(segment_ids: Array, width: int) -> Array:
@@ -127,27 +127,27 @@ def _ranges(segment_ids: Array, width: int) -> Array:
     Right for any ids, and exact where they rise along a row; padding, at its end, counts as the highest.
     """
     ids = jnp.where(segment_ids == 0, jnp.iinfo(jnp.int32).max, segment_ids)
-    ours, theirs = ids.reshape(len(ids), -1, 1, width), ids.reshape(len(ids), 1, -1, _BLOCK)
-    meet = (ours.min(-1) <= theirs.max(-1)) & (ours.max(-1) >= theirs.min(-1))
+    own, other = ids.reshape(len(ids), -1, 1, width), ids.reshape(len(ids), 1, -1, _BLOCK)
+    meet = (own.min(-1) <= other.max(-1)) & (own.max(-1) >= other.min(-1))
     first, behind = jnp.argmax(meet, axis=-1), jnp.argmax(meet[..., ::-1], axis=-1)
     return jnp.stack([first, meet.shape[-1] - behind], axis=-1).astype(jnp.int32)
 
 
 def _forward_kernel(*refs: Any, rate: float) -> None:
     seed, head, ends, segments, query, key, value, output, sums = refs
-    ours = _ours(query)
-    queries, ids = query[...], segments[ours]
+    own = _own_positions(query)
+    queries, ids = query[...], segments[own]
 
     def visit(number: Array, so_far: tuple[Array, ...]) -> tuple[Array, ...]:
         total, weight, top = so_far
-        theirs = pl.ds(number * _BLOCK, _BLOCK)
-        scores = _scores(queries, key[theirs, :], ids, segments[theirs])
+        other = pl.ds(number * _BLOCK, _BLOCK)
+        scores = _scores(queries, key[other, :], ids, segments[other])
         higher = jnp.maximum(top, jnp.max(scores, axis=1))
-        weights, shrink = jnp.exp2(scores - higher[:, None]), jnp.exp2(top - higher)
-        weight = weight * shrink + jnp.sum(weights, axis=1)
+        probs, shrink = jnp.exp2(scores - higher[:, None]), jnp.exp2(top - higher)
+        weight = weight * shrink + jnp.sum(probs, axis=1)
         if rate > 0:
-            weights = jnp.where(_stay(seed, head, ours, theirs, segments, rate), weights, 0)
-        added = _product(weights.astype(value.dtype), value[theirs, :], 1, 0)
+            probs = jnp.where(_stay(seed, head, own, other, segments, rate), probs, 0)
+        added = _product(probs.astype(value.dtype), value[other, :], 1, 0)
         return total * shrink[:, None] + added, weight, higher
 
     nothing = jnp.zeros(query.shape[:1], jnp.float32)
@@ -158,52 +158,52 @@ def _forward_kernel(*refs: Any, rate: float) -> None:
 
 
 def _query_kernel(*refs: Any, rate: float) -> None:
-    seed, head, ends, segments, query, slope, sums, means, key, value, query_slope = refs
-    ours = _ours(query)
-    queries, slopes, ids, our_sums, our_means = query[...], slope[...], segments[ours], sums[...], means[...]
+    seed, head, ends, segments, query, cotangent, sums, means, key, value, query_cotangent = refs
+    own = _own_positions(query)
+    queries, cotangents, ids, own_sums, own_means = query[...], cotangent[...], segments[own], sums[...], means[...]
 
     def visit(number: Array, total: Array) -> Array:
-        theirs = pl.ds(number * _BLOCK, _BLOCK)
-        keys = key[theirs, :]
-        weights = jnp.exp2(_scores(queries, keys, ids, segments[theirs]) - our_sums[:, None])
-        weight_slopes = _product(slopes, value[theirs, :], 1, 1)
+        other = pl.ds(number * _BLOCK, _BLOCK)
+        keys = key[other, :]
+        probs = jnp.exp2(_scores(queries, keys, ids, segments[other]) - own_sums[:, None])
+        probs_cotangent = _product(cotangents, value[other, :], 1, 1)
         if rate > 0:
-            stay = _stay(seed, head, ours, theirs, segments, rate)
-            weight_slopes = jnp.where(stay, weight_slopes * (1 / (1 - rate)), 0)
-        score_slopes = weights * (weight_slopes - our_means[:, None])
-        return total + _product(score_slopes.astype(keys.dtype), keys, 1, 0)
+            stay = _stay(seed, head, own, other, segments, rate)
+            probs_cotangent = jnp.where(stay, probs_cotangent * (1 / (1 - rate)), 0)
+        scores_cotangent = probs * (probs_cotangent - own_means[:, None])
+        return total + _product(scores_cotangent.astype(keys.dtype), keys, 1, 0)
 
     total = jax.lax.fori_loop(ends[0], ends[1], visit, jnp.zeros(query.shape, jnp.float32))
-    query_slope[...] = (total * query.shape[1] ** -0.5).astype(query_slope.dtype)
+    query_cotangent[...] = (total * query.shape[1] ** -0.5).astype(query_cotangent.dtype)
 
 
 def _key_kernel(*refs: Any, rate: float) -> None:
-    """As `_query_kernel`, but what lies between keys and queries is [keys, queries]."""
-    seed, head, ends, segments, key, value, query, slope, sums, means, key_slope, value_slope = refs
-    ours = _ours(key)
-    keys, values, ids = key[...], value[...], segments[ours]
+    """As `_query_kernel`, but scores and probabilities are [keys, queries]."""
+    seed, head, ends, segments, key, value, query, cotangent, sums, means, key_cotangent, value_cotangent = refs
+    own = _own_positions(key)
+    keys, values, ids = key[...], value[...], segments[own]
 
     def visit(number: Array, totals: tuple[Array, Array]) -> tuple[Array, Array]:
-        theirs = pl.ds(number * _BLOCK, _BLOCK)
-        queries, slopes = query[theirs, :], slope[theirs, :]
-        weights = dropped = jnp.exp2(_scores(keys, queries, ids, segments[theirs]) - sums[theirs][None, :])
-        weight_slopes = _product(values, slopes, 1, 1)
+        other = pl.ds(number * _BLOCK, _BLOCK)
+        queries, cotangents = query[other, :], cotangent[other, :]
+        probs = dropped = jnp.exp2(_scores(keys, queries, ids, segments[other]) - sums[other][None, :])
+        probs_cotangent = _product(values, cotangents, 1, 1)
         if rate > 0:
-            stay = _stay(seed, head, theirs, ours, segments, rate, transposed=True)
-            dropped = jnp.where(stay, weights, 0)
-            weight_slopes = jnp.where(stay, weight_slopes * (1 / (1 - rate)), 0)
-        score_slopes = weights * (weight_slopes - means[theirs][None, :])
-        key_total = totals[0] + _product(score_slopes.astype(queries.dtype), queries, 1, 0)
-        return key_total, totals[1] + _product(dropped.astype(slopes.dtype), slopes, 1, 0)
+            stay = _stay(seed, head, other, own, segments, rate, transposed=True)
+            dropped = jnp.where(stay, probs, 0)
+            probs_cotangent = jnp.where(stay, probs_cotangent * (1 / (1 - rate)), 0)
+        scores_cotangent = probs * (probs_cotangent - means[other][None, :])
+        key_total = totals[0] + _product(scores_cotangent.astype(queries.dtype), queries, 1, 0)
+        return key_total, totals[1] + _product(dropped.astype(cotangents.dtype), cotangents, 1, 0)
 
     nothing = jnp.zeros(key.shape, jnp.float32)
     key_total, value_total = jax.lax.fori_loop(ends[0], ends[1], visit, (nothing, nothing))
-    key_slope[...] = (key_total * key.shape[1] ** -0.5).astype(key_slope.dtype)
-    value_slope[...] = (value_total / (1 - rate)).astype(value_slope.dtype)
+    key_cotangent[...] = (key_total * key.shape[1] ** -0.5).astype(key_cotangent.dtype)
+    value_cotangent[...] = (value_total / (1 - rate)).astype(value_cotangent.dtype)
 
 
-def _ours(block: Any) -> Any:
-    """Which positions of the row a program has."""
+def _own_positions(block: Any) -> Any:
+    """The positions of the row that belong to this program."""
     return pl.ds(pl.program_id(0) * block.shape[0], block.shape[0])
 
 
@@ -213,7 +213,7 @@ def _scores(left: Array, right: Array, left_ids: Array, right_ids: Array) -> Arr
 
 
 def _stay(seed: Any, head: Any, queries: Any, keys: Any, segments: Any, rate: float, transposed: bool = False) -> Array:
-    """The mask of dropout, [queries, keys] or transposed, as `dropout` makes it over [H, L, L]."""
+    """The dropout mask, [queries, keys] or transposed, equal to that of `dropout` over [H, L, L]."""
     (length,) = segments.shape
     query, key = ((each.start + jnp.arange(each.size, dtype=jnp.int32)).astype(jnp.uint32) for each in (queries, keys))
     query = (head[0].astype(jnp.uint32) * length + query) * length

@@ -96,7 +96,7 @@ def abstract_model(config: ModelConfig, task: HeadConfig | None) -> dict:
 
 
 def with_fresh_head(key: Array, config: ModelConfig, task: HeadConfig, params: dict) -> dict:
-    """The parameters of a `TaskModel` before its first step: a trained encoder, and a head that is random.
+    """The parameters of a `TaskModel` before its first step: a trained encoder under a random head.
 
     Kernels are normal with `initializer_range`, biases 0. A BERT that has no pooler gets a fresh one too.
 

@@ -33,7 +33,7 @@ def student_from_teacher(
     layers: tuple[int, ...],
     fold_token_types: bool = True,
 ) -> dict:
-    """The student's first parameters: embeddings, MLM head and the chosen layers of the teacher.
+    """The student's initial parameters: embeddings, MLM head and the chosen layers of the teacher.
 
     Leaves that are taken whole are the teacher's own buffers; `init_state` copies them.
 

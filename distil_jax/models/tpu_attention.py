@@ -62,14 +62,14 @@ def backward(
     heads: Array,
     output: Array,
     saved: tuple,
-    slope: Array,
+    cotangent: Array,
     *,
     rate: float,
 ) -> tuple[Array, ...]:
-    """The gradients of `query`, `key` and `value`, where `slope` is that of the output."""
+    """The gradients of `query`, `key` and `value`, where `cotangent` is that of the output."""
     del output, saved
-    slope = slope.astype(value.dtype)
-    return _call(_backward_kernel, (query, key, value, slope), 3, segment_ids, seeds, heads, rate)
+    cotangent = cotangent.astype(value.dtype)
+    return _call(_backward_kernel, (query, key, value, cotangent), 3, segment_ids, seeds, heads, rate)
 
 
 def _call(
@@ -106,11 +106,11 @@ def _forward_kernel(
     for rows, same in _query_blocks(segments):
         total = jnp.zeros((same.shape[0], _LANES), jnp.float32)
         for number, mine in enumerate(_heads(size)):
-            weights = _softmax(jnp.where(mine, query[0, rows, :], 0), key[0], same, size)
+            probs = _softmax(jnp.where(mine, query[0, rows, :], 0), key[0], same, size)
             if rate > 0:
                 stay = _stay(seeds, first_head, number, rows, same.shape, size, rate)
-                weights = jnp.where(stay, weights / (1 - rate), 0)
-            total += _product(weights.astype(value.dtype), jnp.where(mine, value[0], 0), 1, 0)
+                probs = jnp.where(stay, probs / (1 - rate), 0)
+            total += _product(probs.astype(value.dtype), jnp.where(mine, value[0], 0), 1, 0)
         output[0, rows, :] = total.astype(output.dtype)
 
 
@@ -121,10 +121,10 @@ def _backward_kernel(
     query: Any,
     key: Any,
     value: Any,
-    slope: Any,
-    query_slope: Any,
-    key_slope: Any,
-    value_slope: Any,
+    cotangent: Any,
+    query_cotangent: Any,
+    key_cotangent: Any,
+    value_cotangent: Any,
     *,
     size: int,
     rate: float,
@@ -134,19 +134,19 @@ def _backward_kernel(
     for rows, same in _query_blocks(segments):
         query_total = jnp.zeros((same.shape[0], _LANES), jnp.float32)
         for number, mine in enumerate(_heads(size)):
-            queries, slopes = jnp.where(mine, query[0, rows, :], 0), jnp.where(mine, slope[0, rows, :], 0)
-            weights = dropped = _softmax(queries, key[0], same, size)
-            weight_slopes = _product(slopes, value[0], 1, 1)
+            queries, cotangents = jnp.where(mine, query[0, rows, :], 0), jnp.where(mine, cotangent[0, rows, :], 0)
+            probs = dropped = _softmax(queries, key[0], same, size)
+            probs_cotangent = _product(cotangents, value[0], 1, 1)
             if rate > 0:
                 stay = _stay(seeds, first_head, number, rows, same.shape, size, rate)
-                dropped, weight_slopes = (jnp.where(stay, each / (1 - rate), 0) for each in (weights, weight_slopes))
-            mean = jnp.sum(weights * weight_slopes, axis=1, keepdims=True)
-            score_slopes = (weights * (weight_slopes - mean) * size**-0.5).astype(dtype)
-            query_total += _product(score_slopes, jnp.where(mine, key[0], 0), 1, 0)
-            key_total += _product(score_slopes, queries, 0, 0)
-            value_total += _product(dropped.astype(dtype), slopes, 0, 0)
-        query_slope[0, rows, :] = query_total.astype(dtype)
-    key_slope[0], value_slope[0] = key_total.astype(dtype), value_total.astype(dtype)
+                dropped, probs_cotangent = (jnp.where(stay, each / (1 - rate), 0) for each in (probs, probs_cotangent))
+            mean = jnp.sum(probs * probs_cotangent, axis=1, keepdims=True)
+            scores_cotangent = (probs * (probs_cotangent - mean) * size**-0.5).astype(dtype)
+            query_total += _product(scores_cotangent, jnp.where(mine, key[0], 0), 1, 0)
+            key_total += _product(scores_cotangent, queries, 0, 0)
+            value_total += _product(dropped.astype(dtype), cotangents, 0, 0)
+        query_cotangent[0, rows, :] = query_total.astype(dtype)
+    key_cotangent[0], value_cotangent[0] = key_total.astype(dtype), value_total.astype(dtype)
 
 
 def _query_blocks(segments: Any) -> list[tuple[slice, Array]]:

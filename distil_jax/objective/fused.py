@@ -1,7 +1,7 @@
-"""The vocabulary's terms without [B, L, V] in memory: chunks of positions, gradients made on the way forward.
+"""The loss terms over the vocabulary without [B, L, V] in memory: in chunks, with gradients made on the way forward.
 
-A chunk's logits are made, compared, turned into the gradient of the loss, multiplied into the gradients of features,
-kernel and bias, and forgotten. Nothing is computed twice: the backward pass only scales what is already there.
+A chunk's logits are computed, compared, turned into the loss's gradient, multiplied into the gradients of features,
+kernel and bias, and dropped. Nothing is computed twice: the backward pass only scales these gradients.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ def _fused(
 ) -> tuple[Array, dict[str, Array]]:
     def add(sums: tuple, piece: tuple) -> tuple[tuple, None]:
         features, (teacher_features, where, labels) = piece
-        found = dense_loss(
+        terms = dense_loss(
             features, head, teacher_features, teacher_head, where, labels, scales, temperature=temperature
         )
-        return jax.tree.map(jnp.add, sums, found), None
+        return jax.tree.map(jnp.add, sums, terms), None
 
     zero = jnp.zeros((), jnp.float32)
     return jax.lax.scan(add, (zero, dict.fromkeys(scales, zero)), (features_NxBxCxD, chunks))[0]
@@ -77,24 +77,24 @@ def _forward(
         features_BxCxD, (teacher_features, where, labels) = piece
         student_logits = logits(features_BxCxD, head)
         teacher_logits = None if teacher_head is None else logits(teacher_features, teacher_head)
-        found, slope_BxCxV = _compare(student_logits, teacher_logits, where, labels, scales, temperature)
-        totals = jax.tree.map(jnp.add, totals, found)
-        bias_sum_V += jnp.sum(slope_BxCxV, axis=(0, 1))
-        slope_BxCxV = slope_BxCxV.astype(dtype)
-        kernel_sum_VxD += jnp.einsum("BCV,BCD->VD", slope_BxCxV, features_BxCxD, preferred_element_type=jnp.float32)
-        slope_BxCxD = jnp.einsum("BCV,VD->BCD", slope_BxCxV, kernel_VxD, preferred_element_type=jnp.float32)
-        return (totals, kernel_sum_VxD, bias_sum_V), slope_BxCxD.astype(dtype)
+        terms, gradient_BxCxV = _compare(student_logits, teacher_logits, where, labels, scales, temperature)
+        totals = jax.tree.map(jnp.add, totals, terms)
+        bias_sum_V += jnp.sum(gradient_BxCxV, axis=(0, 1))
+        gradient_BxCxV = gradient_BxCxV.astype(dtype)
+        kernel_sum_VxD += jnp.einsum("BCV,BCD->VD", gradient_BxCxV, features_BxCxD, preferred_element_type=jnp.float32)
+        gradient_BxCxD = jnp.einsum("BCV,VD->BCD", gradient_BxCxV, kernel_VxD, preferred_element_type=jnp.float32)
+        return (totals, kernel_sum_VxD, bias_sum_V), gradient_BxCxD.astype(dtype)
 
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), head)
     begin = (dict.fromkeys(scales, jnp.zeros((), jnp.float32)), zeros.kernel, zeros.bias)
-    (totals, kernel_VxD, bias_V), slope_NxBxCxD = jax.lax.scan(add, begin, (features_NxBxCxD, chunks))
-    slope = Head(kernel=kernel_VxD.astype(head.kernel.dtype), bias=bias_V.astype(head.bias.dtype))
-    return (sum(scales[name] * total for name, total in totals.items()), totals), (slope_NxBxCxD, slope)
+    (totals, kernel_VxD, bias_V), gradient_NxBxCxD = jax.lax.scan(add, begin, (features_NxBxCxD, chunks))
+    gradient = Head(kernel=kernel_VxD.astype(head.kernel.dtype), bias=bias_V.astype(head.bias.dtype))
+    return (sum(scales[name] * total for name, total in totals.items()), totals), (gradient_NxBxCxD, gradient)
 
 
-def _backward(_: float, slopes: tuple[Array, Head], cotangents: tuple[Array, dict[str, Array]]) -> tuple:
+def _backward(_: float, gradients: tuple[Array, Head], cotangents: tuple[Array, dict[str, Array]]) -> tuple:
     outer = cotangents[0]
-    return *jax.tree.map(lambda slope: (outer * slope).astype(slope.dtype), slopes), None, None, None
+    return *jax.tree.map(lambda gradient: (outer * gradient).astype(gradient.dtype), gradients), None, None, None
 
 
 _fused.defvjp(_forward, _backward)
@@ -109,31 +109,26 @@ def _compare(
     temperature: float,
 ) -> tuple[dict[str, Array], Array]:
     """Each term's total over a chunk, and the gradient of the loss with respect to the student's logits [B, C, V]."""
-    totals, slope = {}, jnp.zeros((), jnp.float32)
+    totals, gradient = {}, jnp.zeros((), jnp.float32)
     if "kl" in scales:
         student, teacher = student_logits / temperature, teacher_logits / temperature
-        student_sum, teacher_sum = _logsumexp(student), _logsumexp(teacher)
+        student_sum, teacher_sum = (jax.nn.logsumexp(each, axis=-1, keepdims=True) for each in (student, teacher))
         teacher_probs = jnp.exp(teacher - teacher_sum)
         divergence = jnp.sum(teacher_probs * (teacher - student), -1, keepdims=True) - teacher_sum + student_sum
         totals["kl"] = temperature**2 * jnp.sum(jnp.where(where, divergence[..., 0], 0))
         scale = jnp.where(where, scales["kl"] * temperature, 0)[..., None]
-        slope += scale * (jnp.exp(student - student_sum) - teacher_probs)
+        gradient += scale * (jnp.exp(student - student_sum) - teacher_probs)
     if "mse" in scales:
         difference = jnp.where(where[..., None], student_logits - teacher_logits, 0)
         totals["mse"] = jnp.sum(jnp.square(difference))
-        slope += 2 * scales["mse"] * difference
+        gradient += 2 * scales["mse"] * difference
     if "mlm" in scales:
         # A comparison, not a gather: it fuses with what is around it, and a sharded vocabulary stays where it is.
         label = jax.lax.broadcasted_iota(labels.dtype, student_logits.shape, student_logits.ndim - 1)
         label = label == labels[..., None]
-        log_sum, target = _logsumexp(student_logits), labels != IGNORED
+        log_sum, target = jax.nn.logsumexp(student_logits, axis=-1, keepdims=True), labels != IGNORED
         chosen = jnp.sum(jnp.where(label, student_logits, 0), -1)
         totals["mlm"] = jnp.sum(jnp.where(target, log_sum[..., 0] - chosen, 0))
         scale = jnp.where(target, scales["mlm"], 0)[..., None]
-        slope += scale * (jnp.exp(student_logits - log_sum) - label)
-    return totals, slope
-
-
-def _logsumexp(values: Array) -> Array:
-    highest = jnp.max(values, axis=-1, keepdims=True)
-    return highest + jnp.log(jnp.sum(jnp.exp(values - highest), axis=-1, keepdims=True))
+        gradient += scale * (jnp.exp(student_logits - log_sum) - label)
+    return totals, gradient

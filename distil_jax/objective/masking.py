@@ -17,11 +17,11 @@ from distil_jax.structs import IGNORED, Array, Batch, Rows
 
 
 def masking_weights(token_counts: np.ndarray, never: Sequence[int], *, smoothing: float) -> np.ndarray:
-    """How readily each token is chosen as a target: max(count, 1) ** -smoothing, and 0 for `never`.
+    """Masking weights, in proportion to which tokens are chosen as targets: max(count, 1) ** -smoothing.
 
     Args:
       token_counts: [V] occurrences in the training text.
-      never: ids that are no words: special and unused tokens, padding of the vocabulary.
+      never: ids with weight 0, because they are no words: special and unused tokens, padding of the vocabulary.
       smoothing: 0.7 in the published recipe; 0 chooses all tokens alike.
 
     Returns:
@@ -54,9 +54,9 @@ def mask_tokens(key: Array, rows: Rows, *, weights: Array, config: MaskingConfig
       A `Batch` whose labels are the original ids at the targets and `IGNORED` elsewhere.
     """
     most = most_targets(rows.input_ids.shape[1], config.rate)
-    # Types are named throughout: where JAX has 64-bit types switched on, draws without one are other draws.
+    # Every dtype is given: with 64-bit types switched on, draws without one would be different draws.
     log_weights_V = jnp.log(jnp.asarray(weights, jnp.float32))  # -inf where a token is never chosen
-    words_V = jnp.cumsum(weights > 0, dtype=jnp.int32)  # words up to each id: inverts "the n-th word" by a search
+    word_counts_V = jnp.cumsum(weights > 0, dtype=jnp.int32)  # words up to each id: a search in it finds the n-th
 
     def mask_row(row: Rows) -> tuple[Array, Array]:
         choose_key, kind_key, word_key = jax.random.split(jax.random.fold_in(key, row.row_index), 3)
@@ -70,13 +70,14 @@ def mask_tokens(key: Array, rows: Rows, *, weights: Array, config: MaskingConfig
         chosen_M = (jnp.arange(most) < wanted) & (scores_M > -jnp.inf)
         original_M = ids_L[targets_M]
         kind_M = jax.random.uniform(kind_key, (most,), jnp.float32)
-        word_M = jnp.searchsorted(words_V, jax.random.randint(word_key, (most,), 1, words_V[-1] + 1, jnp.int32))
-        hidden_M = jnp.where(
+        nth_M = jax.random.randint(word_key, (most,), 1, word_counts_V[-1] + 1, jnp.int32)
+        word_M = jnp.searchsorted(word_counts_V, nth_M)
+        input_M = jnp.where(
             kind_M < config.mask,
             config.mask_token_id,
             jnp.where(kind_M < config.mask + config.random, word_M, original_M),
         )
-        ids_L = ids_L.at[targets_M].set(jnp.where(chosen_M, hidden_M, original_M))
+        ids_L = ids_L.at[targets_M].set(jnp.where(chosen_M, input_M, original_M))
         labels_L = jnp.full_like(ids_L, IGNORED).at[targets_M].set(jnp.where(chosen_M, original_M, IGNORED))
         return ids_L, labels_L
 

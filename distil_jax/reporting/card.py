@@ -91,16 +91,16 @@ def _task_card(model: Model) -> str:
     ]
     scores = model.run / "scores.json"
     if scores.exists():
-        found = json.loads(scores.read_text(encoding="utf-8"))
-        if found["step"] == model.step:  # of another checkpoint they are not this model's
-            lines += ["## Scores", "", *_scores(found), ""]
+        judged = json.loads(scores.read_text(encoding="utf-8"))
+        if judged["step"] == model.step:  # scores of another checkpoint are not this model's
+            lines += ["## Scores", "", *_scores(judged), ""]
     return "\n".join(lines)
 
 
 def _doubtful(counts: dict[str, dict[str, int]]) -> list[str]:
     """What was cut, lost or doubtful of the examples, one line a split."""
-    said = {split: ", ".join(data_problems(found)) for split, found in counts.items()}
-    return [f"- {split}: {text}" for split, text in said.items() if text]
+    problems = {split: ", ".join(data_problems(of_split)) for split, of_split in counts.items()}
+    return [f"- {split}: {text}" for split, text in problems.items() if text]
 
 
 def _named(path: str) -> str:
@@ -113,11 +113,11 @@ def _code(text: str) -> str:
     return f"`{text}`"
 
 
-def _scores(found: dict[str, Any]) -> list[str]:
-    splits = [split for split in ("dev", "test") if split in found]
+def _scores(judged: dict[str, Any]) -> list[str]:
+    splits = [split for split in ("dev", "test") if split in judged]
     return table(
-        ["examples", *found["dev"]],
-        [[split, *(f"{number:.4f}" for number in found[split].values())] for split in splits],
+        ["examples", *judged["dev"]],
+        [[split, *(f"{number:.4f}" for number in judged[split].values())] for split in splits],
     )
 
 
@@ -153,11 +153,13 @@ def _training(model: Model, data: dict[str, Any], batch_rows: int) -> list[str]:
 
 def _held_out(model: Model) -> list[str]:
     """The evaluations of the run, first and last up to the exported step, as a table."""
-    found = [line for line in read_metrics(model.run) if line["kind"] == "held_out" and line["step"] <= model.step]
-    if not found:
+    evaluations = [
+        line for line in read_metrics(model.run) if line["kind"] == "held_out" and line["step"] <= model.step
+    ]
+    if not evaluations:
         return ["This run has no evaluation up to this step."]
-    names = [name for name in found[-1] if name not in ("step", "kind")]
-    rows = [found[0], found[-1]] if len(found) > 1 else found
+    names = [name for name in evaluations[-1] if name not in ("step", "kind")]
+    rows = [evaluations[0], evaluations[-1]] if len(evaluations) > 1 else evaluations
     cells = [(f"{row['step']:,}", *(f"{row.get(name, math.nan):.4f}" for name in names)) for row in rows]
     return [
         *table(("step", *names), cells, texts=0),
@@ -189,7 +191,7 @@ def _text(data: dict[str, Any]) -> list[str]:
 
 def _left_out(counts: dict[str, int]) -> str:
     """What of the text became no row, or was cut."""
-    said = {
+    texts = {
         "cut_sequences": "sequences longer than a row were cut into several",
         "dropped_short": "sequences were dropped as too short",
         "dropped_unknown": "sequences were dropped as mostly unknown words",
@@ -199,7 +201,7 @@ def _left_out(counts: dict[str, int]) -> str:
         "empty_records": "records were empty",
         "unnamed_fields": "rows held something in fields without a name, which was left out",
     }
-    return ", ".join(f"{counts[name]:,} {text}" for name, text in said.items() if counts.get(name))
+    return ", ".join(f"{counts[name]:,} {text}" for name, text in texts.items() if counts.get(name))
 
 
 def _plain_card(model: Model) -> str:

@@ -1,4 +1,4 @@
-"""What `distil-jax compare` found, as Markdown, JSON, a picture, and a part of a model's card."""
+"""The results of `distil-jax compare` as Markdown, JSON, a picture, and a section of a model card."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MARKS = ("<!-- distil-jax compare -->", "<!-- distil-jax compare: end -->")
 
 @dataclass(frozen=True)
 class Comparison:
-    """What was found.
+    """The results of a comparison.
 
     Attributes:
       scores: by task and model, one a seed: the task's first metric, on test examples where there are such.
@@ -40,8 +40,8 @@ class Comparison:
 
     def macro(self, name: str) -> list[float]:
         """The mean over tasks, one a seed; none where a task has no score of this model."""
-        found = [each[name] for each in self.scores.values() if name in each]
-        return [fmean(of_seed) for of_seed in zip(*found, strict=True)] if len(found) == len(self.scores) else []
+        scores = [each[name] for each in self.scores.values() if name in each]
+        return [fmean(of_seed) for of_seed in zip(*scores, strict=True)] if len(scores) == len(self.scores) else []
 
     @property
     def names(self) -> list[str]:
@@ -49,27 +49,27 @@ class Comparison:
         return list(dict.fromkeys([*self.sizes, *(name for each in self.scores.values() for name in each)]))
 
 
-def tables(found: Comparison) -> list[str]:
+def tables(comparison: Comparison) -> list[str]:
     """The paper's tables, as Markdown: scores with what is kept of the first model's, then size and speed."""
-    teacher, tasks = next(iter(found.sizes)), list(found.scores)
-    whole = found.macro(teacher)
+    teacher, tasks = next(iter(comparison.sizes)), list(comparison.scores)
+    whole = comparison.macro(teacher)
     rows = []
-    for name in found.names:
-        macro = found.macro(name)
+    for name in comparison.names:
+        macro = comparison.macro(name)
         # Seed by seed, because both models had the same data and order with it.
         kept = [ours / theirs for ours, theirs in zip(macro, whole, strict=True)] if macro and all(whole) else []
-        cells = [_percent(found.scores[task].get(name, [])) for task in tasks]
+        cells = [_percent(comparison.scores[task].get(name, [])) for task in tasks]
         rows.append([name, *cells, _percent(macro), _percent(kept)])
-    heads = [f"{task}, {found.metrics[task]}" for task in tasks]
+    heads = [f"{task}, {comparison.metrics[task]}" for task in tasks]
     lines = table(["model", *heads, "macro", f"kept of {teacher}"], rows)
-    spread = " ± standard deviation" if len(found.seeds) > 1 else ""
-    judged = {f"{task}: {found.examples[task]}" for task in tasks}
+    spread = " ± standard deviation" if len(comparison.seeds) > 1 else ""
+    judged = {f"{task}: {comparison.examples[task]}" for task in tasks}
     lines += [
         "",
-        f"Mean{spread} over {len(found.seeds)} seed(s), in %; examples judged: {', '.join(sorted(judged))}.",
+        f"Mean{spread} over {len(comparison.seeds)} seed(s), in %; examples judged: {', '.join(sorted(judged))}.",
         "",
     ]
-    first = found.sizes[teacher]
+    first = comparison.sizes[teacher]
     rows = [
         [
             name,
@@ -80,9 +80,9 @@ def tables(found: Comparison) -> list[str]:
             f"{first['latency'] / size['latency']:.2f}",
             f"{size['throughput'] / first['throughput']:.2f}",
         ]
-        for name, size in found.sizes.items()
+        for name, size in comparison.sizes.items()
     ]
-    head = ["encoder", "parameters", "size", f"1 x {found.length}", f"tokens/s, 32 x {found.length}"]
+    head = ["encoder", "parameters", "size", f"1 x {comparison.length}", f"tokens/s, 32 x {comparison.length}"]
     return lines + table([*head, "faster at 1", "faster at 32"], rows)
 
 
@@ -90,14 +90,14 @@ def _percent(values: Sequence[float]) -> str:
     return mean_and_spread([100 * value for value in values], 1) or "-"
 
 
-def write(found: Comparison, lines: Sequence[str], output: Path) -> None:
+def write(comparison: Comparison, lines: Sequence[str], output: Path) -> None:
     """Writes compare.md, compare.json and compare.png."""
-    teacher = next(iter(found.sizes))
-    macro = {name: found.macro(name) for name in found.names}
-    values: dict[str, Any] = {**vars(found), "macro": macro}
+    teacher = next(iter(comparison.sizes))
+    macro = {name: comparison.macro(name) for name in comparison.names}
+    values: dict[str, Any] = {**vars(comparison), "macro": macro}
     write_whole(output / "compare.json", json.dumps(values, indent=1) + "\n")
     with whole_file(output / "compare.png") as draft:
-        _draw(found, draft)
+        _draw(comparison, draft)
     page = [f"# What students keep of {teacher}", "", *lines, "", "![scores and speed](compare.png)", ""]
     write_whole(output / "compare.md", "\n".join(page))
 
@@ -110,14 +110,14 @@ def into_card(card: Path, lines: Sequence[str]) -> None:
     write_whole(card, "\n".join([text, "", begin, "## Compared", "", *lines, end, ""]))
 
 
-def _draw(found: Comparison, path: Path) -> None:
+def _draw(comparison: Comparison, path: Path) -> None:
     """Scores of each task with their spread, and what is kept beside how fast it is."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     colours = [light for light, _, _ in RUNS]
-    names, teacher = found.names, next(iter(found.sizes))
-    columns = {**found.scores, "macro": {name: found.macro(name) for name in names if found.macro(name)}}
+    names, teacher = comparison.names, next(iter(comparison.sizes))
+    columns = {**comparison.scores, "macro": {name: comparison.macro(name) for name in names if comparison.macro(name)}}
     figure = Figure(figsize=(3.5 + 1.1 * len(columns) + 4.5, 4.4), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, width_ratios=(1.1 * len(columns) + 2, 4))
@@ -133,9 +133,9 @@ def _draw(found: Comparison, path: Path) -> None:
             label=name,
             capsize=3,
         )
-        if name in found.sizes and found.macro(name) and all(found.macro(teacher)):
-            kept = 100 * fmean(found.macro(name)) / fmean(found.macro(teacher))
-            speed = found.sizes[teacher]["latency"] / found.sizes[name]["latency"]
+        if name in comparison.sizes and comparison.macro(name) and all(comparison.macro(teacher)):
+            kept = 100 * fmean(comparison.macro(name)) / fmean(comparison.macro(teacher))
+            speed = comparison.sizes[teacher]["latency"] / comparison.sizes[name]["latency"]
             right.plot(speed, kept, "o", color=colour, markersize=9)
             right.annotate(name, (speed, kept), xytext=(6, 6), textcoords="offset points", fontsize=9)
     left.set_xticks(range(len(columns)), list(columns))

@@ -66,7 +66,7 @@ _SETTINGS = {
     "xtick.color": MUTED,
     "ytick.color": MUTED,
     "svg.fonttype": "none",  # text stays text: sharp, small and found by a search
-    "svg.hashsalt": "distil-jax",  # the same numbers give the same file
+    "svg.hashsalt": "distil-jax",  # equal data gives an equal file
 }
 
 
@@ -175,31 +175,31 @@ def _draw(axis: Axes, metrics: dict[str, list[dict]], panel: Panel) -> None:
     _limit(axis, drawn, share=panel.number in SHARES, from_zero=panel.number == "tokens_per_second")
 
 
-def _limit(axis: Axes, numbers: list[float], *, share: bool, from_zero: bool) -> None:
+def _limit(axis: Axes, values: list[float], *, share: bool, from_zero: bool) -> None:
     """Limits that a few numbers far from all others, as the first losses are, do not decide; and says what they cut.
 
     What lies further outside the middle 90 % than these are wide is cut off.
     """
-    if not numbers or max(numbers) == min(numbers):
+    if not values or max(values) == min(values):
         return
-    low, high = np.quantile(np.asarray(numbers, np.float64), [0.05, 0.95])
+    low, high = np.quantile(np.asarray(values, np.float64), [0.05, 0.95])
     room = high - low
-    bottom, top = min(numbers), max(numbers)
+    bottom, top = min(values), max(values)
     if room > 0 and not share:
         bottom, top = max(bottom, low - room), min(top, high + room)
     bottom = min(0.0, bottom) if from_zero else bottom
     pad = 0.06 * (top - bottom)
     axis.set_ylim(bottom if from_zero and bottom == 0 else bottom - pad, top + pad)
     place = {"transform": axis.transAxes, "ha": "right", "fontsize": 8.5, "color": MUTED}
-    if max(numbers) > top:
-        axis.text(0.98, 0.97, f"up to {short(max(numbers), 3)}", va="top", **place)
-    if min(numbers) < bottom:
-        axis.text(0.98, 0.03, f"down to {short(min(numbers), 3)}", va="bottom", **place)
+    if max(values) > top:
+        axis.text(0.98, 0.97, f"up to {short(max(values), 3)}", va="top", **place)
+    if min(values) < bottom:
+        axis.text(0.98, 0.03, f"down to {short(min(values), 3)}", va="bottom", **place)
 
 
 def _points(lines: list[dict], panel: Panel) -> list[tuple[float, float]]:
-    found = [line for line in lines if line["kind"] == panel.kind and panel.number in line]
-    return [(line["step"], _drawable(line[panel.number])) for line in found]
+    points = [line for line in lines if line["kind"] == panel.kind and panel.number in line]
+    return [(line["step"], _drawable(line[panel.number])) for line in points]
 
 
 def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:

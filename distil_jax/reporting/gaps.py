@@ -72,15 +72,15 @@ def compare(teacher: Model | None, student: Model, texts: Sequence[str], words: 
     columns = {"sentence": list(texts)}
     if any(words):
         columns["the word"] = list(words)
-    columns |= {name: [_choices(choices) for choices in found] for name, found in answers.items()}
-    firsts = {name: [choices[0][0] for choices in found] for name, found in answers.items()}
+    columns |= {name: [_choices(choices) for choices in of_model] for name, of_model in answers.items()}
+    firsts = {name: [choices[0][0] for choices in of_model] for name, of_model in answers.items()}
     notes = []
     if teacher:
         same = [first == second for first, second in zip(firsts["teacher"], firsts["student"], strict=True)]
         columns["agree"] = ["✓" if agree else "–" for agree in same]
         notes.append(f"The first choices agree (✓) in {sum(same)} of {len(same)} sentences.")
     if any(words):
-        right = [f"{sum(map(str.__eq__, found, words))} of the {name}'s" for name, found in firsts.items()]
+        right = [f"{sum(map(str.__eq__, choices, words))} of the {name}'s" for name, choices in firsts.items()]
         notes.append(f"The word that stood there is the first choice in {' and '.join(right)} answers.")
     rows = list(zip(*columns.values(), strict=True))
     return [Table(tuple(columns), rows, texts=len(columns)), *([Paragraph(" ".join(notes))] if notes else [])]
@@ -104,12 +104,12 @@ def held_out_gaps(data: str | Path, tokenizer: Path, *, seed: int = 0) -> list[t
         in_row = [ids_L[segments_L == segments_L[start]].tolist() for start in np.flatnonzero(starts_L)]
         sequences += [in_row[i] for i in draw.permutation(len(in_row))[:2]]  # few of a row: its texts are neighbours
     draw.shuffle(sequences)
-    found: dict[str, str] = {}
+    texts: dict[str, str] = {}
     for ids in sorted(sequences, key=lambda ids: len(ids) > _MOST + 2):
-        if len(found) < _SENTENCES and (gap := _gap(tokens, ids, draw)):
-            found.setdefault(*gap)
-    require(bool(found), f"no held-out sentence of {data} reads as a few whole words.")
-    return list(found.items())
+        if len(texts) < _SENTENCES and (gap := _gap(tokens, ids, draw)):
+            texts.setdefault(*gap)
+    require(bool(texts), f"no held-out sentence of {data} reads as a few whole words.")
+    return list(texts.items())
 
 
 def _gap(tokens, ids: list[int], draw: np.random.Generator) -> tuple[str, str] | None:

@@ -9,7 +9,7 @@ from typing import Any, get_args
 from distil_jax.config.task import Metric
 
 JUDGES: tuple[str, ...] = get_args(Metric)  # what the models of tasks are judged by
-SHARES = ("agreement", *JUDGES)  # numbers that are read in percent
+SHARES = ("agreement", *JUDGES)  # shown in percent
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,9 @@ def history(lines: list[dict[str, Any]]) -> History:
     )
 
 
-def median(numbers: list[float]) -> float:
-    """Of sorted numbers, one of them; NaN of none."""
-    return numbers[len(numbers) // 2] if numbers else math.nan
+def median(values: list[float]) -> float:
+    """The upper median of sorted values; NaN without any."""
+    return values[len(values) // 2] if values else math.nan
 
 
 def duration(seconds: float) -> str:

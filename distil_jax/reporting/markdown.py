@@ -1,4 +1,4 @@
-"""Tables that read well as Markdown and as plain text, and the numbers in them; needs nothing."""
+"""Tables that read well as Markdown and as plain text, and formatting of their numbers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from statistics import fmean, stdev
 
 
 def mean_and_spread(numbers: Sequence[float], digits: int, unit: str = "") -> str:
-    """The mean, with the standard deviation where there are several; nothing of nothing."""
+    """The mean, with the standard deviation if there are several numbers; empty without any."""
     spread = f" ± {stdev(numbers):.{digits}f}" if len(numbers) > 1 else ""
     return f"{fmean(numbers):.{digits}f}{spread}{unit}" if numbers else ""
 

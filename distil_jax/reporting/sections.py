@@ -1,4 +1,4 @@
-"""What a report says of a run's numbers, as blocks of a page."""
+"""The sections of a report on a run's metrics, as blocks of a page."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ _MEASURES = {
 _WITHOUT = "without evaluations and checkpoints"
 
 
-def summary(folder: Path, told: History, config: Config | FinetuneConfig, *, lead: str) -> list[Block]:
+def summary(folder: Path, history: History, config: Config | FinetuneConfig, *, lead: str) -> list[Block]:
     """One sentence: what was trained, how far it came, what it took and what it was good for; and what is left."""
     student, teacher = _models(folder, config)
-    steps, tokens = config.train.steps, told.tokens_per_step
-    done = f"{told.done:,}" + (f" of {steps:,}" if steps else "") + " steps"
-    if told.done and math.isfinite(tokens):
-        of = f" of {count(steps * tokens)}" if told.done < steps else ""
-        done += f" (about {count(told.done * tokens)}{of} tokens)"
-    took = f" in {duration(told.seconds)}" if told.seconds else ""
+    steps, tokens = config.train.steps, history.tokens_per_step
+    done = f"{history.done:,}" + (f" of {steps:,}" if steps else "") + " steps"
+    if history.done and math.isfinite(tokens):
+        of = f" of {count(steps * tokens)}" if history.done < steps else ""
+        done += f" (about {count(history.done * tokens)}{of} tokens)"
+    took = f" in {duration(history.seconds)}" if history.seconds else ""
     sentence = f"{student}, {teacher}: {done}{took}"
-    if found := told.evaluations:
+    if evaluations := history.evaluations:
         names = config.task.metric_names if isinstance(config, FinetuneConfig) else ("mlm", "agreement")
-        judged = [f"{_name(name)} {_from_to(found, name)}" for name in names if name in found[-1]]
+        judged = [f"{_name(name)} {_from_to(evaluations, name)}" for name in names if name in evaluations[-1]]
         sentence += f"; held out: {', '.join(judged)}" if judged else ""
     blocks: list[Block] = [Paragraph(f"{sentence}.", lead)]
-    if told.done < steps:
-        left = duration((steps - told.done) * told.seconds_per_step)
-        pace = f"The others take {left} at the median pace, {_WITHOUT}" if told.rates else "There is no pace yet"
-        blocks += [Paragraph(f"Not finished: {100 * told.done / steps:.0f} % of the steps are done. {pace}.")]
+    if history.done < steps:
+        left = duration((steps - history.done) * history.seconds_per_step)
+        pace = f"The others take {left} at the median pace, {_WITHOUT}" if history.rates else "There is no pace yet"
+        blocks += [Paragraph(f"Not finished: {100 * history.done / steps:.0f} % of the steps are done. {pace}.")]
     return blocks
 
 
@@ -83,14 +83,14 @@ def _facts(folder: Path) -> dict:
 
 def held_out(histories: dict[str, History]) -> Block:
     """First and last evaluation, and what changed: of one run in columns, of several in a column each."""
-    found = {name: told.evaluations for name, told in histories.items() if told.evaluations}
-    if not found:
+    evaluations = {name: history.evaluations for name, history in histories.items() if history.evaluations}
+    if not evaluations:
         return Paragraph("No evaluation yet.")
-    measures = list(dict.fromkeys(name for lines in found.values() for name in _measures(lines[-1])))
+    measures = list(dict.fromkeys(name for lines in evaluations.values() for name in _measures(lines[-1])))
     if len(histories) > 1:
-        rows = [[_name(name), *(_from_to(lines, name) for lines in found.values())] for name in measures]
-        return Table(("measure, first → last", *found), rows)
-    ((first, *_, last),) = ([lines[0], *lines] for lines in found.values())
+        rows = [[_name(name), *(_from_to(lines, name) for lines in evaluations.values())] for name in measures]
+        return Table(("measure, first → last", *evaluations), rows)
+    ((first, *_, last),) = ([lines[0], *lines] for lines in evaluations.values())
     rows = []
     for name in measures:
         before, after = first.get(name, math.nan), last[name]
@@ -121,30 +121,31 @@ def by_seed(configs: dict[str, Config | FinetuneConfig]) -> dict[str, list[str]]
 
 
 def over_seeds(histories: dict[str, list[History]]) -> Block:
-    """A line for each configuration: the last held-out numbers, mean and standard deviation over its runs."""
-    judged = {name: [told for told in same if told.evaluations] for name, same in histories.items()}
+    """A line for each configuration: the last held-out metrics, mean and standard deviation over its runs."""
+    judged = {name: [history for history in same if history.evaluations] for name, same in histories.items()}
     measures = list(
-        dict.fromkeys(n for same in judged.values() for told in same for n in _measures(told.evaluations[-1]))
+        dict.fromkeys(n for same in judged.values() for history in same for n in _measures(history.evaluations[-1]))
     )
     rows = []
     for name, same in judged.items():
         cells = [
-            _spread(measure, [told.evaluations[-1].get(measure, math.nan) for told in same]) for measure in measures
+            _spread(measure, [history.evaluations[-1].get(measure, math.nan) for history in same])
+            for measure in measures
         ]
-        seconds = [told.step_seconds for told in same]
+        seconds = [history.step_seconds for history in same]
         rows.append([name, f"{len(same)}", f"{same[0].done:,}" if same else "", *cells, _spread("seconds", seconds)])
     return Table(("runs with several seeds", "seeds", "steps", *map(_name, measures), "training, s"), rows)
 
 
-def _spread(measure: str, numbers: list[float]) -> str:
+def _spread(measure: str, values: list[float]) -> str:
     if measure in SHARES:
-        return mean_and_spread([100 * number for number in numbers], 1, "\u00a0%")
-    return mean_and_spread(numbers, 0 if measure == "seconds" else 3)
+        return mean_and_spread([100 * value for value in values], 1, "\u00a0%")
+    return mean_and_spread(values, 0 if measure == "seconds" else 3)
 
 
 def _from_to(lines: list[dict], name: str) -> str:
-    numbers = [_number(name, line[name]) for line in (lines[0], *lines[-1:]) if name in line]
-    return " → ".join(dict.fromkeys(numbers))
+    values = [_number(name, line[name]) for line in (lines[0], *lines[-1:]) if name in line]
+    return " → ".join(dict.fromkeys(values))
 
 
 def _measures(line: dict) -> list[str]:
@@ -167,18 +168,22 @@ def _change(measure: str, before: float, after: float) -> str:
 
 
 def throughput(histories: dict[str, History]) -> list[Block]:
-    """How fast the steps were, and what else took time, as far as the numbers tell."""
-    if not any(told.rates for told in histories.values()):
+    """How fast the steps were, and what else took time, as far as the metrics show."""
+    if not any(history.rates for history in histories.values()):
         return [Paragraph("No throughput yet.")]
     head = ("run", "tokens/s, median", "slowest", "fastest", "time a step", "compilation", "all steps", "not in steps")
     rows = []
-    for name, told in histories.items():
-        if told.rates:
-            rates = [f"{rate:,.0f}" for rate in (told.rate, told.rates[0], told.rates[-1])]
-            times = [f"{told.seconds_per_step:.3g} s", duration(told.compile_seconds), duration(told.step_seconds)]
-            share = told.compile_seconds / told.seconds if told.seconds else math.nan
+    for name, history in histories.items():
+        if history.rates:
+            rates = [f"{rate:,.0f}" for rate in (history.rate, history.rates[0], history.rates[-1])]
+            times = [
+                f"{history.seconds_per_step:.3g} s",
+                duration(history.compile_seconds),
+                duration(history.step_seconds),
+            ]
+            share = history.compile_seconds / history.seconds if history.seconds else math.nan
             rows.append([name, *rates, *times, f"{100 * share:.0f} %"])
-    readings = max(len(told.rates) for told in histories.values())
+    readings = max(len(history.rates) for history in histories.values())
     note = (
         f"Median of {readings:,} readings while training. Compilation is the first step after each start; the last "
         f"column is its share of the time {_WITHOUT}, whose time is not recorded."
@@ -186,16 +191,17 @@ def throughput(histories: dict[str, History]) -> list[Block]:
     return [Table(head, rows), Paragraph(note)]
 
 
-def details(told: History, config: Config | FinetuneConfig) -> list[Block]:
+def details(history: History, config: Config | FinetuneConfig) -> list[Block]:
     """The updates left out, every evaluation, and the configuration."""
     blocks: list[Block] = []
-    if told.skipped:
-        steps = ", ".join(f"{step:,}" for step in told.skipped)
+    if history.skipped:
+        steps = ", ".join(f"{step:,}" for step in history.skipped)
         blocks.append(Paragraph(f"Updates left out, because a number was not finite: at the steps {steps}."))
-    if told.evaluations:
-        names = _measures(told.evaluations[-1])
+    if history.evaluations:
+        names = _measures(history.evaluations[-1])
         rows = [
-            [f"{line['step']:,}", *(f"{line.get(name, math.nan):.4f}" for name in names)] for line in told.evaluations
+            [f"{line['step']:,}", *(f"{line.get(name, math.nan):.4f}" for name in names)]
+            for line in history.evaluations
         ]
         blocks.append(Fold("all evaluations", [Table(("step", *names), rows)]))
     blocks.append(Fold("configuration", [Code("toml", tomli_w.dumps(to_dict(config)))]))

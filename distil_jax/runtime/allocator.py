@@ -1,4 +1,4 @@
-"""What the C library does with memory that a step on a CPU gives back."""
+"""Settings of the C library's memory allocator, for steps on CPUs."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ _LARGE = 512 * 2**20
 
 
 def keep_freed_memory() -> None:
-    """Memory that is given back stays with this process; call it before JAX starts its threads.
+    """Tells malloc to keep freed memory in this process; call it before JAX starts its threads.
 
-    XLA asks for the temporaries of a step on a CPU anew each time. glibc takes blocks above 32 MiB from the kernel and
-    gives them back, so that every step begins on pages which the kernel must first fill with zeros: 20,000 faults and a
-    third of the time of a small step (README, "How fast"). In one arena, because those of other threads are not kept.
-    Blocks above 512 MiB still go back: of those, steps in flight would leave the process several times what it needs.
-    Elsewhere than under glibc nothing is done, nor before its version 2.35, which refuses so high a threshold.
+    XLA allocates the temporaries of a step on a CPU anew for every step. glibc gets blocks above 32 MiB from the kernel
+    and returns them, so every step begins on pages that the kernel must first fill with zeros: a third of the time of a
+    small step (README, "How fast"). One arena, because malloc does not keep the memory of the others. Blocks above
+    512 MiB are still returned: with several steps in flight, the process would keep several times what it needs.
+    Does nothing without glibc 2.35 or later; older versions refuse so high a threshold.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)

@@ -1,4 +1,4 @@
-"""From a `Config` to what a command works with: rows, teacher, first student, and one frozen `StepConfig`."""
+"""From a `Config` to everything a run starts with: rows, teacher, initial student, and one frozen `StepConfig`."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ class Parts:
     Attributes:
       config: resolved: every choice that depended on the data, the teacher or the machine is written out.
       step: what the step is compiled from.
-      manifest: of the prepared data.
-      weights: [V] float32, how readily a token is masked in training.
-      held_out_weights: the same for held-out text: all words alike, whatever the training prefers, so that the
-        numbers of any two runs on the same rows compare.
+      manifest: the prepared data's.
+      weights: [V] float32, the masking weight of each token in training.
+      held_out_weights: the same for held-out text. All words weigh alike there, whatever the training prefers, so that
+        the metrics of any two runs on the same rows compare.
       teacher_params: in the compute dtype, or None.
-      student_params: float32, or None for a random initialisation.
-      identity: hashes of what a resumed run must find again: the rows and the teacher.
-      attention: which implementation was taken and why, for people.
+      student_params: initial parameters in float32, or None for a random initialisation.
+      identity: hashes of the rows and the teacher, which a resumed run must find unchanged.
+      attention: a sentence with the implementation and the reason.
     """
 
     config: Config
@@ -69,7 +69,7 @@ class Parts:
 
 
 def assemble(config: Config) -> Parts:
-    """Reads the data's manifest and the models, checks that they fit each other, and resolves the config.
+    """Reads the manifest and the models, checks that they fit each other, and resolves the config.
 
     Raises:
       InputError: anything that is missing, or does not fit.
@@ -128,7 +128,7 @@ def assemble(config: Config) -> Parts:
 
 
 def _manifest(config: Config) -> Manifest:
-    """The manifest of the config's data, which must be fit to train on and to be masked."""
+    """The manifest of the config's data, after checks that it can be trained on and judged by."""
     if not config.data.path:
         raise InputError("data.path is empty: name the folder that `distil-jax prepare` wrote.")
     manifest = read_manifest(config.data.path)
@@ -181,10 +181,10 @@ def schedule_of(train: TrainConfig, optimizer: OptimizerConfig, rows: int) -> tu
 
 
 def check_batch(train: TrainConfig, rows: int, mesh: Mesh) -> None:
-    """Refuses a batch that holds a row more than once: both times it would have the same masks and dropout.
+    """Refuses a batch larger than the training rows: repeated rows would have equal masks and dropout.
 
     Raises:
-      InputError: it does; the largest batch that can be is named.
+      InputError: it is; the sentence names the largest possible batch.
     """
     if train.batch_rows <= rows:
         return
@@ -198,10 +198,10 @@ def check_batch(train: TrainConfig, rows: int, mesh: Mesh) -> None:
 
 
 def resolve_step(step: StepConfig, config: Config, mesh: Mesh, length: int) -> tuple[StepConfig, str]:
-    """The step as it is compiled for a mesh, and which attention that means and why.
+    """The step as it is compiled for a mesh, and a sentence about its attention.
 
     Raises:
-      InputError: the mesh does not fit the models or the batch, or asked-for attention cannot be.
+      InputError: the mesh does not fit the models or the batch, or the attention asked for cannot be used.
     """
     check_mesh(mesh, step)
     step = replace(step, accumulation=micro_batches(config.train, mesh, length))
@@ -228,20 +228,20 @@ def micro_batches(train: TrainConfig, mesh: Mesh, sequence_length: int) -> int:
 
 
 def check_tokenizer(folder: Path, model: ModelConfig, data: str | Path, manifest: Manifest) -> None:
-    """Refuses rows whose ids mean something else to the model; says so where that cannot be told.
+    """Refuses rows whose ids mean something else to the model; warns where that cannot be checked.
 
     Args:
       folder: of the model.
-      model: what it is.
+      model: its architecture.
       data: the folder of the rows.
-      manifest: theirs.
+      manifest: the rows'.
     """
     if manifest.vocab_size > model.vocab_size:
         raise InputError(
             f"The rows were prepared with a tokenizer of {manifest.vocab_size} tokens, but the model {folder} knows "
             f"{model.vocab_size}: prepare them with the model's own tokenizer, or, if they were, resize its embedding."
         )
-    # Not the manifest's fingerprint: earlier versions took it from a file that `transformers` may read otherwise.
+    # Not the manifest's fingerprint: earlier versions took it from a file that `transformers` may read differently.
     if not tokenizers_agree(folder, Path(data) / "tokenizer"):
         raise InputError(
             f"The rows were prepared with another tokenizer than that of the model {folder}: prepare them with "
@@ -250,7 +250,7 @@ def check_tokenizer(folder: Path, model: ModelConfig, data: str | Path, manifest
 
 
 def tokenizers_agree(folder: Path, other: Path) -> bool:
-    """Whether a model's tokenizer gives the ids of the one in `other`, as loaded; if it has none, that is printed.
+    """Whether two folders' tokenizers, as loaded, give the same ids; without one in `folder`, warns and returns True.
 
     Raises:
       InputError: a tokenizer that cannot be loaded.
@@ -267,7 +267,7 @@ def tokenizers_agree(folder: Path, other: Path) -> bool:
 
 
 def teacher_compute(teacher: TeacherConfig, compute: ComputeConfig) -> ComputeConfig:
-    """How the teacher computes where the student does as `compute`, which must be resolved, says."""
+    """The teacher's compute settings, from those of the student, which must be resolved."""
     return replace(compute, dtype=compute.dtype if teacher.dtype == "auto" else teacher.dtype, remat="none")
 
 
@@ -279,12 +279,12 @@ def teacher_shapes(teacher: TeacherConfig, model: ModelConfig, head: HeadConfig 
 
 
 def cast_teacher(model: ModelConfig, params: Any) -> Any:
-    """A teacher's parameters in its compute dtype: it only computes, and on accelerators that is half the memory."""
+    """A teacher's parameters in its compute dtype: they are never updated, and bfloat16 takes half the memory."""
     return jax.tree.map(lambda leaf: np.asarray(leaf, jnp.dtype(model.dtype)), params)
 
 
 def put_teacher(params: Any, teacher: TeacherConfig, step: StepConfig, mesh: Mesh) -> tuple[Any, Any]:
-    """The teacher's `teacher_shapes`, and its parameters on the mesh; both None where there is none."""
+    """The `teacher_shapes`, and the teacher's parameters on the mesh; both None without a teacher."""
     if params is None:
         return None, None
     shapes = teacher_shapes(teacher, step.teacher, step.head)
@@ -297,7 +297,7 @@ def with_compute(model: ModelConfig, compute: ComputeConfig) -> ModelConfig:
 
 
 def token_weights(folder: str | Path, manifest: Manifest, model: ModelConfig, *, smoothing: float) -> np.ndarray:
-    """[V] how readily each token is masked; special, unused and padding ids never."""
+    """[V] masking weights; 0 for special, unused and padding ids."""
     counts_V = np.zeros(model.padded_vocab_size, np.int64)
     counts_V[: manifest.vocab_size] = token_counts(folder, manifest)
     never = [*manifest.special_ids, *manifest.unused_ids, *range(manifest.vocab_size, model.padded_vocab_size)]
@@ -311,10 +311,10 @@ def _digest(manifest: Manifest) -> str:
 
 
 def resolve_compute(compute: ComputeConfig, platform: str | None = None) -> ComputeConfig:
-    """`auto` replaced by what suits the machine (or the platform, "cpu", "gpu" or "tpu").
+    """The settings with every `auto` replaced by what suits the machine, or `platform` ("cpu", "gpu" or "tpu").
 
     Raises:
-      InputError: layers are to be unrolled and computed again on a CPU, where that saves no memory.
+      InputError: unrolled layers with rematerialisation on a CPU, which saves no memory.
     """
     platform = platform or jax.default_backend()
     on_cpu = platform == "cpu"
@@ -332,7 +332,7 @@ def resolve_compute(compute: ComputeConfig, platform: str | None = None) -> Comp
 def _student(
     student: StudentConfig, teacher: ModelConfig | None, teacher_params: Any, data: str, manifest: Manifest, seed: int
 ) -> tuple[StudentConfig, ModelConfig, Any]:
-    """The student's config with nothing left open, its architecture, and its first parameters (None: random)."""
+    """The student's resolved config, its architecture, and its initial parameters (None: random)."""
     if student.init not in ("teacher", "random"):
         folder = local_folder(student.init)
         model, params = huggingface.load(folder)
@@ -355,7 +355,7 @@ def _student(
 
 
 def student_from_folder(folder: Path, model: ModelConfig, student: StudentConfig) -> ModelConfig:
-    """The architecture of a student that goes on from a folder: the folder's, with an MLM head and the run's dropout.
+    """The architecture of a student that starts from a folder: the folder's, with an MLM head and the run's dropout.
 
     Raises:
       InputError: the config asks for another shape than the folder's.
@@ -383,10 +383,10 @@ def _check_fold(student: StudentConfig, model: ModelConfig) -> None:
 
 
 def student_model(student: StudentConfig, teacher: ModelConfig | None, vocab_size: int) -> ModelConfig:
-    """The student's architecture: the teacher's (or BERT-base's, for `vocab_size`) where the config says nothing.
+    """The student's architecture: as configured, otherwise the teacher's, or BERT-base's with `vocab_size` ids.
 
     Raises:
-      InputError: sizes that cannot be, or a token-type row that cannot be folded.
+      InputError: impossible sizes, or a token-type row that cannot be folded.
     """
     base = teacher or ModelConfig(vocab_size=vocab_size)
     layers = student.num_layers or len(student.layers) or (max(1, teacher.num_layers // 2) if teacher else 12)

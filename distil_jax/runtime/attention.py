@@ -1,4 +1,4 @@
-"""Which attention a run takes on its mesh, and the sentence that says so and why."""
+"""Chooses the attention that a run uses on its mesh, and says so in a sentence with the reason."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ _RATE = 0.1
 def resolve_attention(
     step: StepConfig, wanted: Literal["auto", "xla", "pallas"], mesh: Mesh, length: int
 ) -> tuple[StepConfig, str]:
-    """The step with the implementation for each of its models, and what was taken and why, in words.
+    """The step with an attention implementation for each model, and a sentence with the choice and the reason.
 
-    "auto" takes the device's kernel where it is lawful and, on one row tried here, as exact as XLA's; "pallas" takes
-    it or ends the run.
+    "auto" takes the device's kernel if the model allows it and a trial on one row is as exact as XLA's attention;
+    "pallas" takes the kernel or refuses the run.
 
     Raises:
-      InputError: "pallas" was asked for and cannot be, or is not as exact.
+      InputError: "pallas" was asked for, and the kernel cannot be used or is less exact.
     """
     device = mesh.devices.flat[0]
     platform = device.platform
-    chosen, said, tried = {}, {}, {}
+    chosen, names_by_choice, trials = {}, {}, {}
     for name, model in (("student", step.student), ("teacher", step.teacher)):
         if model is None:
             continue
@@ -46,24 +46,24 @@ def resolve_attention(
         if took != "xla" and platform == jax.default_backend():
             heads = (model.num_heads // mesh.shape["tensor"], model.head_size)  # of one device
             key = (took, *heads, model.dtype)
-            if key not in tried:  # a student has its teacher's heads, nearly always: one trial serves both
-                tried[key] = _try_kernel(took, heads, length, model.dtype)
-            took, why = tried[key]
+            if key not in trials:  # student and teacher nearly always have the same heads: one trial serves both
+                trials[key] = _try_kernel(took, heads, length, model.dtype)
+            took, why = trials[key]
         if wanted == "pallas" and took == "xla":
             raise InputError(f'compute.attention = "pallas" cannot be for the {name}: {why}. Leave it at "auto".')
         chosen[name] = replace(model, attention=took)
-        said.setdefault(f"{took} ({why})" if why else took, []).append(name)
-    sentences = (f"{took} for the {' and the '.join(names)}" for took, names in said.items())
+        names_by_choice.setdefault(f"{took} ({why})" if why else took, []).append(name)
+    sentences = (f"{took} for the {' and the '.join(names)}" for took, names in names_by_choice.items())
     return replace(step, **chosen), f"attention: {', '.join(sentences)}"
 
 
 def _is_recent(capability: str) -> bool:
-    """Of an NVIDIA GPU, as "9.0"; AMD's have names instead."""
+    """Whether a compute capability is NVIDIA's ("9.0") and at least 8.0; AMD's GPUs have names instead."""
     return bool(re.fullmatch(r"\d+\.\d+", capability)) and float(capability) >= 8
 
 
 def _try_kernel(implementation: Attention, heads: tuple[int, int], length: int, dtype: str) -> tuple[Attention, str]:
-    """The kernel, unless it fails on this machine, in whatever way, or is less exact here than XLA.
+    """Tries the kernel here: returns it, or XLA and the reason if the kernel fails or is less exact than XLA.
 
     Args:
       implementation: the kernel.
@@ -72,24 +72,23 @@ def _try_kernel(implementation: Attention, heads: tuple[int, int], length: int, 
       dtype: of the computation.
     """
     try:
-        exact, plain, kernel = (
-            jax.device_get(_one_row(heads, length, *how))
-            for how in (("xla", "float32"), ("xla", dtype), (implementation, dtype))
-        )
-    # What Mosaic, Triton and XLA raise has no base class of its own, and changes with each release. Whatever it is, it
-    # only says that the kernel is not to be had here; XLA's attention is there for that.
+        exact = jax.device_get(_one_row(heads, length, "xla", "float32"))
+        plain = jax.device_get(_one_row(heads, length, "xla", dtype))
+        kernel = jax.device_get(_one_row(heads, length, implementation, dtype))
+    # The exceptions of Mosaic, Triton and XLA have no common base class, and change with each release. Whatever is
+    # raised means the same: the kernel cannot be used here, and XLA's attention can.
     except Exception as error:  # noqa: BLE001
         why = f"the kernel does not compile here: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
     else:
-        errors = [_error(each, exact) for each in (plain, kernel)]
-        why = "" if errors[1] <= 2 * errors[0] + 1e-3 else f"the kernel is off by {errors[1]:.2g} here"
+        error = _error(kernel, exact)
+        why = "" if error <= 2 * _error(plain, exact) + 1e-3 else f"the kernel is off by {error:.2g} here"
     return ("xla", why) if why else (implementation, "")
 
 
 def _one_row(heads: tuple[int, int], length: int, implementation: Attention, dtype: str) -> tuple[Array, ...]:
     """Output and gradients of attention with dropout over one packed row, [1, L, H, K] each."""
     shape = (1, length, *heads)
-    query, key, value, slope = (
+    query, key, value, cotangent = (
         jax.random.normal(each, shape, jnp.float32).astype(dtype) for each in jax.random.split(jax.random.key(0), 4)
     )
     segment_ids = (jnp.arange(length, dtype=jnp.int32)[None] * 4 // length + 1) % 4  # three sequences, and padding
@@ -100,12 +99,12 @@ def _one_row(heads: tuple[int, int], length: int, implementation: Attention, dty
         def output(*arrays: Array) -> Array:
             return attend(*arrays, segment_ids, dropout_rate=_RATE, seeds=seeds, implementation=implementation)
 
-        found, pull = jax.vjp(output, query, key, value)
-        return found, *pull(slope)
+        outputs, pull = jax.vjp(output, query, key, value)
+        return outputs, *pull(cotangent)
 
     return compute(query, key, value)
 
 
-def _error(found: tuple[np.ndarray, ...], exact: tuple[np.ndarray, ...]) -> float:
-    pairs = zip(found, exact, strict=True)
+def _error(values: tuple[np.ndarray, ...], exact: tuple[np.ndarray, ...]) -> float:
+    pairs = zip(values, exact, strict=True)
     return max(float(np.abs(np.float32(one) - other).max() / np.abs(other).max()) for one, other in pairs)

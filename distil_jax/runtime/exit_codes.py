@@ -1,16 +1,16 @@
-"""The ways in which a command ends before its time, each with the exit status that scripts go by."""
+"""Exit codes of the command line, and the exceptions that lead to them."""
 
 from __future__ import annotations
 
 import sys
 
 BAD_INPUT, DIVERGED, MACHINE_FAILED, STOPPED = 2, 3, 4, 75
-INTERRUPTED, TERMINATED = 130, 143  # by Ctrl-C or SIGTERM, with nothing to go on from; a shell's own numbers
-UNREAD = 141  # as of a program that SIGPIPE ends: who read its output has closed it
+INTERRUPTED, TERMINATED = 130, 143  # by Ctrl-C or SIGTERM with nothing to resume; the codes that shells use
+UNREAD = 141  # the reader of its output has gone; what shells report for SIGPIPE
 
 
 class Diverged(Exception):
-    """The training leads nowhere any more; the last checkpoint is from before that."""
+    """The training has diverged; the last checkpoint is from before that."""
 
     def __init__(self, what: str) -> None:
         super().__init__(
@@ -20,7 +20,7 @@ class Diverged(Exception):
 
 
 class MachineFailed(Exception):
-    """The disk, another process or the device failed, not the run: mend that, or start it again."""
+    """The disk, a device or another process failed, not the run: mend that, or start the run again."""
 
 
 class Stopped(Exception):
@@ -28,10 +28,9 @@ class Stopped(Exception):
 
 
 def print_error(sentence: object) -> None:
-    """The last line of a command that did not succeed.
+    """Writes the last line of a command that failed to stderr.
 
-    In one piece, which `print` is not: what a thread of some library writes meanwhile must not get between the sentence
-    and its end.
+    In one write, unlike `print`, so that no other thread's output lands inside the line.
     """
     sys.stderr.write(f"distil-jax: {sentence}\n")
     sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""What watches over a run from beside it: requests to stop, a lock on its folder, and a clock that notices a hang."""
+"""Guards of a run: requests to stop, a lock on its folder, and a watchdog that notices a hang."""
 
 from __future__ import annotations
 
@@ -23,45 +23,45 @@ from distil_jax.schema import InputError
 class StopRequest:
     """While entered, turns the first SIGTERM or Ctrl-C into a request; the second ends the process as usual.
 
-    Ctrl-C does so once it was asked whether to stop: before the first step there is nothing to save, and nobody has to
-    wait for the compilation. Of several processes each may be asked, and all of them learn of it at the same step, from
-    JAX's own service.
+    Ctrl-C is taken as a request only after the first call of `requested`: before the first step there is nothing to
+    save, and Ctrl-C need not wait for the compilation. With several processes, every process may be asked; JAX's
+    preemption service tells all of them at the same step.
     """
 
     def __init__(self) -> None:
-        self._noted = False
-        self._before: dict[int, Any] = {}
+        self._requested = False
+        self._previous: dict[int, Any] = {}
 
     def requested(self, step: int) -> bool:
         """Whether to stop after this step; the same answer in every process."""
         if jax.process_count() > 1:
-            self._noted = multihost_utils.reached_preemption_sync_point(step)
-            if self._noted:
+            self._requested = multihost_utils.reached_preemption_sync_point(step)
+            if self._requested:
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        elif not self._noted:
-            self._take({signal.SIGINT: self._note})
-        return self._noted
+        elif not self._requested:
+            self._install({signal.SIGINT: self._request_stop})
+        return self._requested
 
     def __enter__(self) -> StopRequest:
         alone = jax.process_count() == 1  # else JAX has its own handler of SIGTERM, and Ctrl-C is passed on to it
-        self._take({signal.SIGTERM: self._note} if alone else {signal.SIGINT: _pass_on})
+        self._install({signal.SIGTERM: self._request_stop} if alone else {signal.SIGINT: _pass_on})
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _take(self, handlers: dict[int, Any]) -> None:
+    def _install(self, handlers: dict[int, Any]) -> None:
         # Python allows handlers in the main thread alone.
         if threading.current_thread() is threading.main_thread():
-            for number in handlers.keys() - self._before.keys():
-                self._before[number] = signal.signal(number, handlers[number])
+            for number in handlers.keys() - self._previous.keys():
+                self._previous[number] = signal.signal(number, handlers[number])
 
-    def _note(self, number: int, _: object) -> None:
-        if self._noted:
+    def _request_stop(self, number: int, _: object) -> None:
+        if self._requested:
             self.__exit__()
             os.kill(os.getpid(), number)
-        self._noted = True
+        self._requested = True
 
 
 def _pass_on(*_: object) -> None:

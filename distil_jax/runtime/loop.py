@@ -1,4 +1,4 @@
-"""The training loop: takes a compiled run from where its folder stands to its end, whatever its objective is."""
+"""The training loop: trains a compiled run, whatever its objective, from where its folder stands to its end."""
 
 from __future__ import annotations
 
@@ -28,10 +28,9 @@ from distil_jax.schema import InputError, user_path
 from distil_jax.training.sharding import shard_count
 from distil_jax.training.state import TrainState
 
-# How the sentences of JAX's errors begin where a new start may help: a device, a network or a process was lost, or what
-# they held. FAILED_PRECONDITION is what TPUs say of a program that was halted. With INVALID_ARGUMENT and the others it
-# would end in the same way again.
-_OF_MACHINES = (
+# Status codes of JAX's errors after which a restart may help: a device, a network, a process or its data was lost.
+# TPUs report a halted program as FAILED_PRECONDITION. After others, such as INVALID_ARGUMENT, it would fail again.
+_MACHINE_CODES = (
     "ABORTED",
     "CANCELLED",
     "DATA_LOSS",
@@ -46,7 +45,7 @@ _MORE_DEVICES = "spread the run over more devices with mesh.fsdp, or look for wh
 
 @contextlib.contextmanager
 def _failures_named(less_memory: str) -> Iterator[None]:
-    """Says in a sentence what JAX raises where a device, or another process, fails, or has too little memory.
+    """Turns what JAX raises when a device or another process fails, or runs out of memory, into one clear sentence.
 
     Args:
       less_memory: what to do about the latter.
@@ -60,12 +59,12 @@ def _failures_named(less_memory: str) -> Iterator[None]:
     except InputError:
         raise
     except (jax.errors.JaxRuntimeError, ValueError) as error:
-        # A ValueError is what JAX raises where the failure meets it while it hands a program to the device.
-        said = " ".join(str(error).split())
-        if "RESOURCE_EXHAUSTED" in said:
-            raise InputError(f"The devices have too little memory ({said[:400]}): {less_memory}") from error
-        if said.partition(":")[0] in _OF_MACHINES:
-            sentence = f"A device or another process of this run failed ({said[:400]}): start the run again."
+        # JAX raises a ValueError when the failure happens while it dispatches a program.
+        message = " ".join(str(error).split())
+        if "RESOURCE_EXHAUSTED" in message:
+            raise InputError(f"The devices have too little memory ({message[:400]}): {less_memory}") from error
+        if message.partition(":")[0] in _MACHINE_CODES:
+            sentence = f"A device or another process of this run failed ({message[:400]}): start the run again."
             raise MachineFailed(sentence) from error
         raise
 
@@ -74,7 +73,7 @@ def _failures_named(less_memory: str) -> Iterator[None]:
 def run_program(
     make: Callable[[], Program], workdir: str | Path, *, resume_step: int | None = None
 ) -> dict[str, float]:
-    """Trains, or goes on with the run that `workdir` holds.
+    """Trains a new run, or resumes the one in `workdir`.
 
     Args:
       make: refuses whatever input can be refused, and compiles the run; writes nothing.
@@ -91,14 +90,14 @@ def run_program(
       MachineFailed: the disk did not take the end of the run, or a device or another process is lost.
     """
     workdir = user_path(workdir)
-    program = processes.refuse_together(lambda: _ready(make, workdir))  # nobody writes before everybody has looked
+    program = processes.refuse_together(lambda: _ready(make, workdir))  # no process writes before all have checked
     run, config = program.config, program.config.train
     processes.check_same(f"{program.step_config} {program.identity} {run.seed} {config} {run.mesh} {resume_step}")
     made = missing_folders(workdir)
     with contextlib.ExitStack() as stack:
         if processes.is_first():
             processes.refuse_together(lambda: stack.enter_context(folder_lock(workdir)))
-            remove_on_exit(made)  # until the first step: a folder that was made for nothing
+            remove_on_exit(made)  # if the process ends before its first step
             stack.callback(keep, workdir)
         else:
             processes.refuse_together(lambda: None)
@@ -120,10 +119,10 @@ def run_program(
 
 
 def _smaller_steps(program: Program) -> str:
-    """What makes a step, and an evaluation, take less memory, and changes no number."""
+    """Advice for a step or an evaluation that does not fit: settings that save memory and change no number."""
     pieces = program.step_config.accumulation
     rows = program.config.train.batch_rows // shard_count(program.mesh)  # of a device, in all its micro-batches
-    more = next((number for number in range(pieces + 1, rows + 1) if rows % number == 0), None)
+    more = next((count for count in range(pieces + 1, rows + 1) if rows % count == 0), None)
     if more is None:
         return f"each step already takes one row after the other; {_MORE_DEVICES}"
     return f"set train.accumulation={more} (it is {pieces}), which changes no number, or {_MORE_DEVICES}"
@@ -131,7 +130,7 @@ def _smaller_steps(program: Program) -> str:
 
 @_failures_named(_MORE_DEVICES)
 def _ready(make: Callable[[], Program], workdir: Path) -> Program:
-    """Everything that can be refused, before anything is written."""
+    """Compiles the run, and refuses whatever can be refused before anything is written."""
     run_folder.check_folder(workdir)
     program = make()
     run_folder.check_folder(workdir, program)
@@ -155,11 +154,11 @@ def _loop(
     program: Program, state: TrainState, checkpoints: Checkpoints, writer: MetricsWriter, divergence: Divergence
 ) -> dict[str, float]:
     config, start = program.config.train, int(state.step)
-    told = read_metrics(writer.folder)
-    early_stopping = EarlyStopping(config.patience, program, checkpoints, told)
+    history = read_metrics(writer.folder)
+    early_stopping = EarlyStopping(config.patience, program, checkpoints, history)
     if start == config.steps or early_stopping.should_stop:
         print("This run is finished: nothing is left to train.")
-        return last_held_out(told)
+        return last_held_out(history)
     numbers: dict[str, float] = {}
     progress = Progress(config, start, writer=writer, row_indices=program.stream.row_indices, divergence=divergence)
     with (
@@ -171,7 +170,7 @@ def _loop(
     ):
         disk = DiskMonitor(checkpoints, writer, progress)
         if start == 0:
-            # Shown beside the others and not looked at: nobody can have the state before the first step.
+            # Printed for comparison only: the state before the first step is never delivered.
             _evaluate(program, state, progress, watchdog, 0)
         for step in range(start + 1, config.steps + 1):
             watchdog.alive()
@@ -186,7 +185,7 @@ def _loop(
             if evaluated:
                 numbers = _evaluate(program, state, progress, watchdog, step)
                 criterion = program.evaluator.criterion(numbers)
-                due = early_stopping.update(criterion) or due  # the best is kept, whenever checkpoints are due
+                due = early_stopping.update(criterion) or due  # the best is saved whether or not a checkpoint is due
                 last = last or early_stopping.should_stop
             if last or due or stopping:
                 watchdog.alive()

@@ -1,6 +1,6 @@
-"""The processes of one run: how they find each other, what only the first one does, and where all of them meet.
+"""The processes of one run: how they connect, what only the first one does, and where all of them wait.
 
-Never on import: research code that calls `train_step` decides for itself.
+Nothing happens on import: research code that calls `train_step` decides for itself.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from distil_jax.runtime.exit_codes import BAD_INPUT, MACHINE_FAILED, Diverged, M
 from distil_jax.schema import InputError
 
 T = TypeVar("T")
-_HEARTBEAT = 40  # seconds without a sign of life after which JAX's service gives a process up
+_HEARTBEAT = 40  # seconds without a heartbeat after which JAX's service treats a process as lost
 _on_abort = None
 _VARIABLES = ("DISTIL_COORDINATOR", "DISTIL_NUM_PROCESSES", "DISTIL_PROCESS_ID")
-# What decides how a program is compiled and where it runs; nothing else of the environment is ever printed.
+# Variables that decide how a program is compiled and where it runs; no others are ever printed.
 _SHOWN = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "CUDA_VISIBLE_DEVICES")
 _SHOWN_PREFIXES = ("JAX_", "DISTIL_")
 
 
 def connect() -> None:
-    """Joins the other processes of this run, where there are some; call it before JAX looks for devices.
+    """Connects this process to the others of its run, if there are any; call it before JAX looks for devices.
 
-    On TPU VMs, GKE, SLURM and under MPI, JAX finds them by itself. Anywhere else DISTIL_COORDINATOR (host:port of the
-    first process), DISTIL_NUM_PROCESSES and DISTIL_PROCESS_ID (from 0) say it.
+    On TPU VMs, GKE, SLURM and under MPI, JAX finds them by itself. Anywhere else, set DISTIL_COORDINATOR (host:port of
+    the first process), DISTIL_NUM_PROCESSES and DISTIL_PROCESS_ID (from 0).
 
     Raises:
       InputError: only some of the three are set, or they are no numbers.
@@ -65,9 +65,9 @@ def connect() -> None:
 
 
 def _exit_on_abort() -> None:
-    """From here on, SIGABRT is the end with status 4: JAX's service aborts the processes that have lost another.
+    """From here on, SIGABRT ends this process with status 4: JAX's service aborts a process whose peer is lost.
 
-    Nothing in Python can catch that. The handler runs in the thread that aborts, so it may take the interpreter's lock.
+    Python code cannot catch that. The handler runs in the aborting thread, so it may take the interpreter's lock.
     """
     global _on_abort  # noqa: PLW0603 (must live as long as the process)
 
@@ -80,15 +80,17 @@ def _exit_on_abort() -> None:
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes and speaks for all."""
+    """Whether this is the process that writes and prints for all of them."""
     return jax.process_index() == 0
 
 
 def refuse_together(action: Callable[[], T]) -> T:
-    """Does something in every process, and ends in all of them where one refuses: none waits for it in vain.
+    """Runs `action` in every process; if it raises `InputError` in one of them, all of them raise.
+
+    So no process waits for one that has gone.
 
     Raises:
-      InputError: this process's own, or that of another.
+      InputError: this process's own, or one that says that another process has refused.
     """
     result, refusal = None, None
     try:
@@ -103,13 +105,13 @@ def refuse_together(action: Callable[[], T]) -> T:
 
 
 def check_same(what: str) -> None:
-    """Ends every process where they are not about to do the same, before they wait for each other in vain.
+    """Refuses to go on unless every process was given the same, because they would wait for each other for ever.
 
     Args:
-      what: all that decides which program is compiled.
+      what: everything that decides which program is compiled.
 
     Raises:
-      InputError: another process says something else.
+      InputError: another process has something else.
     """
     if jax.process_count() > 1:
         digests = multihost_utils.process_allgather(np.frombuffer(hashlib.sha256(what.encode()).digest(), np.uint8))
@@ -122,9 +124,9 @@ def check_same(what: str) -> None:
 
 @contextlib.contextmanager
 def first_process_prints() -> Iterator[None]:
-    """Connects the processes; the first one alone prints, what it runs on to begin with.
+    """Connects the processes and silences stdout in all but the first, which first prints what it runs on.
 
-    Errors still go to everybody's stderr.
+    Every process still writes errors to its stderr.
     """
     connect()
     with contextlib.ExitStack() as stack:
@@ -135,17 +137,17 @@ def first_process_prints() -> Iterator[None]:
 
 
 def barrier(where: str) -> None:
-    """Waits until every process of the run is here."""
+    """Waits until every process of the run has come here."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(where)
 
 
 @contextlib.contextmanager
 def exit_on_failure() -> Iterator[None]:
-    """Where there are others, a failure inside ends this process at once: an orderly end would wait for them.
+    """With several processes, ends this one at once when the block fails.
 
-    They wait for this one, in the next exchange, until it is gone. All end alike of `Diverged` and `Stopped`, which
-    they raise after the same step.
+    An orderly exit would wait for the others, which wait for this one in the next collective until it is gone.
+    `Diverged` and `Stopped` are exempt: every process raises them after the same step.
     """
     try:
         yield
@@ -158,7 +160,7 @@ def exit_on_failure() -> Iterator[None]:
 
 
 def _exit_now(error: Exception) -> NoReturn:
-    """Ends this process with the status that the command line would end it with."""
+    """Ends this process with the exit status that the command line would give it."""
     known = isinstance(error, InputError | MachineFailed)
     if known:
         print_error(error)

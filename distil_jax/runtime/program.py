@@ -1,4 +1,4 @@
-"""A run, compiled for the machine: all that the loop needs to know of it, whatever its objective is."""
+"""A compiled run: everything the training loop needs to know of it, whatever its objective."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ class Evaluator(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """A run of any objective, compiled for the machine.
+    """A run of any objective, compiled for this machine.
 
     Attributes:
       config: resolved, as it is written into the run's folder.
       step_config: what the step was compiled from.
       identity: hashes of what a resumed run must find again.
       tokenizer: the folder whose files stay with the run.
-      data: what a checkpoint says of the examples.
-      description: a line for people.
+      data: what a checkpoint's metadata says of the examples.
+      description: printed when the run starts.
       mesh: of the devices.
       step: (state, teacher_params, batch, *step_arguments) -> (state, metrics).
       teacher_params: on the mesh, or None.
@@ -95,12 +95,12 @@ class BatchStream:
 
 
 class FirstState:
-    """Makes the state before a run's first step, where it will live, and lets the host's copy of the parameters go.
+    """Makes the state before the first step on its devices, and frees the host's copy of the parameters.
 
     Args:
       config: of the step.
       seed: for random parameters, and for every mask and dropout to come.
-      params: the student's first parameters; None: random ones.
+      params: the student's initial parameters; None: random ones.
       sharding: of the state.
     """
 
@@ -113,7 +113,7 @@ class FirstState:
         return jax.jit(_seeded_state, static_argnums=1, out_shardings=self.sharding)(self._seed, self._config, params)
 
     def drop(self) -> None:
-        """Lets the parameters go: nobody will ask for the state, because the run goes on from a later one."""
+        """Frees the parameters without making the state: the run resumes from a later one."""
         del self._params
 
 
@@ -122,7 +122,7 @@ def _seeded_state(seed: Array, config: StepConfig, params: Any) -> TrainState:
 
 
 def keep_compiled(compute: ComputeConfig, workdir: Path) -> None:
-    """A run that is started again does not compile again; JAX's own setting, where there is one, goes before."""
+    """Sets JAX's compilation cache, so that a resumed run does not compile again; JAX's own setting wins."""
     cache = compute.cache
     if cache == "auto":
         cache = "" if jax.default_backend() == "cpu" else str(workdir / "compiled")
@@ -131,7 +131,7 @@ def keep_compiled(compute: ComputeConfig, workdir: Path) -> None:
 
 
 def describe_models(step: StepConfig, attention: str) -> str:
-    """The models and the machine, for people."""
+    """A line about the models and the machine."""
     student = f"student {step.student.num_layers} x {step.student.hidden_size}"
     parameters = f"{count_parameters(step.student):,} parameters"
     teacher = f", teacher {step.teacher.num_layers} x {step.teacher.hidden_size}" if step.teacher else ""
@@ -140,7 +140,7 @@ def describe_models(step: StepConfig, attention: str) -> str:
 
 
 def describe_micro_batches(train: TrainConfig, step: StepConfig, mesh: Mesh, length: int) -> str:
-    """Where a device has more tokens at a time than `train.tokens_per_device` asks for, that and why; else nothing."""
+    """A warning with its reason if micro-batches exceed `train.tokens_per_device`; otherwise nothing."""
     rows = train.batch_rows // shard_count(mesh) // step.accumulation
     if rows * length <= train.tokens_per_device:
         return ""

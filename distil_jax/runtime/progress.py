@@ -1,4 +1,4 @@
-"""What a person sees of a run: a bar on a terminal, plain lines elsewhere, and always the numbers on disk."""
+"""Progress of a run: a bar on a terminal, plain lines elsewhere, and always the metrics on disk."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Progress:
     """Reads each step's metrics one step late, so that the device never waits for the host.
 
     Args:
-      config: how many steps, and how many of them a line; a line holds their means.
+      config: its number of steps, and how many steps make a line, which holds their means.
       start: steps done before.
-      writer: gets the same numbers.
+      writer: gets the same metrics.
       row_indices: the indices of the rows that a step trains on.
-      divergence: looks at every step's loss.
+      divergence: gets every step's loss.
     """
 
     def __init__(
@@ -64,24 +64,24 @@ class Progress:
             return
         step, metrics = self._behind
         self._behind = None
-        numbers = to_floats(metrics)
-        if skipped := bool(numbers["skipped"]):
-            self._skipped(step, numbers)
-        self._window.append(numbers)
+        values = to_floats(metrics)
+        if skipped := bool(values["skipped"]):
+            self._skipped(step, values)
+        self._window.append(values)
         self._bar.update(step - self._bar.n)
         # The first step's time is XLA's: it gets a line of its own and is in no throughput.
         if self._first or step % self._every == 0 or step == self._steps:
             self._line(step)
-        self._divergence.update(step, numbers["loss"], skipped=skipped)
+        self._divergence.update(step, values["loss"], skipped=skipped)
 
-    def held_out(self, step: int, numbers: dict[str, float]) -> None:
+    def held_out(self, step: int, metrics: dict[str, float]) -> None:
         """Shows and writes an evaluation."""
-        self._writer.write(step, "held_out", numbers)
-        self.say(f"step {step:>6,}  held-out: {_words(numbers)}")
+        self._writer.write(step, "held_out", metrics)
+        self.say(f"step {step:>6,}  held-out: {_words(metrics)}")
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Keeps what happens inside out of the throughput."""
+        """Leaves the time spent inside out of the throughput."""
         began = time.perf_counter()
         yield
         self._idle += time.perf_counter() - began
@@ -91,20 +91,20 @@ class Progress:
 
     def _line(self, step: int) -> None:
         seconds = time.perf_counter() - self._clock - self._idle
-        # A step whose update was left out has no numbers worth a mean, unless there are no others.
-        learnt = [numbers for numbers in self._window if not numbers["skipped"]] or self._window
-        means = {name: sum(n[name] for n in learnt) / len(learnt) for name in learnt[-1]}
+        # Skipped steps are left out of the means, unless all of them were skipped.
+        steps = [values for values in self._window if not values["skipped"]] or self._window
+        means = {name: sum(values[name] for values in steps) / len(steps) for name in steps[-1]}
         tokens = means.pop("tokens")
         rate = len(self._window) / seconds
-        means["skipped"] = sum(numbers["skipped"] for numbers in self._window)
-        numbers = {**means, "tokens_per_step": tokens}
+        means["skipped"] = sum(values["skipped"] for values in self._window)
+        line = {**means, "tokens_per_step": tokens}
         if self._first:
-            numbers["compile_seconds"] = seconds
+            line["compile_seconds"] = seconds
             shown = f"first step in {seconds:.1f} s, most of it XLA's compilation"
         else:
-            numbers |= {"tokens_per_second": tokens * rate, "seconds_per_step": 1 / rate}
+            line |= {"tokens_per_second": tokens * rate, "seconds_per_step": 1 / rate}
             shown = f"{tokens * rate:,.0f} tokens/s, {_duration((self._steps - step) / rate)} left"
-        self._writer.write(step, "train", numbers)
+        self._writer.write(step, "train", line)
         losses = {name: means[name] for name in ("loss", "kl", "mlm", "cosine", "mse", "task", "soft") if name in means}
         if self._bar.disable:
             self.say(f"step {step:>6,}  {_words(losses)}  {shown}")
@@ -112,11 +112,11 @@ class Progress:
             self._bar.set_postfix_str(f"{_words(losses)}, {shown}")
         self._window, self._clock, self._idle, self._first = [], time.perf_counter(), 0.0, False
 
-    def _skipped(self, step: int, numbers: dict[str, float]) -> None:
+    def _skipped(self, step: int, values: dict[str, float]) -> None:
         rows = self._row_indices(step)
-        found = {name: numbers[name] for name in ("loss", "gradient_norm")}
-        self._writer.write(step, "skipped", {**found, "rows": rows})
-        self.say(f"step {step:>6,}  no update, because a number is not finite: {_words(found)}; rows {_few(rows)}")
+        why = {name: values[name] for name in ("loss", "gradient_norm")}
+        self._writer.write(step, "skipped", {**why, "rows": rows})
+        self.say(f"step {step:>6,}  no update, because a number is not finite: {_words(why)}; rows {_few(rows)}")
 
     def say(self, line: str) -> None:
         """Prints a line, above the bar where there is one."""
@@ -131,9 +131,9 @@ def _few(rows: list[int]) -> str:
     return shown if len(rows) <= 8 else f"{shown} and {len(rows) - 8} more, all of them in metrics.jsonl"
 
 
-def _words(numbers: dict[str, float]) -> str:
+def _words(metrics: dict[str, float]) -> str:
     shares = ("accuracy", "agreement")
-    return ", ".join(f"{name} {n:.1%}" if name in shares else f"{name} {n:.4g}" for name, n in numbers.items())
+    return ", ".join(f"{name} {n:.1%}" if name in shares else f"{name} {n:.4g}" for name, n in metrics.items())
 
 
 def _duration(seconds: float) -> str:

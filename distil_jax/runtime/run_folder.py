@@ -1,4 +1,4 @@
-"""A run's folder: config.toml, metrics.jsonl, checkpoints/, tokenizer/, tensorboard/, report.md; and what it says."""
+"""A run's folder: config.toml, metrics.jsonl, checkpoints/, tokenizer/, tensorboard/, report.md."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from distil_jax.training.state import TrainState, init_state
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """A model that a command was pointed at.
+    """A model that a command works with, from a run or a model folder.
 
     Attributes:
       config, params: as `huggingface.load` (or, of a task, `load_task`) returns them.
@@ -58,23 +58,23 @@ class Model:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether `distil-jax train` made it."""
+    """Whether the folder is a run's."""
     return (folder / "config.toml").exists() and (folder / "tokenizer").is_dir()
 
 
 def check_folder(folder: Path, program: Program | None = None) -> None:
-    """Refuses a folder that a run cannot use; writes nothing.
+    """Refuses a folder that the run cannot use; writes nothing.
 
     Args:
       folder: of the run.
-      program: of the run, if it is known already.
+      program: of the run, once it is compiled.
 
     Raises:
-      InputError: a file, a folder with something else in it, or a run with other mathematics, examples or teacher.
+      InputError: a file, a folder with other contents, or a run with another configuration, data or teacher.
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file: name a folder for the run.")
-    # What a run that was killed while it began leaves behind.
+    # Left behind by a run that was killed while it started.
     begun = {"tokenizer", ".config.toml", ".lock", "compiled"}
     if folder.is_dir() and not is_run(folder) and {path.name for path in folder.iterdir()} - begun:
         raise InputError(f"{folder} holds something other than a run: name a new folder; nothing was changed.")
@@ -102,12 +102,12 @@ def check_folder(folder: Path, program: Program | None = None) -> None:
 
 
 def _newest_metadata(folder: Path) -> dict[str, Any] | None:
-    """What the newest checkpoint that can be read says beside its arrays; None where there is none."""
+    """The metadata of the newest readable checkpoint; None without one."""
     if not (folder / "checkpoints").is_dir():
         return None
     with contextlib.closing(Checkpoints(folder / "checkpoints")) as checkpoints:
         for step in reversed(checkpoints.steps()):
-            with contextlib.suppress(InputError):  # whether a damaged one matters is seen when one is restored
+            with contextlib.suppress(InputError):  # a damaged one is reported when it is restored
                 return checkpoints.metadata(step)
     return None
 
@@ -131,13 +131,13 @@ def read_config(folder: Path) -> Config | FinetuneConfig:
 
 def config_from(values: dict[str, Any]) -> Config | FinetuneConfig:
     """A resolved configuration from its plain values."""
-    # Earlier versions kept a key here that they did not read: it follows from masking.
+    # Earlier versions wrote a key here that they never read: it follows from masking.
     loss = {name: value for name, value in table_of(values, "loss").items() if name != "targets_per_row"}
     return build(FinetuneConfig if "task" in values else Config, values | {"loss": loss})
 
 
 def prepare_folder(folder: Path, program: Program) -> None:
-    """Makes the folder, or takes up the run that it holds with what may change and has changed.
+    """Writes the tokenizer and config.toml into the folder of a new or resumed run.
 
     Raises:
       InputError: it cannot be written.
@@ -152,9 +152,9 @@ def prepare_folder(folder: Path, program: Program) -> None:
 
 
 def checkpoint_metadata(program: Program, step: int, divergence: Divergence) -> dict[str, Any]:
-    """What a checkpoint says beside its arrays. `position`, the rows consumed, is all the state the data has.
+    """The metadata of a checkpoint. `position`, the rows consumed so far, is all the state that the data has.
 
-    Checkpoints from before 2026-11-26 lack `divergence`, what is remembered of the steps so far.
+    Checkpoints from before 2026-11-26 lack `divergence`, the memory of the divergence watch.
     """
     models = program.step_config
     return {
@@ -171,12 +171,12 @@ def checkpoint_metadata(program: Program, step: int, divergence: Divergence) -> 
 
 
 def state_arrays(state: TrainState) -> dict[str, Any]:
-    """The leaves of a state, without its static config: what a checkpoint holds."""
+    """The arrays of a state, which a checkpoint holds; its static config is left out."""
     return {name: getattr(state, name) for name in ("step", "skipped", "params", "opt_state", "key")}
 
 
 def restore(checkpoints: Checkpoints, step: int, config: StepConfig, shardings: Any) -> TrainState:
-    """The state that the checkpoint of `step` holds; `shardings` (a state's) may be of any mesh."""
+    """Restores the state of `step`; `shardings` (of a state) may belong to any mesh."""
     abstract = _laid_out(jax.eval_shape(partial(init_state, config=config), jax.random.key(0)), shardings)
     return abstract.replace(**checkpoints.restore(step, state_arrays(abstract)))
 
@@ -184,11 +184,11 @@ def restore(checkpoints: Checkpoints, step: int, config: StepConfig, shardings: 
 def restore_params(
     checkpoints: Checkpoints, step: int, model: ModelConfig, head: HeadConfig | None, shardings: Any = None
 ) -> Any:
-    """The model of the checkpoint of `step`, without the optimiser's moments, which are twice as large.
+    """Restores the parameters of `step` without the optimiser's moments, which are twice as large.
 
     Args:
-      model, head: what was trained.
-      shardings: of its parameters; None: all of them on this process's first device.
+      model, head: the architecture that was trained.
+      shardings: of the parameters; None: all of them on this process's first device.
     """
     shapes = nn.unbox(abstract_model(model, head))
     if shardings is None:
@@ -204,10 +204,10 @@ def _laid_out(shapes: Any, shardings: Any) -> Any:
 
 
 def choose_checkpoint(checkpoints: Checkpoints, step: int | None) -> int | None:
-    """The checkpoint of `step`, or else the newest valid one; None where there is none at all. Damaged ones are named.
+    """Step of the checkpoint to use: `step`, or the newest valid one; None without any. Reports damaged ones.
 
     Raises:
-      InputError: `step` is not there or damaged, or every checkpoint is.
+      InputError: `step` is missing or damaged, or every checkpoint is damaged.
     """
     if step is not None:
         saved = checkpoints.steps()
@@ -218,7 +218,7 @@ def choose_checkpoint(checkpoints: Checkpoints, step: int | None) -> int | None:
 
 
 def choose_best_checkpoint(checkpoints: Checkpoints) -> int | None:
-    """The valid checkpoint with the best criterion, or where none has a criterion the newest. Damaged ones are named.
+    """Step of the valid checkpoint with the best criterion, or the newest if none has one. Reports damaged ones.
 
     Raises:
       InputError: every checkpoint is damaged.
@@ -237,11 +237,11 @@ def open_model(path: str | Path, step: int | None = None) -> Model:
     """The model of a run folder or of a model folder, with a task's head or without.
 
     Args:
-      path: of a run, its newest checkpoint counts, and of a fine-tuning the best one.
-      step: of a run, this checkpoint and no other.
+      path: the folder; a run's newest checkpoint is taken, or a fine-tuning's best.
+      step: take this checkpoint of a run instead.
 
     Raises:
-      InputError: neither; or no such checkpoint.
+      InputError: neither kind of folder, or no such checkpoint.
     """
     folder = user_path(path)
     if not is_run(folder):
@@ -258,9 +258,9 @@ def open_model(path: str | Path, step: int | None = None) -> Model:
         step = choose_best_checkpoint(checkpoints) if tuned and step is None else choose_checkpoint(checkpoints, step)
         if step is None:
             raise InputError(f"{folder} has no checkpoint yet: let it train for longer.")
-        found = checkpoints.metadata(step)
-        # Of the machine that trained it was its attention; whoever computes with it now chooses again.
-        student = replace(build(ModelConfig, found["student"]), attention="xla")
-        head = build(HeadConfig, found["head"]) if found.get("head") else None
+        metadata = checkpoints.metadata(step)
+        # The attention was chosen for the machine that trained it; whoever runs it now chooses again.
+        student = replace(build(ModelConfig, metadata["student"]), attention="xla")
+        head = build(HeadConfig, metadata["head"]) if metadata.get("head") else None
         params = jax.device_get(restore_params(checkpoints, step, student, head))
-    return Model(student, params, folder / "tokenizer", head=head, run=folder, step=step, metadata=found)
+    return Model(student, params, folder / "tokenizer", head=head, run=folder, step=step, metadata=metadata)

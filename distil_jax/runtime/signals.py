@@ -1,8 +1,8 @@
-"""Ctrl-C and SIGTERM, wherever a command stands: it ends within a second, with one line and nothing half-written.
+"""Ends a command within a second of Ctrl-C or SIGTERM, with one line and nothing half-written.
 
-Python tells its main thread of a signal, between two of its instructions: while XLA compiles there are none for
-minutes, and a KeyboardInterrupt that is raised in a callback of the garbage collector is dropped with a warning. So the
-system's notice of a signal goes to a thread that does nothing else.
+Python runs signal handlers in the main thread, between two bytecodes: while XLA compiles there are none for minutes,
+and a KeyboardInterrupt raised in a callback of the garbage collector is dropped with a warning. So signals are also
+written to a pipe, which a thread reads that does nothing else.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from collections.abc import Callable, Iterator
 from distil_jax.files import remove_unfinished, replacing
 from distil_jax.runtime import exit_codes
 
-_LONGEST_SAVE = 5.0  # seconds that an end waits for a checkpoint that is being written
-_ALONE = {signal.SIGINT: exit_codes.INTERRUPTED, signal.SIGTERM: exit_codes.TERMINATED}  # and nothing was saved
+_LONGEST_SAVE = 5.0  # seconds that an exit waits for a checkpoint being written
+_ALONE = {signal.SIGINT: exit_codes.INTERRUPTED, signal.SIGTERM: exit_codes.TERMINATED}  # where nothing was saved
 _saved = threading.Event()
 _saving: list[Callable[[], bool]] = []
 
 
 def install() -> None:
-    """From here on Ctrl-C and SIGTERM end this process, a program of its own; call it first, in the main thread.
+    """Makes Ctrl-C and SIGTERM end this process; call it first, in the main thread.
 
-    Who sets a handler of Python's own, as the training loop does, gets one signal of that kind; the next ends the
-    process all the same. A command in the background, where Ctrl-C is ignored, goes on ignoring it.
+    Code that sets its own handler, as the training loop does, gets the first signal of that kind; the next one ends the
+    process. A background job, where the shell ignores Ctrl-C, goes on ignoring it.
     """
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
@@ -41,7 +41,7 @@ def install() -> None:
 
 @contextlib.contextmanager
 def delay_exit_while(saving: Callable[[], bool]) -> Iterator[None]:
-    """While entered, the process is not ended while this holds, or a few seconds later: a checkpoint is being saved."""
+    """Inside, an exit waits a few seconds for `saving()` to become false: a checkpoint is being written."""
     _saving.append(saving)
     try:
         yield
@@ -50,12 +50,12 @@ def delay_exit_while(saving: Callable[[], bool]) -> Iterator[None]:
 
 
 def mark_resumable() -> None:
-    """Takes note that a run of this process is saved to its last step: from here on the same command would go on."""
+    """Notes that this process has saved a run to its last step, so that the same command would go on from there."""
     _saved.set()
 
 
 def wait_while_exiting() -> None:
-    """Before a last word: waits for ever where the process is being ended, which has a last word of its own."""
+    """Waits for ever if the process is already exiting, so that only one last line is printed."""
     with replacing:
         pass
 
@@ -75,7 +75,7 @@ def _listen(pipe: int) -> None:
 
 
 def _end(number: int) -> None:
-    """Ends the process without asking the main thread, which may be held up for minutes."""
+    """Ends the process without waiting for the main thread, which may be busy for minutes."""
     latest = time.monotonic() + _LONGEST_SAVE
     while any(saving() for saving in list(_saving)) and time.monotonic() < latest:
         time.sleep(0.05)
@@ -84,7 +84,7 @@ def _end(number: int) -> None:
         status, sentence = exit_codes.STOPPED, "Stopped; what was finished is saved: run the same command to go on."
     else:
         status, sentence = _ALONE[number], "Interrupted; nothing unfinished is left behind."
-    # In a thread, because a full pipe, or a lock that the main thread holds, may never let it through.
+    # In a thread, because a full pipe or a lock held by the main thread may block it for ever.
     last = threading.Thread(target=_say, args=(sentence,), daemon=True)
     last.start()
     last.join(timeout=1)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax import traverse_util
 
 from distil_jax.config.step import OptimizerConfig
 from distil_jax.schema import InputError, require
@@ -18,7 +19,7 @@ def learning_rate(config: OptimizerConfig) -> optax.Schedule:
     """Linear from 0 to the peak over the warm-up, then linear to 0 at `config.steps`.
 
     Raises:
-      InputError: `config.steps` is 0, when the schedule is asked: a state that is only evaluated needs none.
+      InputError: when called with `config.steps` 0, which a state that is only evaluated may have.
     """
     warmup = round(config.warmup * config.steps)
 
@@ -37,7 +38,7 @@ def learning_rate(config: OptimizerConfig) -> optax.Schedule:
     return rate
 
 
-# Cached, because two chains never compare equal: whoever asks with an equal config gets the same one.
+# Cached, because two chains never compare equal: equal configs get the same chain.
 @functools.cache
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     """Frozen parameters, clip by global norm, AdamW without decay on biases and LayerNorm, in that order."""
@@ -57,35 +58,29 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def without_frozen(gradients: Any, config: OptimizerConfig) -> Any:
-    """The gradients, and zeros for what is frozen."""
+    """The gradients, with zeros for frozen parameters."""
     return jax.tree.map(
         lambda frozen, leaf: jnp.zeros_like(leaf) if frozen else leaf, _frozen(gradients, config.freeze), gradients
     )
 
 
-def _path(keys: tuple[Any, ...]) -> str:
-    return "/".join(key.key for key in keys if isinstance(key, jax.tree_util.DictKey))
+def _frozen(params: Any, prefixes: tuple[str, ...]) -> Any:
+    paths = ["/".join(path) for path in traverse_util.flatten_dict(params)]
+    for prefix in prefixes:
+        if not any(_starts(path, prefix) for path in paths):
+            raise InputError(f"optimizer.freeze names {prefix!r}, but no parameter's path starts so: {paths}.")
+    return traverse_util.path_aware_map(lambda path, _: _is_frozen(path, prefixes), params)
+
+
+def _decays(params: Any, prefixes: tuple[str, ...]) -> Any:
+    return traverse_util.path_aware_map(
+        lambda path, _: path[-1] not in ("bias", "scale") and not _is_frozen(path, prefixes), params
+    )
+
+
+def _is_frozen(path: tuple[str, ...], prefixes: tuple[str, ...]) -> bool:
+    return any(_starts("/".join(path), prefix) for prefix in prefixes)
 
 
 def _starts(path: str, prefix: str) -> bool:
     return (path + "/").startswith(prefix.rstrip("/") + "/")
-
-
-def _frozen(params: Any, prefixes: tuple[str, ...]) -> Any:
-    paths = [_path(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(params)]
-    for prefix in prefixes:
-        if not any(_starts(path, prefix) for path in paths):
-            raise InputError(f"optimizer.freeze names {prefix!r}, but no parameter's path starts so: {paths}.")
-    return jax.tree_util.tree_map_with_path(
-        lambda keys, _: any(_starts(_path(keys), prefix) for prefix in prefixes), params
-    )
-
-
-def _decays(params: Any, prefixes: tuple[str, ...]) -> Any:
-    return jax.tree_util.tree_map_with_path(
-        lambda keys, _: (
-            _path(keys).rsplit("/", 1)[-1] not in ("bias", "scale")
-            and not any(_starts(_path(keys), prefix) for prefix in prefixes)
-        ),
-        params,
-    )

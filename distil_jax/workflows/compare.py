@@ -61,7 +61,10 @@ def compare(
     scores: dict[str, dict[str, list[float]]] = {}
     for task, config in configs.items():
         linear = {}
-        if baseline and config.task.kind in ("sequence", "regression"):  # first: what it refuses, it refuses at once
+        if baseline and config.task.kind in (
+            "sequence",
+            "regression",
+        ):  # first, because what it refuses should be refused before hours of training
             print(f"\n== {task}: {_BASELINE}", flush=True)
             linear[_BASELINE] = [baseline_scores(config.task)[config.task.metric_names[0]]] * len(seeds)
         scores[task] = {}
@@ -69,15 +72,15 @@ def compare(
             of_task = replace(config, model=replace(config.model, path=str(path)))
             scores[task][name] = [_score(of_task, seed, output / task / name / str(seed)) for seed in seeds]
         for name in distil:
-            found = []
+            distilled = []
             for seed in seeds:
                 path = output / task / teacher / str(seed) / "model"
                 paths = [quoted("model.path", models[name]), quoted("teacher.path", path)]
                 of_task = load_task(names[task], [*paths, *overrides])
-                found.append(_score(of_task, seed, output / task / f"{name}-distilled" / str(seed)))
-            scores[task][name + _DISTILLED] = found
+                distilled.append(_score(of_task, seed, output / task / f"{name}-distilled" / str(seed)))
+            scores[task][name + _DISTILLED] = distilled
         scores[task] |= linear
-        jax.clear_caches()  # the programs of a task serve no other one, and hold memory
+        jax.clear_caches()  # compiled programs of one task are of no use for the next, and hold memory
     length = min(_LENGTH, *(model.config.max_positions for model in opened.values()))
     return Comparison(
         scores=scores,
@@ -96,7 +99,7 @@ def _check(
     overrides: Sequence[str],
     distil: Sequence[str],
 ) -> None:
-    """Refuses what could not be told apart, or would be ignored."""
+    """Refuses models, tasks or settings that could not be told apart, or would be ignored."""
     check_seeds(*seeds)
     require(len(set(seeds)) == len(seeds) > 0, f"Each seed may be named once, but they are {seeds}.")
     same = len({Path(task).stem for task in tasks}) < len(tasks)
@@ -118,7 +121,7 @@ def _of_a_teacher(override: str) -> bool:
 
 
 def named(models: Sequence[str]) -> dict[str, str]:
-    """Paths by the names that the tables have; a name is a folder, too."""
+    """Name -> path; the names head the tables and name folders."""
     named = {}
     for model in models:
         name, separator, path = model.partition("=")
@@ -133,8 +136,8 @@ def named(models: Sequence[str]) -> dict[str, str]:
 
 def _score(config: FinetuneConfig, seed: int, folder: Path) -> float:
     print(f"\n== {folder}", flush=True)
-    found = finetune(replace(config, seed=seed), folder)
-    return found.get("test", found["dev"])[config.task.metric_names[0]]
+    metrics = finetune(replace(config, seed=seed), folder)
+    return metrics.get("test", metrics["dev"])[config.task.metric_names[0]]
 
 
 def _sizes(models: dict[str, Model], length: int) -> dict[str, dict[str, float]]:

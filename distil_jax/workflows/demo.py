@@ -59,7 +59,7 @@ def demo(
       text: what to prepare.
 
     Returns:
-      The held-out numbers by model, one for each seed.
+      The held-out metrics by model, one for each seed.
 
     Raises:
       InputError: as `prepare_rows` and `train`, or an override of what the demonstration sets itself.
@@ -72,7 +72,7 @@ def demo(
         ours = key in ("seed", "teacher.path", "data.path")
         require(not ours, f"demo sets {key} itself: leave it out of --set (--seeds names the seeds).")
     rows = output / "rows"
-    left = unfinished(rows)  # by starts that were killed while they prepared the rows
+    left = unfinished(rows)  # of earlier calls that were killed while they prepared the rows
     if output.exists() and not (output.is_dir() and (rows.exists() or set(left).issuperset(output.iterdir()))):
         raise InputError(f"{output} holds something other than a demonstration: name a new folder with --output.")
     if not rows.exists():
@@ -94,20 +94,20 @@ def _judge(output: Path, seeds: Sequence[int], began: float, limit: int) -> dict
     runs = {name: [output / f"{name}-{seed}" for seed in seeds] for name in ("distilled", "undistilled")}
     lines = {name: [read_metrics(folder) for folder in folders] for name, folders in runs.items()}
     held_out = {name: [[each for each in run if each["kind"] == "held_out"] for run in lines[name]] for name in lines}
-    numbers = {
+    metrics = {
         "teacher": [evaluate(teacher, output / "rows", limit=limit) | {"agreement": 1.0}],
         "student, untrained": [held_out["distilled"][0][0]],
-        "student, distilled": [found[-1] for found in held_out["distilled"]],
-        "student, no teacher": [found[-1] for found in held_out["undistilled"]],
+        "student, distilled": [evaluations[-1] for evaluations in held_out["distilled"]],
+        "student, no teacher": [evaluations[-1] for evaluations in held_out["undistilled"]],
     }
     trained = {"student, distilled": lines["distilled"], "student, no teacher": lines["undistilled"]}
-    seconds = {name: [history(run).step_seconds for run in trained.get(name, ())] for name in numbers}
+    seconds = {name: [history(run).step_seconds for run in trained.get(name, ())] for name in metrics}
     length = teacher.config.max_positions
     seconds_of = encoder_seconds({"teacher": teacher, "student": student}, rows=32, length=length)
     speeds = [32 * length / seconds_of["teacher"], *[32 * length / seconds_of["student"]] * 3]
     rows = [
-        _row(name, (teacher if name == "teacher" else student).config, numbers[name], speed, seconds[name])
-        for name, speed in zip(numbers, speeds, strict=True)
+        _row(name, (teacher if name == "teacher" else student).config, metrics[name], speed, seconds[name])
+        for name, speed in zip(metrics, speeds, strict=True)
     ]
     note = _NOTE + (f" Mean ± standard deviation over {len(seeds)} seeds." if len(seeds) > 1 else "")
     head, gaps = [Table(_COLUMNS, rows), Paragraph(note)], compare(teacher, student, _EXAMPLES)
@@ -123,21 +123,21 @@ def _judge(output: Path, seeds: Sequence[int], began: float, limit: int) -> dict
     print("  distil-jax prepare YOUR_TEXT.txt --tokenizer YOUR_BERT --output rows")
     print("  distil-jax train distilbert_base_uncased --set teacher.path=YOUR_BERT --set data.path=rows --output run")
     print("  distil-jax export run student")
-    return numbers
+    return metrics
 
 
 def _row(
-    name: str, model: ModelConfig, numbers: list[dict[str, float]], speed: float, seconds: list[float]
+    name: str, model: ModelConfig, metrics: list[dict[str, float]], speed: float, seconds: list[float]
 ) -> list[str]:
     parameters = count_parameters(model)
     return [
         name,
         f"{parameters:,}",
         f"{4 * parameters / 1e6:.1f} MB",
-        mean_and_spread([each["mlm"] for each in numbers], 3),
-        mean_and_spread([100 * each["accuracy"] for each in numbers], 1, " %"),
-        mean_and_spread([each["perplexity"] for each in numbers], 1),
-        mean_and_spread([100 * each["agreement"] for each in numbers], 1, " %"),
+        mean_and_spread([each["mlm"] for each in metrics], 3),
+        mean_and_spread([100 * each["accuracy"] for each in metrics], 1, " %"),
+        mean_and_spread([each["perplexity"] for each in metrics], 1),
+        mean_and_spread([100 * each["agreement"] for each in metrics], 1, " %"),
         f"{speed:,.0f}",
         mean_and_spread(seconds, 0, " s"),
     ]

@@ -14,9 +14,9 @@ def export(model: Model, output: str | Path, *, dtype: str = "float32", card: st
 
     Args:
       model: from `open_model`.
-      output: must not exist, or be empty; it appears whole or not at all.
+      output: must be new or empty; it appears whole or not at all.
       dtype: "float32" or "float16", on disk.
-      card: the card's text; None: made from the run.
+      card: the text of the model card; None: made from the run.
     """
     options = {"tokenizer": model.tokenizer, "card": card or made_card(model), "dtype": dtype}
     if model.head is None:

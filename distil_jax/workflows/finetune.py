@@ -54,7 +54,7 @@ from distil_jax.workflows.export import export
 
 
 def finetune(config: FinetuneConfig, workdir: str | Path) -> dict[str, dict[str, float]]:
-    """Fine-tunes a model, or goes on with the run that `workdir` holds.
+    """Fine-tunes a model on a task, or resumes the run in `workdir`.
 
     Args:
       config: of the run.
@@ -62,7 +62,7 @@ def finetune(config: FinetuneConfig, workdir: str | Path) -> dict[str, dict[str,
         the dev examples (a tie goes to the earlier one), and `scores.json`.
 
     Returns:
-      The numbers of that checkpoint on "dev" and, where there are such examples, on "test".
+      The metrics of that checkpoint on "dev" and, where there are such examples, on "test".
 
     Raises:
       As `run_program`.
@@ -74,18 +74,18 @@ def finetune(config: FinetuneConfig, workdir: str | Path) -> dict[str, dict[str,
     with contextlib.closing(Checkpoints(workdir / "checkpoints")) as checkpoints:
         best = choose_best_checkpoint(checkpoints)
         _check_delivered(workdir, best)
-        if better := _lost(workdir, program, checkpoints):
+        if better := _lost_step(workdir, program, checkpoints):
             print(f"Step {better} was better, but its checkpoint is not there any more: this is step {best}.")
-        about = {"step": best, "task": to_dict(program.config.task), "judged": data.judged}
-        if found := _judged_before(workdir, about):
-            return found
+        judged = {"step": best, "task": to_dict(program.config.task), "judged": data.judged}
+        if metrics := _judged_before(workdir, judged):
+            return metrics
         step, shardings = program.step_config, program.first_state.sharding.params
         params = restore_params(checkpoints, best, step.student, step.head, shardings)
         metadata = checkpoints.metadata(best)
-    found = evaluator.evaluate_splits(params, data)
-    params = multihost_utils.process_allgather(params, tiled=True)  # of several processes none has all of them
+    metrics = evaluator.evaluate_splits(params, data)
+    params = multihost_utils.process_allgather(params, tiled=True)  # with several processes, each has a part of them
     if processes.is_first():
-        write_whole(workdir / "scores.json", json.dumps(about | found, indent=1) + "\n")
+        write_whole(workdir / "scores.json", json.dumps(judged | metrics, indent=1) + "\n")
         model = Model(
             step.student, params, workdir / "tokenizer", head=step.head, run=workdir, step=best, metadata=metadata
         )
@@ -94,11 +94,11 @@ def finetune(config: FinetuneConfig, workdir: str | Path) -> dict[str, dict[str,
         else:
             export(model, workdir / "model")
     processes.barrier("the model is written")
-    return found
+    return metrics
 
 
 def _check_delivered(workdir: Path, best: int) -> None:
-    """Refuses to write the numbers of one checkpoint beside the model of another."""
+    """Refuses to write the metrics of one checkpoint beside the model of another."""
     written = workdir / "scores.json"
     if (workdir / "model").exists() and written.exists():
         before = json.loads(written.read_text(encoding="utf-8"))["step"]
@@ -109,8 +109,8 @@ def _check_delivered(workdir: Path, best: int) -> None:
         )
 
 
-def _lost(workdir: Path, program: Program, checkpoints: Checkpoints) -> int | None:
-    """The step of the best evaluation, where it was better than every checkpoint that is left."""
+def _lost_step(workdir: Path, program: Program, checkpoints: Checkpoints) -> int | None:
+    """The step of the best evaluation if it was better than every remaining checkpoint; otherwise None."""
     lines, best = read_metrics(workdir), checkpoints.best()[1]
     better = [
         line
@@ -120,18 +120,18 @@ def _lost(workdir: Path, program: Program, checkpoints: Checkpoints) -> int | No
     return min(better, key=program.evaluator.criterion)["step"] if better else None
 
 
-def _judged_before(workdir: Path, about: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """The numbers of a run that has ended before, where they are of the same checkpoint and examples; else nothing."""
+def _judged_before(workdir: Path, judged: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """The metrics in scores.json, if they are of the same checkpoint and examples; otherwise {}."""
     written = workdir / "scores.json"
     if not written.exists() or not (workdir / "model").exists():
         return {}
     scores = json.loads(written.read_text(encoding="utf-8"))
-    same = json.loads(json.dumps(about)).items() <= scores.items()
+    same = json.loads(json.dumps(judged)).items() <= scores.items()
     return {split: scores[split] for split in ("dev", "test") if split in scores} if same else {}
 
 
 def compile_task(config: FinetuneConfig) -> tuple[Program, TaskEvaluator, TaskData]:
-    """Reads the models and the examples, checks that they fit each other, and compiles the run.
+    """Reads models and examples, checks that they fit each other, and compiles the run.
 
     Raises:
       InputError: anything that is missing, or does not fit.
@@ -209,7 +209,7 @@ def _check_teacher(teacher: Model, head: HeadConfig, start: Model) -> None:
 
 
 def _resolved(config: FinetuneConfig, data: TaskData, head: HeadConfig, dtype: str, length: int) -> FinetuneConfig:
-    """Every choice that depended on the examples, the models or the machine, written out."""
+    """The config with every choice that depended on examples, models or machine written out."""
     steps, schedule = schedule_of(config.train, config.optimizer, len(data.train))
     every = config.train.eval_every or max(1, round(len(data.train) / config.train.batch_rows))
     return replace(

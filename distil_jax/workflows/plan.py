@@ -34,18 +34,18 @@ def plan(
         output.mkdir(parents=True, exist_ok=True)
         remove_on_exit(made)
     jobs = [workload.job(*machine) for machine in machines]
-    found = []
+    compiled = []
     for job in jobs:
         print(f"Compiling for {show.name(job)}, which takes a minute or more ...", flush=True)
-        found.append(compile_for(job))
-    pairs = list(zip(jobs, found, strict=True))
+        compiled.append(compile_for(job))
+    pairs = list(zip(jobs, compiled, strict=True))
     lines = show.sweep(workload, pairs) if sweep else show.single(workload, *pairs[0])
     print("\n".join(lines))
     if output:
         keep(output)
         print(f"\nWrote {show.write(workload, pairs, lines, output)}.")
-    if not any(each.fits for each in found):
-        raise InputError(_advice(jobs[0], found[0]))
+    if not any(each.fits for each in compiled):
+        raise InputError(_advice(jobs[0], compiled[0]))
 
 
 def _advice(job: Job, compiled: Compiled) -> str:

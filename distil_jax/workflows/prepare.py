@@ -19,7 +19,7 @@ LOG_SECONDS = 30.0  # between progress lines where there is no terminal
 
 
 def prepare_rows(config: PrepareConfig, output: str | Path) -> str:
-    """Prepares the rows while showing progress, and returns what became of the text."""
+    """Prepares the rows, shows progress, and returns a summary of what became of the text."""
     start = time.monotonic()
     with _progress(config) as progress:
         manifest = prepare(config, output, progress=progress)
@@ -28,7 +28,7 @@ def prepare_rows(config: PrepareConfig, output: str | Path) -> str:
 
 @contextmanager
 def _progress(config: PrepareConfig) -> Iterator[Progress]:
-    """A bar on a terminal, a line now and then elsewhere."""
+    """A progress bar on a terminal, occasional lines elsewhere."""
     if "docstrings" in config.sources:
         print("Reading the docstrings of installed packages, which takes half a minute or more ...", file=sys.stderr)
     if config.train_vocabulary:
@@ -59,7 +59,7 @@ def summary(manifest: Manifest, seconds: float) -> str:
             f"sequences   {count['sequences']:,} kept; {count['cut_sequences']:,} longer than a row were cut",
             f"dropped     {count['dropped_short']:,} too short, {count['dropped_unknown']:,} mostly unknown words",
             f"skipped     {count['invalid_lines']:,} lines that are not UTF-8",
-            *_passed_over(count),
+            *_rare_counts(count),
             f"tokens      {count['tokens']:,}, of a vocabulary of {manifest.vocab_size:,}",
             f"rows        {train.rows:,} to train on, {held_out.rows:,} held out; {filled:.1%} of {length} tokens used",
             f"time        {seconds:.1f} s, {count['tokens'] / seconds:,.0f} tokens/s",
@@ -67,8 +67,8 @@ def summary(manifest: Manifest, seconds: float) -> str:
     )
 
 
-def _passed_over(count: Counter[str]) -> list[str]:
-    """What is seldom there, and is said where it is."""
+def _rare_counts(count: Counter[str]) -> list[str]:
+    """Lines for counts that are usually 0, where they are not."""
     others = f"other suffixes than {', '.join(FOLDER_SUFFIXES)}, or hidden"
     said = (
         ("left out", "left_out_files", f"files of the folders ({others})"),

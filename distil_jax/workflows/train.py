@@ -1,4 +1,4 @@
-"""Distils a student: from a config to a run folder with its checkpoints; started again, it goes on."""
+"""Distils a student: from a config to a run folder with checkpoints; called again, it resumes."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from distil_jax.training.step import mask_and_eval_step, mask_and_train_step
 
 
 def train(config: Config, workdir: str | Path, *, resume_step: int | None = None) -> dict[str, float]:
-    """Trains a student, or goes on with the run that `workdir` holds.
+    """Trains a student, or resumes the run in `workdir`.
 
     Args:
-      config: of the run; where the folder holds one already, only what changes no number may differ.
-      workdir, resume_step: as for `run_program`, which says what is returned and raised.
+      config: of the run; when it resumes, only settings that change no number may differ.
+      workdir, resume_step: as for `run_program`, which also says what is returned and raised.
     """
     return run_program(lambda: compile_run(assemble(config)), workdir, resume_step=resume_step)
 
 
 def compile_run(parts: Parts) -> Program:
-    """Mesh, shardings and jitted steps; nothing is computed yet, and XLA compiles at the first call."""
+    """Puts the models on the mesh and makes the jitted steps, which XLA compiles at their first call."""
     config, manifest = parts.config, parts.manifest
     mesh, state_shapes = make_mesh(config.mesh), abstract_state(parts.step)
     shapes, teacher_params = put_teacher(parts.teacher_params, config.teacher, parts.step, mesh)
-    # Below, nothing may hold on to `parts`: its models would stay in the host's memory for as long as the run lasts.
+    # Nothing below may keep `parts`: its models would stay in the host's memory as long as the run lasts.
     train_rows, held_out_rows = (partial(open_rows, config.data.path, split) for split in ("train", "held_out"))
     batch_rows = config.train.batch_rows
     return Program(
@@ -88,7 +88,7 @@ def _describe(parts: Parts, mesh: Mesh) -> str:
 
 
 def _describe_fold(parts: Parts) -> str:
-    """That the student begins without a part of the teacher's embeddings, where it does."""
+    """A note if the student begins without the teacher's token-type row."""
     student, teacher = parts.config.student, parts.step.teacher
     if student.init != "teacher" or student.token_types or student.fold_token_types or not teacher.token_types:
         return ""

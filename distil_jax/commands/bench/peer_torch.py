@@ -202,9 +202,9 @@ def compare(
     index, mlm_scale = labels.clamp(min=0)[:, None], (labels != IGNORED).float() * mlm_share
     divergence = (teacher_log.exp() * (teacher_log - soft_log)).sum(-1)
     value = kl_share * temperature**2 * (divergence * real).sum() - (log.gather(1, index)[:, 0] * mlm_scale).sum()
-    slope = (kl_share * temperature * real)[:, None] * (soft_log.exp() - teacher_log.exp())
-    slope = (slope + mlm_scale[:, None] * log.exp()).scatter_add(1, index, -mlm_scale[:, None])
-    return value, slope
+    gradient = (kl_share * temperature * real)[:, None] * (soft_log.exp() - teacher_log.exp())
+    gradient = (gradient + mlm_scale[:, None] * log.exp()).scatter_add(1, index, -mlm_scale[:, None])
+    return value, gradient
 
 
 def chunked_loss(
@@ -236,21 +236,21 @@ class _Chunked(torch.autograd.Function):
         teacher_features, labels, real = constants
         kernel = weight.to(teacher_head.weight.dtype)  # that of the computation; once, not in every chunk
         narrow, narrow_bias = features.to(kernel.dtype), bias.to(kernel.dtype)
-        total, slopes = 0, (torch.empty_like(features), torch.zeros_like(weight), torch.zeros_like(bias))
+        total, gradients = 0, (torch.empty_like(features), torch.zeros_like(weight), torch.zeros_like(bias))
         for start in range(0, len(features), chunk):
             part = slice(start, start + chunk)
             logits = F.linear(narrow[part], kernel, narrow_bias)
-            value, slope = terms(logits, teacher_head(teacher_features[part]), labels[part], real[part])
-            total, narrow_slope = total + value, slope.to(kernel.dtype)
-            slopes[0][part] = narrow_slope @ kernel
-            slopes[1].add_(narrow_slope.T @ narrow[part])
-            slopes[2].add_(slope.sum(0))
-        ctx.save_for_backward(*slopes)
+            value, gradient = terms(logits, teacher_head(teacher_features[part]), labels[part], real[part])
+            total, narrow_gradient = total + value, gradient.to(kernel.dtype)
+            gradients[0][part] = narrow_gradient @ kernel
+            gradients[1].add_(narrow_gradient.T @ narrow[part])
+            gradients[2].add_(gradient.sum(0))
+        ctx.save_for_backward(*gradients)
         return total
 
     @staticmethod
     def backward(ctx, outer):
-        return *(outer * slope for slope in ctx.saved_tensors), None, None, None, None
+        return *(outer * gradient for gradient in ctx.saved_tensors), None, None, None, None
 
 
 def _logits(teacher: nn.Module, student: nn.Module, encoded: Encoded) -> tuple[Tensor, Tensor]:

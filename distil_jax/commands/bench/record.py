@@ -87,8 +87,8 @@ def check_output(path: str | None) -> None:
     """
     if path is not None:
         file = user_path(path)
-        lawful = not file.is_dir() and os.access(file.absolute().parent, os.W_OK)
-        require(lawful, f"Cannot write {file}: --output takes a file in an existing folder.")
+        writable = not file.is_dir() and os.access(file.absolute().parent, os.W_OK)
+        require(writable, f"Cannot write {file}: --output takes a file in an existing folder.")
 
 
 def write(path: str | Path, values: dict[str, Any]) -> None:
