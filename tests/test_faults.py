@@ -250,7 +250,7 @@ def test_ctrl_c_after_a_run_was_saved_says_to_start_again(tmp_path):
     """As between two fine-tunings of a comparison."""
     (tmp_path / "text.txt").write_text("a text\n")
     arguments = ["prepare", tmp_path / "text.txt", "--tokenizer", "none", "--output", tmp_path / "rows"]
-    saved = "from distil_jax.runtime import signals; signals.note_saved()\n"
+    saved = "from distil_jax.runtime import signals; signals.mark_resumable()\n"
     (process,) = start(1, arguments, program=saved + STANDS.format("time.sleep(600)"))
     assert process.stderr.readline() == "here\n"
     process.send_signal(signal.SIGINT)
@@ -481,10 +481,12 @@ from distil_jax import cli
 from distil_jax.runtime.program import BatchStream
 from distil_jax.workflows import train
 compile_run = train.compile_run
+def stuck():
+    time.sleep(1e6)
 class Stuck(BatchStream):
     def batches(self, step):
         yield from itertools.islice(super().batches(step), 4)
-        time.sleep(1e6)
+        stuck()
 def with_stuck_rows(parts):
     program = compile_run(parts)
     return dataclasses.replace(program, stream=Stuck(**vars(program.stream)))

@@ -205,7 +205,7 @@ def test_a_run_that_was_stopped_ends_as_the_unbroken_one(finished, workshop, tas
     assert kept[0] == kept[1]
     # Once more, and nothing is trained or judged again.
     with monkeypatch.context() as patch:
-        patch.setattr(TaskEvaluator, "numbers", None)
+        patch.setattr(TaskEvaluator, "evaluate", None)
         assert finetune(workshop / "teacher", tasks / "sequence.toml", run, *LONG) == 0
     assert "nothing is left to train" in capsys.readouterr().out
     # Other test examples are judged, whether in another file or in the same one.
