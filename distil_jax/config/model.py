@@ -7,9 +7,9 @@ from typing import Literal
 
 from distil_jax.schema import require, require_finite, require_share
 
-# Who computes attention: XLA, or a kernel for the device; see `models/attention.py`.
+# The implementation of attention: XLA, or a kernel for the device; see `models/attention.py`.
 Attention = Literal["xla", "pallas_gpu", "pallas_tpu"]
-_MOST_PARAMETERS = 10**12  # larger sizes are damage or a slip, and must not reach an allocation
+_MOST_PARAMETERS = 10**12  # more is damage or a slip, and must not reach an allocation
 _MOST_LABELS = 10_000_000  # as above
 
 
@@ -23,9 +23,9 @@ class ModelConfig:
     num_heads: int = 12
     intermediate_size: int = 3072
     max_positions: int = 512
-    token_types: int = 2  # rows of the token-type table; 0: no table, which is what makes it a DistilBERT
+    token_types: int = 2  # rows of the token-type table; 0: no table, as in DistilBERT
     positions: Literal["learned", "sinusoidal"] = "learned"  # sinusoidal: computed, never a parameter
-    pooler: bool = False  # BERT's tanh layer on [CLS]; kept because fine-tuning starts from it
+    pooler: bool = False  # BERT's tanh layer on [CLS], from which fine-tuning starts
     mlm_head: bool = True
     activation: Literal["gelu", "gelu_tanh", "relu"] = "gelu"  # gelu: the exact one, with erf
     hidden_dropout: float = 0.1
@@ -33,10 +33,10 @@ class ModelConfig:
     layer_norm_eps: float = 1e-12
     initializer_range: float = 0.02
     pad_token_id: int = 0
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters of a state stay float32
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; a training state's parameters stay float32
     unroll: bool = True  # every layer compiled on its own: faster on CPUs, slower to compile
     attention: Attention = "xla"
-    # What the backward pass computes again to save memory; on a CPU it saves none where `unroll` is true.
+    # What the backward pass recomputes to save memory; on a CPU with `unroll` it saves none.
     remat: Literal["none", "dots", "full"] = "none"
 
     def __post_init__(self) -> None:

@@ -10,13 +10,13 @@ from distil_jax.schema import may_change, require, require_finite
 
 @dataclass(frozen=True)
 class MaskingConfig:
-    """Dynamic masking, as in the published recipe (SPEC: 15 %; 80 / 10 / 10; rare words more often)."""
+    """Dynamic masking, as in the published recipe (15 %; 80 / 10 / 10; rare words more often)."""
 
-    rate: float = 0.15  # of the real tokens of each row
-    mask: float = 0.8  # of the targets: replaced by [MASK]
-    random: float = 0.1  # of the targets: replaced by a random word; the rest are kept
-    smoothing: float = 0.7  # a token is chosen in proportion to max(count, 1) ** -smoothing; 0: all alike
-    mask_token_id: int = 0  # 0: taken from the tokenizer of the prepared data
+    rate: float = 0.15  # share of the real tokens of each row that become targets
+    mask: float = 0.8  # share of the targets replaced by [MASK]
+    random: float = 0.1  # share of the targets replaced by a random word; the rest are kept
+    smoothing: float = 0.7  # tokens are chosen in proportion to max(count, 1) ** -smoothing; 0: all alike
+    mask_token_id: int = 0  # 0: from the tokenizer of the prepared data
 
     def __post_init__(self) -> None:
         require(0 < self.rate < 1, f"masking.rate must be between 0 and 1, not {self.rate}.")
@@ -37,8 +37,8 @@ class LossConfig:
     cosine: float = 1.0  # between last hidden states
     mse: float = 0.0  # between raw logits: matching logits
     temperature: float = 2.0
-    soft_positions: Literal["all", "targets"] = "all"  # where kl and mse are taken: every token, or MLM targets only
-    chunk: int = may_change(512)  # tokens of a device whose logits exist at a time (`fused.py`); 0: all of them
+    soft_positions: Literal["all", "targets"] = "all"  # where kl and mse apply: every token, or MLM targets only
+    chunk: int = may_change(512)  # tokens per device whose logits exist at a time (`fused.py`); 0: all
 
     def __post_init__(self) -> None:
         for name in ("kl", "mlm", "cosine", "mse"):

@@ -13,10 +13,10 @@ from distil_jax.schema import may_change, path_field, require, require_finite, r
 
 # The small BERT that comes with distil_jax: what can be tried without a model hub.
 EMBEDDED_TEACHER = Path(__file__).parents[1] / "teacher"
-_MOST_ROWS = 2**24  # of a batch, for the same reason
+_MOST_ROWS = 2**24  # in a batch; more is a slip, and must not reach an allocation
 _MOST_DEVICES = 2**20  # along one axis of a mesh
-_LAST_SEED = 2**32 - 1  # JAX reads no more bits of one
-# Of a `StudentConfig` and of the `ModelConfig` that it becomes.
+_LAST_SEED = 2**32 - 1  # JAX reads only 32 bits of a seed
+# Fields that `StudentConfig` has in common with the `ModelConfig` it becomes.
 STUDENT_SHAPE = (
     "num_layers",
     "hidden_size",
@@ -31,27 +31,27 @@ STUDENT_SHAPE = (
 @dataclass(frozen=True)
 class TeacherConfig:
     path: str = path_field("")  # a model folder or a hub id; empty: no teacher
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of its parameters and computation; auto: compute.dtype
-    sharded: bool = may_change(True)  # its parameters cut along fsdp and tensor like the student's; False: whole copies
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # for its parameters and computation; auto: compute.dtype
+    sharded: bool = may_change(True)  # parameters sharded along fsdp and tensor like the student's; False: replicated
 
 
 @dataclass(frozen=True)
 class StudentConfig:
     """The student's shape.
 
-    None means: as the folder in `init` has it, or else as the comment says; a resolved config says what it was.
+    None means: as in the folder named by `init`, otherwise what the comment says. A resolved config has no None.
     """
 
     init: str = path_field("teacher", may_change=False)  # "teacher", "random", or the folder of an existing student
-    layers: tuple[int, ...] = ()  # the teacher's layers that are copied; empty: 0,2,4,7,9,11 for 12 -> 6, else spread
-    num_layers: int | None = None  # as many as `layers`, or half the teacher's; without a teacher 12
-    hidden_size: int | None = None  # this and the next three: the teacher's, or BERT-base's where there is no teacher
+    layers: tuple[int, ...] = ()  # teacher layers to copy; empty: 0,2,4,7,9,11 for 12 -> 6, else evenly spread
+    num_layers: int | None = None  # the number of `layers`, or half the teacher's; 12 without a teacher
+    hidden_size: int | None = None  # this and the next three: the teacher's, or BERT-base's without a teacher
     num_heads: int | None = None
     intermediate_size: int | None = None
     max_positions: int | None = None
-    token_types: int | None = None  # 0, which is DistilBERT; 2 keeps BERT's table
-    # Adds the teacher's token-type row 0 into the positions, which keeps the embeddings the teacher's. None: wherever
-    # that can be, which is with learned positions, and where the student has no token types of its own.
+    token_types: int | None = None  # 0, as in DistilBERT; 2 keeps BERT's table
+    # Adds the teacher's token-type row 0 to the position embeddings, so that the sum stays the teacher's. None: if
+    # possible, which needs learned positions and a student without token types.
     fold_token_types: bool | None = None
     positions: Literal["learned", "sinusoidal"] | None = None  # learned
     hidden_dropout: float = 0.1
@@ -81,7 +81,7 @@ class StudentConfig:
 
         Args:
           model: the student's.
-          teacher: the teacher's; None: there is none.
+          teacher: the teacher's; None without a teacher.
         """
         kept = model.positions == "learned" and model.token_types == 0
         foldable = self.init == "teacher" and kept and teacher is not None and teacher.token_types > 0
@@ -99,19 +99,23 @@ class TrainConfig:
     batch_rows: int = 256  # rows per optimiser step, over all devices and micro-batches
     steps: int = 0  # optimiser steps; or
     epochs: float = 0.0  # passes over the training rows
-    accumulation: int = may_change(0)  # micro-batches per step: less memory, same update; 0: what the next line asks
-    tokens_per_device: int = may_change(8192)  # of a micro-batch, at most; sets accumulation where that is 0
+    accumulation: int = may_change(0)  # micro-batches per step: less memory, same update; 0: from tokens_per_device
+    tokens_per_device: int = may_change(8192)  # most tokens of a micro-batch; sets accumulation if that is 0
     log_every: int = may_change(20)  # steps
-    eval_every: int = may_change(1000)  # steps; 0: only before the first and after the last; of a task: every epoch
-    eval_rows: int = may_change(512)  # held-out rows per evaluation, chosen at random but the same of every run; 0: all
-    checkpoint_every: int = may_change(1000)  # steps; 0: at every evaluation; besides, whenever one is the best so far
-    keep_checkpoints: int = may_change(3)  # the newest, and besides them the one with the best held-out score
-    patience: int = 0  # evaluations without a better score that end the run; 0: any number
-    skips_allowed: int = may_change(10)  # in a row, of steps without a finite loss and gradient; one more is the end
-    spike_factor: float = may_change(3.0)  # a loss so many times its running median is unusual; 0: never
-    spike_steps: int = may_change(100)  # unusual losses in a row that end the run
-    hang_seconds: float = may_change(1800.0)  # without a step, a save or an evaluation until the run is ended; 0: never
-    profile_at: int = may_change(0)  # first step of the profiler's window; 0: no profile
+    eval_every: int = may_change(1000)  # steps; 0: only before the first and after the last; for a task: every epoch
+    eval_rows: int = may_change(
+        512
+    )  # held-out rows per evaluation, a random choice that is the same for every run; 0: all
+    checkpoint_every: int = may_change(
+        1000
+    )  # steps; 0: at every evaluation. The best evaluation so far is always saved
+    keep_checkpoints: int = may_change(3)  # how many of the newest to keep, besides the best one
+    patience: int = 0  # early stopping: evaluations in a row without a better result; 0: never
+    skips_allowed: int = may_change(10)  # steps in a row without a finite loss and gradient; one more ends the run
+    spike_factor: float = may_change(3.0)  # a loss above so many times its running median is a spike; 0: never
+    spike_steps: int = may_change(100)  # spikes in a row that end the run
+    hang_seconds: float = may_change(1800.0)  # without any progress, after which the run is ended; 0: never
+    profile_at: int = may_change(0)  # first step to profile; 0: no profile
     profile_steps: int = may_change(5)
     tensorboard: bool = may_change(True)
 
@@ -153,7 +157,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices per mesh axis; one of them may be -1, which takes what is left."""
+    """Devices per mesh axis; one of them may be -1, which takes the remaining devices."""
 
     data: int = may_change(-1)
     fsdp: int = may_change(1)
@@ -173,7 +177,7 @@ class ComputeConfig:
     unroll: Literal["auto", "yes", "no"] = may_change("auto")  # auto: on CPUs without remat, where it is faster
     attention: Literal["auto", "xla", "pallas"] = may_change("auto")  # auto: a Pallas kernel wherever it can be used
     remat: Literal["auto", "none", "dots", "full"] = may_change("auto")  # auto: dots on TPUs, whose memory is slow
-    cache: str = path_field("auto")  # folder of compiled programs; auto: in the run's, but "" (none) on CPUs
+    cache: str = path_field("auto")  # folder for compiled programs; auto: in the run folder, on CPUs "" (none)
 
 
 @dataclass(frozen=True)

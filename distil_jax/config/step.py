@@ -1,4 +1,4 @@
-"""All that fixes one optimiser step: the models, the objective and the optimiser."""
+"""What defines one optimiser step: the models, the objective and the optimiser."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from distil_jax.config.model import HeadConfig, ModelConfig
 from distil_jax.config.objective import LossConfig, MaskingConfig, TaskLossConfig
 from distil_jax.schema import require, require_finite, require_share
 
-MOST_STEPS = 2**31 - 1  # a state counts them in 32 bits
+MOST_STEPS = 2**31 - 1  # a state counts steps in 32 bits
 
 
 @dataclass(frozen=True)
@@ -19,11 +19,11 @@ class OptimizerConfig:
     beta1: float = 0.9
     beta2: float = 0.98
     eps: float = 1e-6
-    weight_decay: float = 0.0  # never on biases and LayerNorm
+    weight_decay: float = 0.0  # not on biases and LayerNorm
     warmup: float = 0.05  # share of the steps
     clip: float = 5.0  # global norm
-    steps: int = 0  # length of the schedule; 0: taken from train.steps or train.epochs (a bare `train_step` has none)
-    freeze: tuple[str, ...] = ()  # parameters left as they are, by the start of their path: "embeddings/position"
+    steps: int = 0  # length of the schedule; 0: the length of the run (must be set for a bare `train_step`)
+    freeze: tuple[str, ...] = ()  # parameters not to train, by the start of their path: "embeddings/position"
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "eps", "clip"):
@@ -38,7 +38,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class StepConfig:
-    """All that fixes one optimiser step, and no path, cadence or host: what `init_state` and `train_step` need."""
+    """Everything that defines one optimiser step, which `init_state` and `train_step` need; no path or cadence."""
 
     student: ModelConfig
     teacher: ModelConfig | None = None
@@ -46,9 +46,9 @@ class StepConfig:
     masking: MaskingConfig = MaskingConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     accumulation: int = 1  # micro-batches per update
-    head: HeadConfig | None = None  # a task's, on both models; None: masked language modelling
-    task: TaskLossConfig = TaskLossConfig()  # what counts where there is a head, instead of `loss` and `masking`
-    targets_per_row: int | None = None  # of masking, which no row exceeds: `most_targets`; None: any number
+    head: HeadConfig | None = None  # a task's head on both models; None: masked language modelling
+    task: TaskLossConfig = TaskLossConfig()  # used with a head, instead of `loss` and `masking`
+    targets_per_row: int | None = None  # most masked targets in a row, see `most_targets`; None: any number
 
     @property
     def needs_teacher(self) -> bool:

@@ -16,10 +16,10 @@ from distil_jax.schema import (
     require_share,
 )
 
-# How a task is judged. f1: of the label 1 of two; macro_f1: the mean over all labels; entity_f1: of whole entities
-# (IOB2); exact_match and span_f1: SQuAD's; pearson and spearman: of a regression.
+# A task's metrics. f1: of label 1 of two; macro_f1: the mean over all labels; entity_f1: of whole entities (IOB2);
+# exact_match and span_f1: SQuAD's; pearson and spearman: for a regression.
 Metric = Literal["accuracy", "f1", "macro_f1", "matthews", "pearson", "spearman", "entity_f1", "exact_match", "span_f1"]
-_OF_KIND: dict[str, tuple[str, ...]] = {
+_METRICS_OF_KIND: dict[str, tuple[str, ...]] = {
     "sequence": ("accuracy", "f1", "macro_f1", "matthews"),
     "regression": ("pearson", "spearman"),
     "tokens": ("accuracy", "entity_f1"),
@@ -35,21 +35,26 @@ class TaskConfig:
     """
 
     kind: Literal["sequence", "regression", "tokens", "spans"] = "sequence"
-    train: str = path_field("")  # sources; the examples themselves must not change
-    dev: str = path_field("")  # decides which checkpoint is best; empty: dev_share of the training examples
-    test: str = path_field("")  # judged once, by the best checkpoint; empty: none
-    dev_share: float = 0.1  # taken out of the training examples by a hash of their text, where `dev` is empty
-    train_rows: int = 0  # only so many training examples, chosen by the same hash; 0: all
-    text: tuple[str, ...] = (
-        "text",
-    )  # fields: one or two texts; of tokens the list of words; of spans (question, context)
-    label: str = "label"  # field; of spans: {"text": [...], "answer_start": [...]}
-    label_names: tuple[str, ...] = ()  # in the order of their numbers; empty: as the source names them, or as found
-    metrics: tuple[Metric, ...] = ()  # the first decides; empty: accuracy, pearson, entity_f1 or span_f1
-    group_by_length: bool = False  # batches of texts of similar length: less padding, where lengths differ much
-    max_length: int = 128  # tokens; longer texts are cut, and of spans the context goes on in another row
-    stride: int = 64  # of spans: tokens that two rows of one context share
-    max_answer: int = 30  # of spans: tokens of an answer, at most
+    train: str = path_field("")  # sources; the paths may change on resume, the examples may not
+    dev: str = path_field(
+        ""
+    )  # examples that decide which checkpoint is best; empty: dev_share of the training examples
+    test: str = path_field("")  # judged once, with the best checkpoint; empty: none
+    dev_share: float = 0.1  # taken from the training examples by a hash of their text, if `dev` is empty
+    train_rows: int = 0  # use only so many training examples, chosen by the same hash; 0: all
+    # Fields: one or two texts; for tokens, the list of words; for spans, (question, context).
+    text: tuple[str, ...] = ("text",)
+    label: str = "label"  # field; for spans: {"text": [...], "answer_start": [...]}
+    label_names: tuple[
+        str, ...
+    ] = ()  # in the order of their indices; empty: as the source names them, or as they occur
+    metrics: tuple[
+        Metric, ...
+    ] = ()  # the first decides which checkpoint is best; empty: accuracy, pearson, entity_f1 or span_f1
+    group_by_length: bool = False  # batches of texts of similar length: less padding if lengths differ much
+    max_length: int = 128  # tokens; longer texts are cut; for spans, the context continues in another row
+    stride: int = 64  # for spans: tokens that two rows of one context share
+    max_answer: int = 30  # for spans: most tokens of an answer
 
     def __post_init__(self) -> None:
         fields = {"sequence": (1, 2), "regression": (1, 2), "tokens": (1,), "spans": (2,)}[self.kind]
@@ -57,7 +62,7 @@ class TaskConfig:
             len(self.text) in fields,
             f"task.text names {len(self.text)} fields, but a task of {self.kind} has {' or '.join(map(str, fields))}.",
         )
-        allowed = _OF_KIND[self.kind]
+        allowed = _METRICS_OF_KIND[self.kind]
         wrong = [name for name in self.metrics if name not in allowed]
         require(
             not wrong, f"task.metrics {', '.join(wrong)} cannot judge {self.kind}: choose from {', '.join(allowed)}."
@@ -81,7 +86,7 @@ class TaskConfig:
 class StartConfig:
     """What fine-tuning starts from."""
 
-    path: str = path_field("")  # a model folder, a run folder or a hub id; of a task's model, its head is left behind
+    path: str = path_field("")  # a model folder, run folder or hub id; a task's head is dropped
     hidden_dropout: float = 0.1
     attention_dropout: float = 0.1
     head_dropout: float | None = None  # None: as published, see `head_of`
@@ -91,7 +96,7 @@ class StartConfig:
             require_share(f"model.{name}", getattr(self, name) or 0.0)
 
 
-# Those of the GLUE runs of BERT and DistilBERT; and a task is small: it is judged and saved once an epoch.
+# As in the GLUE runs of BERT and DistilBERT. A task is small, so it is evaluated and saved once an epoch.
 OPTIMIZER = OptimizerConfig(learning_rate=5e-5, beta2=0.999, eps=1e-8, warmup=0.1, clip=1.0)
 SCHEDULE = TrainConfig(
     epochs=3.0, batch_rows=32, log_every=50, eval_every=0, eval_rows=0, checkpoint_every=0, keep_checkpoints=1
@@ -102,10 +107,10 @@ SCHEDULE = TrainConfig(
 class FinetuneConfig:
     """One fine-tuning run."""
 
-    seed: int = 0  # of the head's first parameters, the order of the examples, and dropout
+    seed: int = 0  # for the head's initial parameters, the order of the examples, and dropout
     task: TaskConfig = TaskConfig()
     model: StartConfig = StartConfig()
-    teacher: TeacherConfig = TeacherConfig()  # a model that was fine-tuned on the same task; empty: none
+    teacher: TeacherConfig = TeacherConfig()  # a model fine-tuned on the same task; empty: none
     loss: TaskLossConfig = TaskLossConfig()
     optimizer: OptimizerConfig = OPTIMIZER
     train: TrainConfig = SCHEDULE
