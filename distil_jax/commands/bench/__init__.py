@@ -32,8 +32,8 @@ def run(arguments: argparse.Namespace) -> None:
         return
     record.check_output(arguments.output)
     load = os.getloadavg()[0]
-    found = record.record(arguments, _MEASUREMENTS[arguments.measurement].run(arguments), load)
-    print(record.show(found))
+    results = record.record(arguments, _MEASUREMENTS[arguments.measurement].run(arguments), load)
+    print(record.show(results))
     if arguments.output:
-        record.write(arguments.output, found)
+        record.write(arguments.output, results)
         print(f"\nWrote {arguments.output}.")

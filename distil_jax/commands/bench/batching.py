@@ -56,8 +56,8 @@ def group(lengths: np.ndarray, size: int, batching: Batching, *, seed: int) -> l
         full += list(members[:whole].reshape(-1, size))
         left.append(members[whole:])
     rest = np.concatenate(left)
-    found = full + [rest[start : start + size] for start in range(0, len(rest), size)]
-    return [found[place] for place in draw.permutation(len(found))]
+    groups = full + [rest[start : start + size] for start in range(0, len(rest), size)]
+    return [groups[place] for place in draw.permutation(len(groups))]
 
 
 def masked_batches(
@@ -84,8 +84,8 @@ def masked_batches(
     ids[real > 0] = np.concatenate(sequences)
     rows = Rows(ids, real, real, np.arange(len(ids), dtype=np.int32))  # masking reads no positions
     batch = jax.device_get(jax.jit(partial(mask_tokens, weights=weights, config=masking))(jax.random.key(seed), rows))
-    found = []
+    padded = []
     for chosen in group(lengths, size, batching, seed=seed):
         longest = lengths[chosen].max()
-        found.append(Padded(*(array[chosen, :longest] for array in (batch.input_ids, real, batch.labels))))
-    return found
+        padded.append(Padded(*(array[chosen, :longest] for array in (batch.input_ids, real, batch.labels))))
+    return padded

@@ -82,7 +82,7 @@ def prepare_rates(sources: Sequence[str], path: str, rounds: int) -> list[dict[s
             return tokens / (time.perf_counter() - began)
 
     rates = timing.alternate({"encode_batch_fast": bare, "prepare": whole}, rounds)
-    lines = [{"work": work, **timing.spread("tokens_per_second", found)} for work, found in rates.items()]
+    lines = [{"work": work, **timing.spread("tokens_per_second", rates_of)} for work, rates_of in rates.items()]
     lines[1] |= timing.spread("of_bare_tokenizer", rates["prepare"], rates["encode_batch_fast"])
     return lines
 

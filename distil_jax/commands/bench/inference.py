@@ -60,8 +60,8 @@ def run(arguments: argparse.Namespace) -> Measured:
             with peers.pytorch() as make:
                 if beside:
                     calls |= {("torch", name): make("encoder", model, batch, length) for name, model in models.items()}
-                found = timing.medians(calls, times=arguments.calls, rounds=arguments.rounds)
-            lines += [{"batch": batch, "length": length} | line for line in _lines(found)]
+                milliseconds = timing.medians(calls, times=arguments.calls, rounds=arguments.rounds)
+            lines += [{"batch": batch, "length": length} | line for line in _lines(milliseconds)]
     return Measured(lines)
 
 
@@ -80,14 +80,14 @@ def encoder(model: ModelConfig, batch: int, length: int) -> Timed:
     return Timed(lambda: jax.block_until_ready(encode(params, rows)))
 
 
-def _lines(found: Mapping[tuple[str, str], list[float]]) -> list[dict[str, Any]]:
+def _lines(milliseconds: Mapping[tuple[str, str], list[float]]) -> list[dict[str, Any]]:
     lines = []
-    for side in dict.fromkeys(side for side, _ in found):
-        teacher, student = found[side, "teacher"], found[side, "student"]
+    for side in dict.fromkeys(side for side, _ in milliseconds):
+        teacher, student = milliseconds[side, "teacher"], milliseconds[side, "student"]
         line = {"side": side, "teacher_p50_ms": float(np.median(teacher)), "student_p50_ms": float(np.median(student))}
         line |= timing.spread("student_is_faster", teacher, student)
         if side != OURS:
-            line |= timing.spread("our_teacher_is_faster", teacher, found[OURS, "teacher"])
-            line |= timing.spread("our_student_is_faster", student, found[OURS, "student"])
+            line |= timing.spread("our_teacher_is_faster", teacher, milliseconds[OURS, "teacher"])
+            line |= timing.spread("our_student_is_faster", student, milliseconds[OURS, "student"])
         lines.append(line)
     return lines

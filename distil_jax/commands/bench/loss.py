@@ -72,10 +72,10 @@ def run(arguments: argparse.Namespace) -> Measured:
             require(tokens % length == 0, f"--tokens {tokens} is no whole number of rows of {length} (--length).")
             job = Job(vocabulary, tokens // length, length, arguments.width, arguments.chunk, dtype)
             if arguments.topology:
-                found = plan_elsewhere(job, arguments.topology)
+                results = plan_elsewhere(job, arguments.topology)
             else:
-                found = measure(job, calls=arguments.calls, rounds=arguments.rounds)
-            lines.append({"vocabulary": vocabulary, "tokens": tokens} | found)
+                results = measure(job, calls=arguments.calls, rounds=arguments.rounds)
+            lines.append({"vocabulary": vocabulary, "tokens": tokens} | results)
     return Measured(lines)
 
 
@@ -112,13 +112,17 @@ def measure(job: Job, *, calls: int, rounds: int) -> dict[str, Any]:
     programs = {kind: jax.jit(gradients(job, kind)).lower(*arguments).compile() for kind in KINDS}
     plans = {kind: program.memory_analysis().temp_size_in_bytes for kind, program in programs.items()}
     fitting = {kind: program for kind, program in programs.items() if plans[kind] < room}
-    found = timing.medians(
+    milliseconds = timing.medians(
         {kind: Timed(lambda each=each: jax.block_until_ready(each(*arguments))) for kind, each in fitting.items()},
         times=calls,
         rounds=rounds,
     )
-    ratio = timing.spread("fused_is_faster", found["dense"], found["fused"]) if len(found) == len(KINDS) else {}
-    return {f"{kind}_ms": float(np.median(each)) for kind, each in found.items()} | ratio | _memory(plans)
+    ratio = (
+        timing.spread("fused_is_faster", milliseconds["dense"], milliseconds["fused"])
+        if len(milliseconds) == len(KINDS)
+        else {}
+    )
+    return {f"{kind}_ms": float(np.median(each)) for kind, each in milliseconds.items()} | ratio | _memory(plans)
 
 
 def _memory(plans: dict[str, int]) -> dict[str, float]:
@@ -134,7 +138,7 @@ def _room() -> float:
 
 
 def plan_elsewhere(job: Job, topology: str) -> dict[str, Any]:
-    """The temporaries that libtpu plans, asked of it in a process of its own.
+    """The temporaries that libtpu plans, found in a separate process.
 
     Raises:
       InputError: libtpu is not installed, knows no such topology, or fails otherwise.

@@ -25,15 +25,15 @@ def temporaries(job: Job, topology: str) -> dict[str, float]:
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         jax.eval_shape(partial(inputs, job)),
     )
-    found = {}
+    bytes_of = {}
     for kind in KINDS:
         try:
-            found[kind] = jax.jit(gradients(job, kind)).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+            bytes_of[kind] = jax.jit(gradients(job, kind)).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
         except jax.errors.JaxRuntimeError as error:
-            found[kind] = memory_asked(str(error))
-            if found[kind] is None:
+            bytes_of[kind] = memory_asked(str(error))
+            if bytes_of[kind] is None:
                 raise
-    return found
+    return bytes_of
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def build_model(config: ModelConfig) -> nn.Module:
 
 
 def put(batch: Padded, device: torch.device) -> TorchBatch:
-    """The batch on the device, as PyTorch wants its indices."""
+    """The batch on the device, with indices as int64, which PyTorch needs."""
     return TorchBatch(*(torch.from_numpy(array.astype(np.int64)).to(device) for array in batch))
 
 

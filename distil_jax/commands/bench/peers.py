@@ -75,7 +75,7 @@ def read(text: str | None, known: Sequence[str]) -> list[str]:
 
 @contextlib.contextmanager
 def pytorch() -> Iterator[Callable[..., Elsewhere]]:
-    """A process of PyTorch's own, as its users have one: no threads, heap or settings of one library touch the other's.
+    """Starts a separate process for PyTorch, so that threads, allocator and settings of the libraries do not mix.
 
     Yields:
       `make(name, *arguments)`: what a class or function of `peer_torch` gives there for the platform on which JAX

@@ -29,7 +29,7 @@ _GIB = 2**30
 
 
 def record(arguments: argparse.Namespace, measured: Measured, load: float) -> dict[str, Any]:
-    """The results with all that is needed to judge and to repeat them, as plain values.
+    """The results with everything needed to judge and repeat them, as plain values.
 
     Args:
       arguments: of the command line.
@@ -123,8 +123,8 @@ def show(values: dict[str, Any]) -> str:
     using = ", ".join(f"{name} {versions[name]}" for name in ("jax", "torch", "transformers") if name in versions)
     rates = ", ".join(f"{name} {rate:.3g} TFLOP/s" for name, rate in values["products"].items())
     floor = f" Matrix products alone: {rates}." if rates else ""
-    said = [f"`{values['command']}`", "", f"{where}; {using}; {values['date']}.{floor}", ""]
-    return "\n".join(said + table(values["lines"]))
+    head = [f"`{values['command']}`", "", f"{where}; {using}; {values['date']}.{floor}", ""]
+    return "\n".join(head + table(values["lines"]))
 
 
 def table(lines: Sequence[dict[str, Any]]) -> list[str]:

@@ -201,8 +201,8 @@ def _peer_rounds(work: Work, peer_batching: str) -> list[list[list[batching.Padd
         length=work.length,
         seed=seed,
     )
-    found = [micro_batches[start : start + accumulation] for start in range(0, len(micro_batches), accumulation)]
-    return [found[number :: work.rounds] for number in range(work.rounds)]
+    updates = [micro_batches[start : start + accumulation] for start in range(0, len(micro_batches), accumulation)]
+    return [updates[number :: work.rounds] for number in range(work.rounds)]
 
 
 class Ours:
@@ -288,7 +288,7 @@ def _device_peak() -> int:
 def _measure(work: Work, sides: dict[str, Ours | Elsewhere], product_rate: float) -> Iterator[dict[str, Any]]:
     """A line for each side, our own first."""
     blocks = timing.alternate({name: side.block for name, side in sides.items()}, work.rounds)
-    rates = {name: [block.tokens / block.seconds for block in found] for name, found in blocks.items()}
+    rates = {name: [block.tokens / block.seconds for block in of_side] for name, of_side in blocks.items()}
     for name, side in sides.items():
         milliseconds, (peak, source) = 1e3 * np.array(side.latencies()), side.peak()
         ratio = {} if name == OURS else timing.spread("ours_is_faster", rates[OURS], rates[name])

@@ -20,7 +20,7 @@ _READINGS = 5  # of the rate of bare products
 
 @dataclass(frozen=True)
 class Measured:
-    """What one measurement found.
+    """The results of one measurement.
 
     Attributes:
       lines: one a result, each a flat table; a number that there is none of is None.
@@ -46,11 +46,11 @@ def alternate(sides: Mapping[str, Callable[[int], T]], rounds: int) -> dict[str,
 
     What slows the machine down for a while then slows all sides down, and quotients within a round stay fair.
     """
-    found: dict[str, list[T]] = {name: [] for name in sides}
+    results: dict[str, list[T]] = {name: [] for name in sides}
     for number in range(rounds):
         for name, side in sides.items():
-            found[name].append(side(number))
-    return found
+            results[name].append(side(number))
+    return results
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,13 @@ class Timed:
     call: Call
 
     def seconds(self, times: int) -> list[float]:
-        """Of each of so many calls."""
-        found = []
+        """The seconds of each of so many calls."""
+        seconds = []
         for _ in range(times):
             began = time.perf_counter()
             self.call()
-            found.append(time.perf_counter() - began)
-        return found
+            seconds.append(time.perf_counter() - began)
+        return seconds
 
 
 def medians(calls: Mapping[str, Timed], *, times: int, rounds: int) -> dict[str, list[float]]:
@@ -102,8 +102,8 @@ def product_rates(
     pairs = max(1, int(wanted / (4 * rows * width * inner)))
     calls = {name: make(rows, width, inner, dtype, pairs) for name, make in makers.items()}
     flops = 4 * rows * width * inner * pairs
-    found = medians(calls, times=1, rounds=_READINGS)
-    return {name: flops / float(np.median(each)) / 1e9 for name, each in found.items()}
+    milliseconds = medians(calls, times=1, rounds=_READINGS)
+    return {name: flops / float(np.median(each)) / 1e9 for name, each in milliseconds.items()}
 
 
 def positive(**values: int) -> None:
