@@ -50,21 +50,21 @@ def expand(sources: Sequence[str], counts: Counter[str] | None = None) -> list[s
       InputError: a source that does not exist, or a folder without text.
     """
     counts = Counter() if counts is None else counts
-    found: list[str] = []
+    files_named: list[str] = []
     for source in sources:
         path = Path(source)
         if _is_name(source) or path.is_file():
-            found.append(source)
+            files_named.append(source)
         elif path.is_dir():
-            found += _files_of(path, counts)
+            files_named += _files_of(path, counts)
         elif files := [name for name in glob.glob(source, recursive=True) if Path(name).is_file()]:
-            found += sorted(files)
+            files_named += sorted(files)
         else:
             raise InputError(f"There is no file, folder or match {source!r}: check it (hub data sets are hub:NAME).")
     once: dict[object, str] = {}
-    for source in found:
+    for source in files_named:
         once.setdefault(source if _is_name(source) else Path(source).resolve(), source)
-    counts["repeated_files"] += len(found) - len(once)
+    counts["repeated_files"] += len(files_named) - len(once)
     return list(once.values())
 
 

@@ -30,14 +30,14 @@ def paragraphs() -> Mapping[str, frozenset[str]]:
     Names matter because numpy, jax.numpy and pandas repeat each other, often with another comma, case or ending: what
     has the same first words is one paragraph, and the first of its kind stands for all. Nothing is imported to be read.
     """
-    found: dict[str, tuple[str, set[str]]] = {}
+    by_beginning: dict[str, tuple[str, set[str]]] = {}
     with _no_garbage_collection():
         for path in _files():
             for name, text in _docstrings(path):
                 for paragraph in _english(text):
                     first_words = " ".join(words(paragraph)[:FIRST_WORDS])
-                    found.setdefault(first_words, (paragraph, set()))[1].add(name)
-    return {paragraph: frozenset(names) for paragraph, names in found.values()}
+                    by_beginning.setdefault(first_words, (paragraph, set()))[1].add(name)
+    return {paragraph: frozenset(names) for paragraph, names in by_beginning.values()}
 
 
 def words(paragraph: str) -> list[str]:

@@ -107,16 +107,16 @@ def meaning(label: Any, where: str) -> int | str:
       InputError: there is none, or it is neither.
     """
     if isinstance(label, str):
-        found: Any = _of_text(label)
+        meant: Any = _of_text(label)
     elif isinstance(label, float) and math.isfinite(label):
-        found = int(label) if label.is_integer() else repr(label)
+        meant = int(label) if label.is_integer() else repr(label)
     else:
-        found = int(label) if isinstance(label, bool) else label
-    nothing = found is None or (isinstance(found, (str, float)) and str(found) in ("", "nan", "NaN"))
+        meant = int(label) if isinstance(label, bool) else label
+    nothing = meant is None or (isinstance(meant, (str, float)) and str(meant) in ("", "nan", "NaN"))
     require(not nothing, f"{where} has no label ({short_repr(label)}): leave such examples out.")
-    if not isinstance(found, (int, str)) or (isinstance(found, str) and SURROGATE.search(found)):
+    if not isinstance(meant, (int, str)) or (isinstance(meant, str) and SURROGATE.search(meant)):
         raise InputError(f"{where} has the label {short_repr(label)}: it must be a whole number or a name.")
-    return found
+    return meant
 
 
 def real(label: Any, where: str) -> float:

@@ -88,8 +88,8 @@ def read_manifest(folder: str | Path) -> Manifest:
         raise InputError(f"{path} is damaged ({error}): {again}.") from error
     version = values.get("format") if isinstance(values, dict) else None
     if version != FORMAT:
-        found = short_repr(version)
-        raise InputError(f"{path} has format {found}, and this version reads {FORMAT}: prepare the rows again.")
+        written = short_repr(version)
+        raise InputError(f"{path} has format {written}, and this version reads {FORMAT}: prepare the rows again.")
     try:
         manifest = build(Manifest, values)
     except InputError as error:
@@ -131,9 +131,9 @@ def verify(folder: str | Path) -> Manifest:
         try:
             with path.open("rb") as stream:
                 stream.seek(file.header)
-                found = hashlib.file_digest(stream, "sha256").hexdigest()
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
         except OSError as error:
             raise InputError(f"{path} cannot be read ({error.strerror}): copy the folder again.") from error
-        if found != file.sha256:
+        if digest != file.sha256:
             raise InputError(f"{path} has changed since it was written (its sha256 differs): copy the folder again.")
     return manifest

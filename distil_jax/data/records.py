@@ -59,8 +59,8 @@ def read_records(source: str) -> Records:
         stream = open_stream(source)
         records = ((f"{source} record {number}", record) for number, record in stream_records(source, stream))
         return Records(records, _class_names(stream), counts)
-    found = json_records(source) if kind == "json" else table_records(source, kind, counts)
-    return Records(((f"{source} {place}", record) for place, record in found), {}, counts)
+    records = json_records(source) if kind == "json" else table_records(source, kind, counts)
+    return Records(((f"{source} {place}", record) for place, record in records), {}, counts)
 
 
 def field_of(record: Any, field: str, where: str) -> Any:
@@ -118,12 +118,12 @@ def _refusals(source: str) -> Iterator[None]:
 def _class_names(stream: IterableDataset) -> dict[str, tuple[str, ...]]:
     import datasets
 
-    found = {}
+    names_of = {}
     for name, feature in (stream.features or {}).items():  # None: the source says nothing about its fields
         inner = feature.feature if isinstance(feature, (datasets.List, datasets.LargeList)) else feature
         if isinstance(inner, datasets.ClassLabel):
-            found[name] = tuple(inner.names)
-    return found
+            names_of[name] = tuple(inner.names)
+    return names_of
 
 
 def table_records(path: str, kind: str, counts: Counter[str]) -> Iterator[tuple[str, dict[str, str]]]:
@@ -181,8 +181,8 @@ def _table_rows(path: str, kind: str, counts: Counter[str]) -> Iterator[tuple[in
         try:
             row = next(reader, None)
         except csv.Error as error:
-            said = f"{path} line {line} is not {kind.upper()} ({error}): quote its texts, or use JSONL."
-            raise InputError(said) from error
+            sentence = f"{path} line {line} is not {kind.upper()} ({error}): quote its texts, or use JSONL."
+            raise InputError(sentence) from error
         if row is None:
             return
         if row:

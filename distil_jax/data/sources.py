@@ -206,11 +206,11 @@ def _parsed(text: str) -> Any:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):  # the last one would win in silence
+    record = dict(pairs)
+    if len(record) < len(pairs):  # the last one would win in silence
         twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
         raise ValueError(f"an object names {', '.join(map(repr, twice))} twice")
-    return found
+    return record
 
 
 def _whole(path: str) -> dict | list | None:
@@ -220,10 +220,10 @@ def _whole(path: str) -> dict | list | None:
     if len(data) > _LARGEST_DOCUMENT:
         return None
     try:
-        found = _parsed(data.decode("utf-8-sig"))
+        whole = _parsed(data.decode("utf-8-sig"))
     except (ValueError, RecursionError):
         return None
-    return found if isinstance(found, (dict, list)) else None
+    return whole if isinstance(whole, (dict, list)) else None
 
 
 def _is_json(path: str) -> bool:
@@ -242,8 +242,8 @@ def _is_json(path: str) -> bool:
 def _check(path: str, head: bytes, packed: bool) -> None:
     """Refuses a file whose first bytes show that it is not text."""
     inside = f"{path}, unpacked," if packed else path
-    for magic, said in _REFUSED.items():
-        require(not head.startswith(magic), f"{inside} {said}.")
+    for magic, what in _REFUSED.items():
+        require(not head.startswith(magic), f"{inside} {what}.")
     require(_unpacker(head) is None, f"{path} is compressed twice: unpack it first.")
     require(head[_TAR] != b"ustar", f"{inside} is a tar archive: unpack it, and name the folder (tar -xf).")
     for mark, name in _MARKS.items():

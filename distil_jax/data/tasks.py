@@ -34,7 +34,7 @@ class TaskData:
       label_names: in the order of their numbers; none of a regression or of spans.
       digest: sha256 of what trains and chooses: a resumed run must meet the same.
       judged: sha256 of what is judged at the end, which may be exchanged.
-      counts: of each split what was cut, lost or doubtful; see `told.py`.
+      counts: of each split what was cut, lost or doubtful; see `summary.py`.
     """
 
     train: TaskTable

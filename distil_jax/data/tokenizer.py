@@ -156,7 +156,7 @@ def identity(tokenizer: PreTrainedTokenizerBase) -> str:
     backend = _backend(tokenizer)
     around = (backend.encode(""), backend.encode("", ""))
     cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
-    found = {
+    behaviour = {
         "matched": {token: how for token, how in matched.items() if how},
         "around": [(encoding.ids, encoding.type_ids) for encoding in around],
         "built_with": _built_with(tokenizer),
@@ -168,7 +168,7 @@ def identity(tokenizer: PreTrainedTokenizerBase) -> str:
         "built_with": (*SPECIAL_TOKENS, None, None),
         "split_special_tokens": False,
     }
-    deciding |= {name: value for name, value in found.items() if value != plain[name]}
+    deciding |= {name: value for name, value in behaviour.items() if value != plain[name]}
     return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
 
 

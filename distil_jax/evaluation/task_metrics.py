@@ -38,16 +38,16 @@ def entities(names: Sequence[str]) -> set[tuple[str, int, int]]:
 
     As conlleval reads them, I- begins an entity where none of its type goes on; any other label is outside of all.
     """
-    found, kind, begin = set(), "", 0
+    spans, kind, begin = set(), "", 0
     for place, name in enumerate([*names, "O"]):
         prefix, _, other = name.partition("-")
         other = other if prefix in ("B", "I") else ""
         if kind and (prefix == "B" or other != kind):
-            found.add((kind, begin, place - 1))
+            spans.add((kind, begin, place - 1))
         if other and (prefix == "B" or other != kind):
             begin = place
         kind = other
-    return found
+    return spans
 
 
 def normalized(answer: str) -> str:
@@ -110,17 +110,17 @@ def _correlation(of: Callable, predictions: Any, labels: Any) -> float:
 
 def _entity_f1(predictions: Sequence[Sequence[str]], labels: Sequence[Sequence[str]]) -> float:
     """Over all entities of all sequences; an entity counts where type, first and last word agree."""
-    right = said = true = 0
+    right = claimed = true = 0
     for predicted, expected in zip(predictions, labels, strict=True):
         if len(predicted) != len(expected):
             raise ValueError(f"{len(predicted)} predictions are not one for each of {len(expected)} words.")
-        found, wanted = entities(predicted), entities(expected)
-        right, said, true = right + len(found & wanted), said + len(found), true + len(wanted)
-    return _share(2 * right, said + true)
+        ours, wanted = entities(predicted), entities(expected)
+        right, claimed, true = right + len(ours & wanted), claimed + len(ours), true + len(wanted)
+    return _share(2 * right, claimed + true)
 
 
 def _exact_match(predictions: Sequence[str], labels: Sequence[Sequence[str]]) -> float:
-    return _best_of(predictions, labels, lambda said, true: float(normalized(said) == normalized(true)))
+    return _best_of(predictions, labels, lambda predicted, true: float(normalized(predicted) == normalized(true)))
 
 
 def _span_f1(predictions: Sequence[str], labels: Sequence[Sequence[str]]) -> float:
@@ -133,16 +133,16 @@ def _word_f1(predicted: str, reference: str) -> float:
     Where nothing is left of an answer, it is right if nothing is left of the other, as SQuAD 2.0's evaluation has it.
     1.1's gives 0, against its own exact match.
     """
-    said, true = normalized(predicted).split(), normalized(reference).split()
-    if not (said and true):
-        return float(said == true)
-    return _share(2 * (Counter(said) & Counter(true)).total(), len(said) + len(true))
+    ours, true = normalized(predicted).split(), normalized(reference).split()
+    if not (ours and true):
+        return float(ours == true)
+    return _share(2 * (Counter(ours) & Counter(true)).total(), len(ours) + len(true))
 
 
 def _best_of(predictions: Sequence[str], labels: Sequence[Sequence[str]], score: Callable[[str, str], float]) -> float:
     """The mean over examples of the score against the reference that is nearest."""
-    found = [max(score(said, each) for each in true) for said, true in zip(predictions, labels, strict=True)]
-    return _share(sum(found), len(found))
+    scores = [max(score(predicted, each) for each in true) for predicted, true in zip(predictions, labels, strict=True)]
+    return _share(sum(scores), len(scores))
 
 
 def _share(part: float, whole: float) -> float:

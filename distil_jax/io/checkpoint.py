@@ -135,14 +135,14 @@ class Checkpoints:
         Raises:
           InputError: there are checkpoints, and none is valid.
         """
-        found, problems, damaged = self._first_valid(reversed(self.steps()))
-        if found is None and damaged:
+        newest, problems, damaged = self._first_valid(reversed(self.steps()))
+        if newest is None and damaged:
             reason = " ".join(problems) or "The first process says why."
             raise InputError(
                 f"None of the checkpoints in {self._folder} is valid: put a copy of one back, or name a new run folder "
                 f"to begin again; nothing was changed. {reason}"
             )
-        return found, problems
+        return newest, problems
 
     def best_valid(self) -> tuple[int | None, list[str]]:
         """The step with the best criterion that passes `verify`, and the problems of better ones.
@@ -150,8 +150,8 @@ class Checkpoints:
         None if no valid checkpoint has a criterion. Only the first process reads files, as for `newest_valid`.
         """
         criteria = self._criteria()
-        found, problems, _ = self._first_valid(sorted(criteria, key=criteria.get))
-        return found, problems
+        best, problems, _ = self._first_valid(sorted(criteria, key=criteria.get))
+        return best, problems
 
     def best(self) -> tuple[int | None, float]:
         """The step with the best criterion, and that criterion, on every process; (None, inf) without any.
@@ -161,8 +161,8 @@ class Checkpoints:
         """
         self.wait()
         criteria = self._criteria() if self._first else {}
-        found = self._same(min(criteria, key=criteria.get, default=None))
-        return found, math.inf if found is None else self._manifest(found).score
+        best = self._same(min(criteria, key=criteria.get, default=None))
+        return best, math.inf if best is None else self._manifest(best).score
 
     def set_aside_after(self, step: int) -> list[str]:
         """Renames checkpoints later than `step`, so that the run can save these steps again; returns the new names."""
@@ -314,16 +314,16 @@ class Checkpoints:
 
     def _first_valid(self, steps: Iterable[int]) -> tuple[int | None, list[str], bool]:
         """The first of these steps that passes `verify`, the problems of those before it, and whether there are any."""
-        found, problems = None, []
+        valid, problems = None, []
         for step in steps if self._first else ():
             try:
                 self.verify(step)
             except InputError as error:
                 problems.append(str(error))
             else:
-                found = step
+                valid = step
                 break
-        return self._same(found), problems, self._same(1 if problems else None) is not None
+        return self._same(valid), problems, self._same(1 if problems else None) is not None
 
     def _same(self, step: int | None) -> int | None:
         """The first process's step, on every process."""

@@ -79,8 +79,8 @@ def _check_model(folder: Path) -> None:
     if (folder / "config.json").exists():
         return
     hints = [what for marker, what in _NO_MODELS.items() if (folder / marker).exists()]
-    found = (*folder.glob("*/config.json"), *folder.glob("snapshots/*/config.json"))
-    inside = sorted(str(each.parent) for each in found if any((each.parent / name).exists() for name in _WEIGHTS))
+    configs = (*folder.glob("*/config.json"), *folder.glob("snapshots/*/config.json"))
+    inside = sorted(str(each.parent) for each in configs if any((each.parent / name).exists() for name in _WEIGHTS))
     hints += [f"give the one in it, {' or '.join(inside[:3])}"] if inside else ["name a folder that has"]
     raise InputError(f"{folder} has no config.json, so it is no model: {hints[0]}.")
 

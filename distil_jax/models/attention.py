@@ -94,17 +94,17 @@ def _with_kernel(implementation: Attention, rate: float, *arrays: Array) -> Arra
 
 def _forward(implementation: Attention, rate: float, *arrays: Array) -> tuple[Array, tuple]:
     kernel = functools.partial(_KERNELS[implementation].forward, rate=rate)
-    found = _on_each_device(kernel, arrays, (), (), (_WIDE, _SAVED))
+    outputs = _on_each_device(kernel, arrays, (), (), (_WIDE, _SAVED))
     # Named, so that a step that computes products once computes this once as well.
-    output, saved = checkpoint_name(found, "attention")
+    output, saved = checkpoint_name(outputs, "attention")
     return output, (arrays, output, saved)
 
 
 def _backward(implementation: Attention, rate: float, forward: tuple, cotangent: Array) -> tuple:
     arrays, output, saved = forward
     kernel = functools.partial(_KERNELS[implementation].backward, rate=rate)
-    found = _on_each_device(kernel, arrays, (output, saved, cotangent), (_WIDE, _SAVED, _WIDE), (_WIDE,) * 3)
-    return *found, None, None
+    gradients = _on_each_device(kernel, arrays, (output, saved, cotangent), (_WIDE, _SAVED, _WIDE), (_WIDE,) * 3)
+    return *gradients, None, None
 
 
 _with_kernel.defvjp(_forward, _backward)

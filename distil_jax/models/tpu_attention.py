@@ -90,14 +90,14 @@ def _call(
         in_specs=[pl.BlockSpec((1, 1, length), lambda row, group, *_: (row, _FIRST, _FIRST)), *[block] * len(wide)],
         out_specs=[block] * outputs,
     )
-    found = pl.pallas_call(
+    outputs = pl.pallas_call(
         functools.partial(kernel, size=size, rate=rate),
         grid_spec=grid,
         out_shape=[jax.ShapeDtypeStruct((rows, length, len(heads) * size), wide[0].dtype)] * outputs,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
         cost_estimate=costs,  # the compiler, and whoever reads its text, cannot see inside
     )(seeds, heads[:1], segment_ids[:, None, :], *(array.reshape(rows, length, -1) for array in wide))
-    return tuple(array.reshape(wide[0].shape) for array in found)
+    return tuple(array.reshape(wide[0].shape) for array in outputs)
 
 
 def _forward_kernel(

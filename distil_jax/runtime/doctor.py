@@ -45,11 +45,11 @@ def examine(folder: Path | None) -> None:
     wrong = 0
     for name, check in checks:
         try:
-            verdict, found = "ok   ", check()
+            verdict, finding = "ok   ", check()
         except (InputError, OSError, jax.errors.JaxRuntimeError) as error:
-            verdict, found = "WRONG", " ".join(str(error).split())
+            verdict, finding = "WRONG", " ".join(str(error).split())
             wrong += 1
-        print(f"{verdict} {name}: {found}", flush=True)
+        print(f"{verdict} {name}: {finding}", flush=True)
     if wrong:
         raise InputError(f"{wrong} of {len(checks)} checks found something wrong: see the lines that begin with WRONG.")
     print("Nothing is wrong." + ("" if folder else " To check a run too: distil-jax doctor RUN"))
@@ -113,16 +113,16 @@ def _folder(folder: Path) -> str:
     try:
         with folder_lock(folder):
             _try_to_write(folder)
-        found = f"written and renamed in {folder}"
+        finding = f"written and renamed in {folder}"
     except InUse as running:
-        found = f"{folder} is in use: {running.by} trains in it now, so nothing was written"
+        finding = f"{folder} is in use: {running.by} trains in it now, so nothing was written"
     free = shutil.disk_usage(folder).free
     sizes = [_size(saved) for saved in (folder / "checkpoints").glob("[0-9]*")]
     if sizes and free < 2 * max(sizes):
         raise InputError(
             f"{free / _GIB:.2f} GiB are free and a checkpoint takes {max(sizes) / _GIB:.2f}: free some space."
         )
-    return f"{found}; {free / _GIB:.1f} GiB free"
+    return f"{finding}; {free / _GIB:.1f} GiB free"
 
 
 def _size(checkpoint: Path) -> int:

@@ -113,9 +113,9 @@ def _newest_metadata(folder: Path) -> dict[str, Any] | None:
 
 
 def _student(written: StudentConfig, program: Program, newest: dict[str, Any] | None) -> StudentConfig:
-    """A student's config as this version writes it: older ones left open, or said wrongly, what its shape came to.
+    """A student's config as this version resolves it: older versions left its shape open, or wrote a wrong one.
 
-    The checkpoints always knew. Where there is none, nothing is trained yet that could be of another shape.
+    Checkpoints have always had the right shape. Without one, nothing is trained yet that could have another.
     """
     models = program.step_config
     if newest is None:
@@ -214,7 +214,7 @@ def choose_checkpoint(checkpoints: Checkpoints, step: int | None) -> int | None:
         require(step in saved, f"There is no checkpoint of step {step}, only of the steps {saved}.")
         processes.refuse_together(lambda: checkpoints.verify(step) if processes.is_first() else None)
         return step
-    return _named(*checkpoints.newest_valid())
+    return _report(*checkpoints.newest_valid())
 
 
 def choose_best_checkpoint(checkpoints: Checkpoints) -> int | None:
@@ -223,14 +223,14 @@ def choose_best_checkpoint(checkpoints: Checkpoints) -> int | None:
     Raises:
       InputError: every checkpoint is damaged.
     """
-    found, problems = checkpoints.best_valid()
-    return _named(choose_checkpoint(checkpoints, None) if found is None else found, problems)
+    best, problems = checkpoints.best_valid()
+    return _report(choose_checkpoint(checkpoints, None) if best is None else best, problems)
 
 
-def _named(found: int | None, problems: list[str]) -> int | None:
+def _report(step: int | None, problems: list[str]) -> int | None:
     for problem in problems:
-        print(f"{problem} The one of step {found} is taken.", file=sys.stderr, flush=True)
-    return found
+        print(f"{problem} The one of step {step} is taken.", file=sys.stderr, flush=True)
+    return step
 
 
 def open_model(path: str | Path, step: int | None = None) -> Model:

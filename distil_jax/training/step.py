@@ -183,8 +183,8 @@ def _gradients(state: TrainState, teacher_params: Any, batch: Batch) -> tuple[An
             return gradient_of(params, teacher_params, batch, counts, key)
 
         def add(sums: Any, micro_batch: Batch) -> tuple[Any, None]:
-            found = gradient_of(params, teacher_params, micro_batch, counts, key)
-            return jax.tree.map(jnp.add, sums, found), None
+            of_piece = gradient_of(params, teacher_params, micro_batch, counts, key)
+            return jax.tree.map(jnp.add, sums, of_piece), None
 
         micro_batches = jax.tree.map(lambda leaf: _cut(leaf, config.accumulation), batch)
         first = jax.tree.map(lambda leaf: leaf[0], micro_batches)

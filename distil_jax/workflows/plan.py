@@ -74,9 +74,9 @@ def _changes(job: Job, compiled: Compiled) -> Iterator[tuple[str, Job]]:
     fsdp, rows = compiled.chips // job.slices, job.config.train.batch_rows // compiled.chips
     if job.config.train.batch_rows % compiled.chips == 0:
         mesh = {"data": -1, "fsdp": fsdp, "tensor": 1}
-        said = " and ".join(f"mesh.{axis}={size}" for axis, size in mesh.items())
+        changes = " and ".join(f"mesh.{axis}={size}" for axis, size in mesh.items())
         least = _changed(again, train={"accumulation": rows}, mesh=mesh)
-        yield f"train.accumulation={rows} and compute.remat=full and {said}", least
+        yield f"train.accumulation={rows} and compute.remat=full and {changes}", least
 
 
 def _changed(job: Job, **sections: dict[str, Any]) -> Job:

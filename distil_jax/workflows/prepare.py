@@ -70,11 +70,11 @@ def summary(manifest: Manifest, seconds: float) -> str:
 def _rare_counts(count: Counter[str]) -> list[str]:
     """Lines for counts that are usually 0, where they are not."""
     others = f"other suffixes than {', '.join(FOLDER_SUFFIXES)}, or hidden"
-    said = (
+    rare = (
         ("left out", "left_out_files", f"files of the folders ({others})"),
         ("named twice", "repeated_files", "files, which are read once"),
         ("empty", "empty_files", "files without text"),
         ("empty", "empty_records", "records whose text is empty"),
         ("unnamed", "unnamed_fields", "rows with something in a field that the first line does not name"),
     )
-    return [f"{word:<12}{count[name]:,} {text}" for word, name, text in said if count[name]]
+    return [f"{word:<12}{count[name]:,} {text}" for word, name, text in rare if count[name]]
