@@ -137,7 +137,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def differences(old: Any, new: Any, where: str = "") -> list[str]:
-    """What differs between two configs in fields that a resumed run may not change, one line each."""
+    """The differences between two configs in fields that a resumed run may not change, as texts."""
     changes = []
     for f in dataclasses.fields(old):
         before, after = getattr(old, f.name), getattr(new, f.name)

@@ -43,7 +43,7 @@ class Rows:
 
 @struct.dataclass
 class Batch:
-    """What a model reads and a loss compares.
+    """A masked batch: the input of models and losses.
 
     Attributes:
       input_ids, segment_ids, position_ids: [B, L] int32, as in `Rows`.
@@ -139,7 +139,7 @@ class Head:
 
 @struct.dataclass
 class Encoded:
-    """What a model returns: it stops before the vocabulary, and the loss owns the [D, V] product.
+    """The output of a model, which stops before the vocabulary: the loss owns the [D, V] product.
 
     Attributes:
       hidden: [B, L, D], the last hidden states.

@@ -40,7 +40,7 @@ class StoredFile:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a folder of rows holds (`manifest.json`)."""
+    """The contents of a folder of rows (`manifest.json`)."""
 
     format: int
     sequence_length: int

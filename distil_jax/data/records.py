@@ -26,7 +26,7 @@ SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which JSON can es
 
 
 class Records(NamedTuple):
-    """What a source holds.
+    """The records of a source.
 
     Attributes:
       rows: where each record stands (`reviews.csv line 3`), for messages, and the record; JSON may hold anything.

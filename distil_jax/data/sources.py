@@ -1,4 +1,4 @@
-"""What a file is, by its first bytes and then by its suffix; and its lines, unpacked, as text.
+"""The kind of a file, by its first bytes and then by its suffix; and its lines, unpacked, as text.
 
 Every reader of text and of records gets its lines here, so that all of them refuse, read and count alike.
 """
@@ -85,7 +85,7 @@ def suffix_of(path: str) -> str:
 
 
 def kind_of(path: str) -> Kind:
-    """What a file is: by its first bytes, and among texts by its suffix.
+    """The kind of a file: by its first bytes, and for text by its suffix.
 
     Text whose first lines are all JSON objects is JSON lines under any suffix.
 
@@ -296,7 +296,7 @@ def _unpacker(head: bytes) -> Callable[[], Any] | None:
 
 
 def _unpacked(path: str, file: BinaryIO, new: Callable[[], Any]) -> Iterator[bytes]:
-    """What was packed, of all members of the file one after the other.
+    """The unpacked bytes of all members of the file, one after the other.
 
     Python's own readers of bzip2 and xz stop without a word at a member whose first bytes are damaged.
     """

@@ -27,7 +27,7 @@ _SHORTEST_ROW = 8  # tokens, three of which are special
 
 @dataclass(frozen=True, eq=False)
 class TaskData:
-    """What a task is made of.
+    """A task's tables and label names.
 
     Attributes:
       train, dev, test: tables of examples; of spans `SpanTable`s. `test` may be None.

@@ -92,7 +92,7 @@ def from_json(values: Mapping[str, Any], path: Path) -> ModelConfig:
 
 
 def to_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """What config.json says of a model; its vocabulary has the real size.
+    """The config.json of a model; its vocabulary has the real size.
 
     Raises:
       InputError: a DistilBERT with what no DistilBERT has.

@@ -157,7 +157,7 @@ def fingerprint(params: Params) -> str:
 
 
 def _tokenizer_class(folder: Path) -> dict[str, str]:
-    """What config.json says of the tokenizer: a BERT may have that of another family, and say so nowhere else."""
+    """The tokenizer class in config.json: a BERT may have that of another family, and say so only there."""
     path = folder / "config.json"
     values = read_json(path) if path.exists() else {}
     return {name: value for name, value in values.items() if name == "tokenizer_class" and isinstance(value, str)}

@@ -1,4 +1,4 @@
-"""What the tensors of a BERT or DistilBERT file are called, how they are laid out, and which parameter each one is.
+"""The name table of BERT and DistilBERT files: tensor names, layouts, and the parameter each one belongs to.
 
 Hugging Face names stand here and nowhere else; so does what a file may lack or have in addition.
 """

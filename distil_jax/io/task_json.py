@@ -1,4 +1,4 @@
-"""What `config.json` says of a task's head, and our `HeadConfig`: read and written in both directions."""
+"""A task's head in `config.json` and our `HeadConfig`, converted in both directions."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def head_from_json(values: Mapping[str, Any], path: Path, config: ModelConfig) -
 
 
 def head_to_json(config: ModelConfig, head: HeadConfig) -> dict[str, Any]:
-    """What config.json says of a head, beyond what `to_json` says of its encoder."""
+    """The fields of config.json for a head, beside those of `to_json` for its encoder."""
     values = {
         "architectures": [architecture(config, head)],
         "id2label": {str(number): name for number, name in enumerate(head.names)},

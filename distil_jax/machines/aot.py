@@ -52,7 +52,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler says of one chip; bytes, FLOPs and counts are those of one optimiser step."""
+    """The compiler's numbers for one chip; bytes, FLOPs and counts are those of one optimiser step."""
 
     kind: str  # of the chip, as JAX calls it
     chips: int
@@ -83,7 +83,7 @@ def compile_for(job: Job) -> Compiled:
 
 
 def elsewhere(module: str, job: Any, topology: str) -> dict[str, Any]:
-    """What `python -m MODULE TOPOLOGY` prints, as JSON, for a job (a dataclass) that it reads as JSON.
+    """Runs `python -m MODULE TOPOLOGY`, which reads a job (a dataclass) as JSON, and returns the JSON that it prints.
 
     Raises:
       InputError: its own, with status 2, or whatever else libtpu died of.

@@ -7,7 +7,7 @@ from distil_jax.config.step import StepConfig
 
 
 def encoder_flops(model: ModelConfig, length: int) -> float:
-    """Of one position's way through the encoder and, where there is one, the transform of the MLM head.
+    """FLOPs of one position in the encoder and, if there is one, in the transform of the MLM head.
 
     Args:
       model: the architecture.

@@ -1,4 +1,4 @@
-"""What a compiled program does, read from its text: products, traffic with memory, and what devices exchange.
+"""Costs of a compiled program, read from its text: matrix products, memory traffic, and communication.
 
 XLA's own cost analysis counts the body of a loop once, however often it runs; here every instruction counts as often as
 it is executed.

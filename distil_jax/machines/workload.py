@@ -57,7 +57,7 @@ class Workload:
 
 
 def read_workload(config: Config, length: int | None = None, tokens: float | None = None) -> Workload:
-    """What a config means for the hardware; where data or teacher are not at hand, the published ones are assumed.
+    """The workload of a config; without its data or teacher at hand, the published ones are assumed.
 
     Args:
       config: of the run.

@@ -41,7 +41,7 @@ def obstacle(heads: int, head_size: int, length: int) -> str | None:
 def forward(
     query: Array, key: Array, value: Array, segment_ids: Array, seeds: Array, heads: Array, *, rate: float
 ) -> tuple[Array, tuple]:
-    """What `attend` returns, and what `backward` needs of it beside its arguments: nothing.
+    """The output of `attend`, and the residuals for `backward` beside its arguments: none.
 
     Args:
       query, key, value: [B, L, H, K]; see `obstacle`.

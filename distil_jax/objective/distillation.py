@@ -137,7 +137,7 @@ def _vocabulary_loss(
 def held_out_terms(
     student: Encoded, teacher: Encoded | None, batch: Batch, *, config: LossConfig, targets_per_row: int | None = None
 ) -> Metrics:
-    """What a held-out batch says of a student, all of it at the MLM targets.
+    """Metrics of a student on a held-out batch, all of them at the MLM targets.
 
     There a model has to predict; elsewhere it need only copy its input, and any two models agree.
 

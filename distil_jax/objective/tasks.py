@@ -1,4 +1,4 @@
-"""What fine-tuning minimises: a task's own loss, and soft targets of a teacher that was fine-tuned before."""
+"""The objective of fine-tuning: a task's own loss, and soft targets of a teacher fine-tuned on the task."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ def model_card(model: Model) -> str:
 
 
 def _card(model: Model) -> str:
-    """What was done, with what, and how well it went: from the run's own files."""
+    """The sections of a distilled student's card, from the run's own files."""
     facts, config = model.metadata, model.run_config
     data, train = facts["data"], config.train
     lines = [*_front_matter(model), f"# {model.run.resolve().name}", ""]
@@ -58,7 +58,7 @@ def _card(model: Model) -> str:
 
 
 def _task_card(model: Model) -> str:
-    """Of a fine-tuned model."""
+    """The sections of a fine-tuned model's card."""
     facts, config = model.metadata, model.run_config
     task, loss, optimizer = config.task, config.loss, config.optimizer
     teacher = (
@@ -98,7 +98,7 @@ def _task_card(model: Model) -> str:
 
 
 def _doubtful(counts: dict[str, dict[str, int]]) -> list[str]:
-    """What was cut, lost or doubtful of the examples, one line a split."""
+    """A line for each split with examples that were cut, lost or doubtful."""
     problems = {split: ", ".join(data_problems(of_split)) for split, of_split in counts.items()}
     return [f"- {split}: {text}" for split, text in problems.items() if text]
 
@@ -190,7 +190,7 @@ def _text(data: dict[str, Any]) -> list[str]:
 
 
 def _left_out(counts: dict[str, int]) -> str:
-    """What of the text became no row, or was cut."""
+    """A sentence about the text that was left out or cut."""
     texts = {
         "cut_sequences": "sequences longer than a row were cut into several",
         "dropped_short": "sequences were dropped as too short",

@@ -211,5 +211,5 @@ def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _drawable(number: float) -> float:
-    """What no float32 can be is damage, and matplotlib has no axis for it."""
+    """The value, or NaN beyond float32, which only damage can hold and matplotlib cannot draw."""
     return number if abs(number) < 3.5e38 else math.nan

@@ -56,7 +56,7 @@ def examples(run: Path, texts: Sequence[str] = ()) -> list[Block]:
 
 
 def compare(teacher: Model | None, student: Model, texts: Sequence[str], words: Sequence[str] = ()) -> list[Block]:
-    """What both put in the gap of each text, and where their first choices are one.
+    """The words that both models put in the gap of each text, and whether their first choices agree.
 
     Args:
       teacher: or None, and the student stands alone.
@@ -144,7 +144,7 @@ def _choices(choices: list[tuple[str, float]]) -> str:
 
 
 def _teacher(path: str, student: Model) -> Model:
-    """What lies at `path`, if that is still the teacher that the student learnt from."""
+    """The teacher at `path`, if it is still the one that the student learnt from."""
     teacher = open_model(path)
     if huggingface.fingerprint(teacher.params) != student.metadata["identity"].get("teacher"):
         raise InputError(f"{path} holds another teacher than the run began with.")

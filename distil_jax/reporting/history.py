@@ -1,4 +1,4 @@
-"""What the lines of a run's metrics.jsonl add up to: how far it came, how fast, and what it took."""
+"""A run's history from its metrics.jsonl: how far it came, how fast, and how long it took."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SHARES = ("agreement", *JUDGES)  # shown in percent
 
 @dataclass(frozen=True)
 class History:
-    """What a run has done so far.
+    """A run so far.
 
     Attributes:
       done: steps.

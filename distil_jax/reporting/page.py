@@ -57,7 +57,7 @@ class Code:
 
 @dataclass(frozen=True)
 class Fold:
-    """What few want to read: closed until it is clicked on."""
+    """Details that few want to read: closed until they are clicked on."""
 
     summary: str
     blocks: Sequence[Block]

@@ -16,12 +16,12 @@ _GIB = 2**30
 
 
 def name(job: Job) -> str:
-    """What a person calls the machine."""
+    """The topology as a person writes it."""
     return f"{job.slices}*{job.topology}" if job.slices > 1 else job.topology
 
 
 def memory(compiled: Compiled) -> str:
-    """What it takes of a chip's memory, in words."""
+    """The share of a chip's memory that it takes, in words."""
     return f"{compiled.peak / _GIB:.1f} GiB per chip, which has {chip_of(compiled).memory / _GIB:.0f}"
 
 

@@ -1,4 +1,4 @@
-"""What a run did, as report.md, report.html and curves.png."""
+"""The report of a run: report.md, report.html and curves.png."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def _parameters(model: dict) -> str:
 
 
 def _facts(folder: Path) -> dict:
-    """What was saved beside the newest checkpoint that can be read; nothing where there is none."""
+    """The metadata of the newest readable checkpoint; empty without one."""
     if not (folder / "checkpoints").is_dir():
         return {}
     with contextlib.closing(Checkpoints(folder / "checkpoints")) as checkpoints:

@@ -1,4 +1,4 @@
-"""What happens when the disk fails while a run trains."""
+"""Watches whether checkpoints and metrics reach the disk while a run trains."""
 
 from __future__ import annotations
 

@@ -203,7 +203,7 @@ def _jitted_step(step: Callable, mesh: Mesh, abstract_state: Any, abstract_teach
 
 
 def _jitted(step: Callable, mesh: Mesh, state_sharding: Any, abstract_teacher: Any, **options: Any) -> Callable:
-    """Of a step: (state, teacher_params, batch, others, named), the last two its further arguments."""
+    """Jits a step as (state, teacher_params, batch, others, named); the last two hold its further arguments."""
     teacher_sharding = None if abstract_teacher is None else shardings_of(abstract_teacher, mesh)
     everywhere = NamedSharding(mesh, P())
     shardings = (state_sharding, teacher_sharding, batch_sharding(mesh), everywhere, everywhere)

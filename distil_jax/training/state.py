@@ -1,4 +1,4 @@
-"""What an optimiser step reads and writes. The teacher is not in it: it is an argument of the step."""
+"""The training state, which an optimiser step reads and writes; the teacher is an argument of the step instead."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ def train_step(state: TrainState, teacher_params: Any, batch: Batch) -> tuple[Tr
 
 
 def eval_step(state: TrainState, teacher_params: Any, batch: Batch) -> Metrics:
-    """What a masked held-out batch says of the student; see `held_out_terms`.
+    """Metrics of the student on a masked held-out batch; see `held_out_terms`.
 
     Args:
       state: the student.
@@ -115,7 +115,7 @@ def eval_step(state: TrainState, teacher_params: Any, batch: Batch) -> Metrics:
 
 
 def task_eval_step(state: TrainState, teacher_params: Any, batch: Batch) -> tuple[Metrics, Array]:
-    """What a task's model says of a batch: the loss against the labels, and its logits.
+    """The loss of a task's model against a batch's labels, and its logits.
 
     Args:
       state: its config has a head.
@@ -203,7 +203,7 @@ def _gradients(state: TrainState, teacher_params: Any, batch: Batch) -> tuple[An
 
 
 def _outputs(config: StepConfig, model: ModelConfig, params: Any, batch: Batch, **options: Any) -> Encoded | Array:
-    """What one of a step's models says of a batch: its encoding, or a task's logits."""
+    """The output of one of a step's models for a batch: its encoding, or a task's logits."""
     if model.token_types == 0:  # a student without token types may learn from a teacher that has them
         batch = batch.replace(token_type_ids=None)
     return model_of(model, config.head).apply({"params": params}, batch, **options)

@@ -49,7 +49,7 @@ def _progress(config: PrepareConfig) -> Iterator[Progress]:
 
 
 def summary(manifest: Manifest, seconds: float) -> str:
-    """What became of the text."""
+    """A summary of what became of the text, one line for each kind of count."""
     count = Counter(manifest.counts)
     train, held_out, length = manifest.train, manifest.held_out, manifest.sequence_length
     filled = count["tokens"] / ((train.rows + held_out.rows) * length)

@@ -109,7 +109,7 @@ class Peer:
         return [self._run([micro_batches]).seconds for micro_batches in self._rounds[0]]
 
     def compile_seconds(self) -> float:
-        """What the first step took."""
+        """Seconds of the first step."""
         return self._compile_seconds
 
     def peak(self) -> tuple[int | None, str | None]:
@@ -168,7 +168,7 @@ def encode(teacher: nn.Module, student: nn.Module, batch: TorchBatch) -> Encoded
 
 
 def gathered_loss(teacher: nn.Module, student: nn.Module, batch: TorchBatch, *, loss: LossConfig) -> Tensor:
-    """As the original writes it: all logits, of which those at tokens are copied out (Sanh et al., 2019, section 2)."""
+    """The original's form: all logits, of which those at tokens are copied out (Sanh et al., 2019, section 2)."""
     encoded, temperature, real = encode(teacher, student, batch), loss.temperature, batch.attention_mask.bool()
     logits, teacher_logits = _logits(teacher, student, encoded)
 

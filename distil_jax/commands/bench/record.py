@@ -1,4 +1,4 @@
-"""What a measurement leaves behind: one JSON file, complete in itself, and a Markdown table of it."""
+"""The record of a measurement: one JSON file, complete in itself, and a Markdown table of it."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ def run(arguments: argparse.Namespace) -> Measured:
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """What every side has to do.
+    """The work that every side does.
 
     Attributes:
       config: as a run's would be.
@@ -239,7 +239,7 @@ class Ours:
         return Timed(lambda: self._run(self._rows, 1)).seconds(self._work.steps)
 
     def compile_seconds(self) -> float:
-        """What XLA took."""
+        """Seconds of XLA's compilation."""
         return self._compile_seconds
 
     def peak(self) -> tuple[int, str]:
