@@ -1,4 +1,4 @@
-"""Distils BERT-like encoders on TPUs and GPUs; `public.py` is the table of contents of what research code calls."""
+"""Distils BERT-like encoders on TPUs and GPUs. `public.py` lists the names that research code may import from here."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """Imports `public.py` when the first public name is used, so that the command line starts without JAX."""
+    """Imports `public.py` when a public name is first used, so that the command line can start without JAX."""
     if not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}") is None:
         names = vars(importlib.import_module(f"{__name__}.public"))
         if name in names:

@@ -1,7 +1,8 @@
-"""The command line: finds the verb, parses its arguments, calls it, and turns what it raises into an exit status.
+"""The command line: finds the verb, parses its arguments, runs it, and turns its errors into an exit status.
 
-0 done; 2 bad input; 3 diverged; 4 the machine failed; 75 stopped on request with a checkpoint saved: start me again;
-130 Ctrl-C and 143 SIGTERM with nothing saved; 141 nobody reads what is printed any more.
+0: done; 2: bad input; 3: the run diverged; 4: the machine failed; 75: stopped on request after saving a checkpoint, so
+start it again to go on; 130 and 143: ended by Ctrl-C or SIGTERM, nothing was saved; 141: the reader of the output is
+gone.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from distil_jax.runtime import exit_codes, signals
 from distil_jax.runtime.allocator import keep_freed_memory
 from distil_jax.schema import InputError
 
-# Each verb is a module of `distil_jax.commands` with add_arguments(parser) and run(arguments); only the one that is
-# asked for is imported.
+# Each verb is a module of `distil_jax.commands` with add_arguments(parser) and run(arguments). Only the module that is
+# needed is imported.
 _VERBS = {
     "demo": "distil a small student on this machine, from an embedded teacher, in minutes",
     "prepare": "turn text into packed rows of tokens",
@@ -35,15 +36,15 @@ _VERBS = {
     "report": "write report.md and report.html for runs",
     "doctor": "check the machine, and all that a run needs, and say what to do about what is wrong",
 }
-# Full, broken or read-only disks, and too many open files: the machine's fault, whatever the command was doing.
+# A full, broken or read-only disk, or too many open files: the machine is to blame, whatever the command was doing.
 _MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE)
-# A path that the user gave cannot be used.
+# With a file name: a path that the user gave cannot be used.
 _PATH_ERRORS = (errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb and returns the exit status."""
-    # Models are read without PyTorch here, so transformers need not say that it is missing.
+    # We read models without PyTorch, so keep transformers from warning that it is missing.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     chosen, rest = _split(list(sys.argv[1:] if arguments is None else arguments))
     command = importlib.import_module(f"distil_jax.commands.{chosen}")
@@ -63,17 +64,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in _MACHINE_ERRORS and not (error.filename and error.errno in _PATH_ERRORS):
             raise
-        return _refused(error)
+        return _end_os_error(error)
     return 0
 
 
 def program() -> NoReturn:
-    """Runs `main` as the whole process: Ctrl-C ends it anywhere, and a failed machine ends it at once.
+    """Runs `main` as the whole process, which Ctrl-C can end at any moment.
 
-    An orderly exit might wait for what failed.
+    If the machine failed, the process ends at once, because an orderly exit might wait for what failed.
     """
     signals.install()
-    # Not for tokenising: with one arena, the threads of the tokenizer would wait for each other.
+    # Not for tokenising, where it would leave one memory arena, for which the tokenizer's threads would wait.
     if sys.argv[1:2] != ["prepare"] and sys.argv[1:3] != ["bench", "data"]:
         keep_freed_memory()
     try:
@@ -85,7 +86,7 @@ def program() -> NoReturn:
     except BrokenPipeError:
         if not _is_unread(sys.stdout):
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes on exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout once more on exit
         status = exit_codes.UNREAD
     if status == exit_codes.MACHINE_FAILED:
         sys.stdout.flush()
@@ -94,14 +95,14 @@ def program() -> NoReturn:
 
 
 def _is_unread(pipe: TextIO) -> bool:
-    """Whether its reader has closed the pipe, as `head` does."""
-    asked = select.poll()
-    asked.register(pipe, 0)  # errors are reported without asking
-    return any(what & select.POLLERR for _, what in asked.poll(0))
+    """Whether the reader has closed the pipe, as `head` does."""
+    poll = select.poll()
+    poll.register(pipe, 0)  # errors are always reported
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _split(arguments: list[str]) -> tuple[str, list[str]]:
-    """The verb and what follows it; --help, --version and an unknown verb end here."""
+    """The verb and the arguments after it. Exits for --help, --version and an unknown verb."""
     width = max(map(len, _VERBS))
     parser = argparse.ArgumentParser(
         prog="distil-jax",
@@ -118,15 +119,16 @@ def _split(arguments: list[str]) -> tuple[str, list[str]]:
     return chosen, arguments[1:]
 
 
-def _refused(error: OSError) -> int:
+def _end_os_error(error: OSError) -> int:
     if error.errno in _PATH_ERRORS:
-        sentence = f"{error.filename} cannot be used ({error.strerror}): name another, or change its rights."
+        sentence = f"{error.filename} cannot be used ({error.strerror}): name another, or change its permissions."
         return _end(sentence, exit_codes.BAD_INPUT)
     where = f" at {error.filename}" if error.filename else ""
-    return _end(f"The machine refused{where} ({error.strerror}): mend that and start again.", exit_codes.MACHINE_FAILED)
+    return _end(f"The machine failed{where} ({error.strerror}): fix that and start again.", exit_codes.MACHINE_FAILED)
 
 
 def _end(error: Exception | str, status: int) -> int:
+    """Prints an error and returns the exit status."""
     signals.wait_while_exiting()
     exit_codes.print_error(error)
     return status

@@ -1,4 +1,7 @@
-"""Files and folders that appear whole or not at all, however the process ends; and which files make a tokenizer."""
+"""Writes files and folders so that they appear complete or not at all, and lists the files of a tokenizer.
+
+Everything is written under a hidden name, as a draft, and renamed when it is complete.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,8 @@ from pathlib import Path
 
 from distil_jax.schema import InputError, user_path
 
-_UNFINISHED = ".unfinished-"  # between a folder's name and a random suffix
-# The vocabulary files: of any fast tokenizer; of WordPiece; of byte-level BPE; of SentencePiece, under its many names.
+_UNFINISHED = ".unfinished-"  # in a draft folder's name, between the final name and a random suffix
+# Vocabulary files: any fast tokenizer's, WordPiece's, byte-level BPE's, and SentencePiece's under its many names.
 _VOCABULARIES = (
     "tokenizer.json",
     "vocab.txt",
@@ -31,7 +34,7 @@ _VOCABULARIES = (
 # Patterns of every file that `transformers` reads or writes as part of an encoder's tokenizer.
 TOKENIZER_FILES = (
     *_VOCABULARIES,
-    "tokenizer.*.json",  # for a certain version of `transformers`, named in tokenizer_config.json
+    "tokenizer.*.json",  # for one version of `transformers`; tokenizer_config.json names it
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -40,28 +43,29 @@ TOKENIZER_FILES = (
     "dict.txt",
     "chat_template.jinja",
 )
-_unkept: dict[Path, list[Path]] = {}  # path to remove if the process is interrupted -> folders made to hold it
-# Held while a draft is begun or renamed into place, and for ever once the process is being interrupted, so that nothing
-# is renamed while it is being removed.
+# What to remove if the process is interrupted: path -> the parent folders that were made for it.
+_removed_on_exit: dict[Path, list[Path]] = {}
+# Held while a draft is made or renamed. An interrupted process takes it and never releases it, so that no draft is
+# renamed while it is being removed.
 replacing = threading.Lock()
 
 
 def check_free(folder: str | Path) -> None:
-    """Raises `InputError` unless `folder` is missing or an empty folder."""
+    """Raises `InputError` if `folder` exists, unless it is an empty folder."""
     folder = user_path(folder)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise InputError(f"{folder} exists and is not an empty folder: choose another one, or remove it first.")
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a text file and renames it into place, so that an older one stays until then."""
+    """Writes a text file through a draft, so that an older file of that name stays until the new one is complete."""
     with whole_file(path) as draft:
         draft.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yields a draft beside `path`, which is renamed into place after the block, or removed if the block raises."""
+    """Yields the path of a draft, which becomes `path` after the block, or is removed if the block raises."""
     draft = path.with_name(f".{path.name}")
     with replacing:
         remove_on_exit([draft])
@@ -74,30 +78,34 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def missing_folders(folder: Path) -> list[Path]:
-    """The folder and its parents, as far as they do not exist yet."""
-    return list(itertools.takewhile(lambda each: not each.exists(), (folder, *folder.parents)))
+    """The folder and those of its parents that do not exist yet, innermost first."""
+    return list(itertools.takewhile(lambda parent: not parent.exists(), (folder, *folder.parents)))
 
 
 def remove_on_exit(made: list[Path]) -> None:
-    """If the process is interrupted before `keep`, the first of these is removed, and the others if they are empty."""
+    """Removes paths if the process is interrupted before `keep`.
+
+    Args:
+      made: a file or folder, then its parents that were made for it, which are removed only if they are empty.
+    """
     if made:
-        _unkept[made[0]] = made[1:]
+        _removed_on_exit[made[0]] = made[1:]
 
 
 def keep(path: Path) -> None:
-    """Undoes `remove_on_exit`: the path stays, whatever happens."""
-    _unkept.pop(path, None)
+    """Undoes `remove_on_exit` for a path."""
+    _removed_on_exit.pop(path, None)
 
 
 def remove_unfinished() -> None:
-    """Removes unfinished files when the process is about to end, while other threads may still write them.
+    """Removes what was registered with `remove_on_exit`; call it when the process is about to end.
 
-    From here on nothing is begun or renamed into place. If a disk does not answer, everything stays, and the next
-    attempt removes it.
+    Other threads may still be writing. Afterwards no draft can be made or renamed. If another thread holds the lock for
+    5 s, as when its disk does not answer, nothing is removed; the next `whole_folder` of that name removes the draft.
     """
     if replacing.acquire(timeout=5):
-        for path in list(_unkept):
-            for _ in range(50):  # another thread may still put files into it
+        for path in list(_removed_on_exit):
+            for _ in range(50):  # another thread may still be adding files to it
                 shutil.rmtree(path, ignore_errors=True)
                 if not path.is_dir():
                     break
@@ -106,7 +114,7 @@ def remove_unfinished() -> None:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder has a vocabulary file, without which no tokenizer can be loaded."""
+    """Whether a folder has a vocabulary file; without one, no tokenizer can be loaded."""
     return any((folder / name).is_file() for name in _VOCABULARIES)
 
 
@@ -122,12 +130,13 @@ def tokenizer_files(folder: Path) -> list[Path]:
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copies a tokenizer and config.json, which may name its class, into an existing folder.
+    """Copies the files of a tokenizer into an existing folder, and removes those of another tokenizer there.
 
-    Files of another tokenizer in the target are removed: some would be read together with the new ones.
+    Some of the old files would be read together with the new ones. config.json is copied too, because it may name the
+    tokenizer's class.
 
     Raises:
-      InputError: there is no tokenizer.
+      InputError: `source` has no tokenizer.
     """
     files = {file.name: file for file in (*tokenizer_files(source), source / "config.json") if file.is_file()}
     for name, file in files.items():
@@ -138,29 +147,28 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 
 
 def unfinished(folder: Path) -> list[Path]:
-    """Drafts of this folder by `whole_folder`, of processes that are running or were killed."""
+    """The drafts of this folder that `whole_folder` made, in processes that are running or were killed."""
     return list(folder.parent.glob(f".{glob.escape(folder.name)}{_UNFINISHED}*"))
 
 
 @contextlib.contextmanager
 def whole_folder(folder: str | Path) -> Iterator[Path]:
-    """Yields a draft folder, which is renamed into place after the block, or removed if the block raises.
+    """Yields a draft folder, which becomes `folder` after the block, or is removed if the block raises.
 
-    Drafts of killed processes are removed too; a running process holds a lock on its own.
+    Drafts that killed processes left are removed too. A running process holds a lock on its draft, so that others leave
+    it alone.
 
     Args:
       folder: must not exist, or be empty.
 
     Raises:
-      InputError: `folder` is not free, or nothing can be written there.
+      InputError: `folder` exists and is not empty, or cannot be written.
     """
     folder = user_path(folder).absolute()
     check_free(folder)
     for left in unfinished(folder):
-        with (
-            contextlib.suppress(OSError),
-            _locked(left),
-        ):  # in use, on a file system without locks, or not ours to remove
+        # It may be in use, another user's, or on a file system without locks: then it stays.
+        with contextlib.suppress(OSError), _locked(left):
             shutil.rmtree(left)
     draft = folder.with_name(f".{folder.name}{_UNFINISHED}{secrets.token_hex(4)}")
     try:
@@ -172,7 +180,7 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
         raise InputError(f"Cannot write {folder}: {error.strerror}.") from error
     try:
         with contextlib.ExitStack() as held:
-            with contextlib.suppress(OSError):  # without locks, no other process removes it either
+            with contextlib.suppress(OSError):  # on a file system without locks, no other process removes it either
                 held.enter_context(_locked(draft))
             yield draft
             with replacing:
@@ -182,20 +190,24 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
 
 
 def _remove(draft: Path) -> None:
-    """Removes a file or folder, if it exists, and the folders made to hold it, if they are empty."""
+    """Removes a file or folder if it exists, and the parents that were made for it if they are empty."""
     if draft.is_dir():
         shutil.rmtree(draft, ignore_errors=True)
     else:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             draft.unlink()
-    for folder in _unkept.pop(draft, []):
+    for folder in _removed_on_exit.pop(draft, []):
         with contextlib.suppress(OSError):
             folder.rmdir()
 
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Holds a lock, which the system releases when the process ends, however it ends."""
+    """Holds a lock on a folder; the system releases it however the process ends.
+
+    Raises:
+      OSError: another process holds it, or it cannot be taken.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

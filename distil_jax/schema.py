@@ -1,6 +1,6 @@
-"""Plain values <-> frozen dataclasses: every key and every type is checked, and what is wrong is said in a sentence.
+"""Turns plain values into frozen dataclasses and back. Every key and every type is checked.
 
-Configs, manifests and the metadata of checkpoints are all read through here.
+Configs and the manifests of prepared rows and checkpoints are read with this. Whatever is wrong is an `InputError`.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 _LONGEST_SENTENCE = 1_500  # characters; ten tensors with their shapes have about a thousand
-_SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: JSON can escape it and a shell pass it, no file holds it
+_SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which may come from JSON or a shell; UTF-8 has none
 
 
 class InputError(ValueError):
-    """Something the person running the command can mend: one sentence that says what is wrong and what to do.
+    """A mistake that the user can correct. Its message is one sentence that says what is wrong and what to do.
 
-    It may quote names and values from anybody's files, so characters that move a terminal's cursor are escaped, and
-    the middle of what is too long is left out.
+    The sentence may quote names and values from untrusted files. So characters that could control the terminal are
+    escaped, and the middle of a very long sentence is left out.
     """
 
     def __init__(self, sentence: str) -> None:
@@ -37,13 +37,13 @@ class InputError(ValueError):
 
 
 def require(condition: bool, sentence: str) -> None:
-    """Raises `InputError` with the sentence where the condition does not hold."""
+    """Raises `InputError` with the sentence unless the condition holds."""
     if not condition:
         raise InputError(sentence)
 
 
 def require_finite(name: str, value: float, *, least: float | None = None, above: float | None = None) -> None:
-    """Raises `InputError` where a number is infinite, none at all (NaN), or below its bound."""
+    """Raises `InputError` if a number is infinite or NaN, less than `least`, or not above `above`."""
     require(math.isfinite(value), f"{name} must be a finite number, not {value}.")
     if least == 0:
         require(value >= 0, f"{name} must not be negative, but is {value}.")
@@ -54,12 +54,12 @@ def require_finite(name: str, value: float, *, least: float | None = None, above
 
 
 def require_share(name: str, value: float) -> None:
-    """Raises `InputError` where a number is not in [0, 1); NaN is in no range."""
+    """Raises `InputError` unless a number is in [0, 1); NaN is not."""
     require(0 <= value < 1, f"{name} must be in [0, 1), not {value}.")
 
 
 def short_repr(value: Any) -> str:
-    """`repr`, or only the type where Python refuses: thousands of digits or nested brackets."""
+    """`repr(value)`, or only its type if Python refuses: thousands of digits, or of nested brackets."""
     try:
         return repr(value)
     except (ValueError, RecursionError):
@@ -67,35 +67,35 @@ def short_repr(value: Any) -> str:
 
 
 def may_change(default: Any) -> Any:
-    """A dataclass field that a resumed run may set differently, because it changes no number beyond rounding."""
+    """A dataclass field that a resumed run may change, because it affects results only by rounding."""
     return dataclasses.field(default=default, metadata={"may_change": True})
 
 
 def path_field(default: str, *, may_change: bool = True) -> Any:
-    """A dataclass field that names a file, a folder or a source; `build` expands a `~` in it with `expand_home`."""
+    """A dataclass field with the name of a file, folder or source; `build` expands a leading `~` in it."""
     return dataclasses.field(default=default, metadata={"may_change": may_change, "path": True})
 
 
 def expand_home(text: str) -> str:
-    """Replaces a leading `~` or `~user` in the name of a file, folder, source or hub id by that home.
+    """Expands a leading `~` or `~user` to that home folder, as a shell does.
 
-    A shell does not do so for quoted words, for `--output=~/run` or in TOML files. A file that is really called `~` is
-    written `./~`.
+    The shell leaves it alone in quotes, in `--output=~/run` and in TOML files. A file whose own name begins with `~` is
+    written `./~name`.
 
     Raises:
-      InputError: there is no such home, and no file of that name.
+      InputError: there is no such home folder, and no file of that name.
     """
-    home = os.path.expanduser(text)
+    expanded = os.path.expanduser(text)
     user = text.partition("/")[0]
-    known = home != text or not text.startswith("~") or os.path.exists(text)
-    require(known, f"There is no home {user}, as {text} says: write that path without ~, or ./{text}.")
-    return home
+    known = expanded != text or not text.startswith("~") or os.path.exists(text)
+    require(known, f"There is no home folder {user} for {text}: write the path without ~, or as ./{text}.")
+    return expanded
 
 
 def user_path(name: str | Path) -> Path:
-    """The path for a name that a user gave; everything that opens or makes files goes through here.
+    """The path that a user gave, with its `~` expanded. Use it for every file or folder that a user names.
 
-    `./~x` comes back as an absolute path, because `Path` drops the `./`, and later code would expand the `~`.
+    A path such as `./~name` becomes absolute: `Path` drops the `./`, so that a second call would expand the `~`.
 
     Raises:
       InputError: as `expand_home`.
@@ -105,7 +105,16 @@ def user_path(name: str | Path) -> Path:
 
 
 def build(kind: type, values: Mapping[str, Any], where: str = "") -> Any:
-    """The dataclass `kind` from nested plain values; every key and type is checked."""
+    """Makes a dataclass of type `kind` from nested plain values, and checks every key and type.
+
+    Args:
+      kind: the class.
+      values: from TOML or JSON; a nested dataclass is a mapping.
+      where: in front of every key in messages, such as "train.".
+
+    Raises:
+      InputError: an unknown or missing key, a value of a wrong type, or one that the class refuses.
+    """
     types_of = _types_of(kind)
     known = [f.name for f in dataclasses.fields(kind)]
     for key in values:
@@ -125,7 +134,7 @@ def _types_of(kind: type) -> dict[str, Any]:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Nested plain values, None left out (TOML has none): `build(type(config), to_dict(config)) == config`."""
+    """Nested plain values without the fields that are None, which TOML cannot write. `build` is the inverse."""
     values = {}
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
@@ -137,7 +146,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def differences(old: Any, new: Any, where: str = "") -> list[str]:
-    """The differences between two configs in fields that a resumed run may not change, as texts."""
+    """Lines "key: old -> new" for the fields that differ between two configs and that a resumed run may not change."""
     changes = []
     for f in dataclasses.fields(old):
         before, after = getattr(old, f.name), getattr(new, f.name)
@@ -149,17 +158,23 @@ def differences(old: Any, new: Any, where: str = "") -> list[str]:
 
 
 def table_of(values: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The table of that name in a config's values; empty if there is none.
+
+    Raises:
+      InputError: the name stands for something other than a table.
+    """
     table = values.get(name, {})
     require(isinstance(table, dict), f"Config key {name} must be a table: write [{name}], then its keys.")
     return table
 
 
 def quoted(key: str, text: str | Path) -> str:
-    """An override that sets a key to exactly this text, even if TOML would read a number in it, such as 42."""
+    """An override that sets a key to this text, in quotes, so that TOML does not read a text like 42 as a number."""
     return f"{key}={json.dumps(str(text), ensure_ascii=False)}"
 
 
 def set_value(values: dict[str, Any], override: str) -> None:
+    """Applies one override `section.key=value` to a config's values; what is not TOML is taken as a string."""
     path, separator, text = override.partition("=")
     require(bool(separator), f"--set takes section.key=value, not {override!r}.")
     *sections, key = path.strip().split(".")
@@ -168,7 +183,7 @@ def set_value(values: dict[str, Any], override: str) -> None:
         values = values[section]
     try:
         values[key] = tomllib.loads(f"value = {text}")["value"]
-    except (ValueError, RecursionError):  # not TOML, or numbers and brackets beyond what Python reads
+    except (ValueError, RecursionError):  # not TOML, or more digits or brackets than Python reads
         values[key] = text
 
 
@@ -184,14 +199,14 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     if origin is tuple:
         require(isinstance(value, (list, tuple)), f"Config key {where} must be a list, not {short_repr(value)}.")
         return tuple(_convert(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-    if origin in (types.UnionType, typing.Union):  # with a Literal in it, `X | None` is the older of the two
+    if origin in (types.UnionType, typing.Union):  # `X | None`; it is a typing.Union if X is a Literal
         return None if value is None else _convert(arguments[0], value, where)
     if kind in (int, float) and type(value) is int:
         require(abs(value) < 2**63, f"Config key {where} must be a number of at most 63 bits, not {short_repr(value)}.")
         return kind(value)
     require(type(value) is kind, f"Config key {where} must be of type {kind.__name__}, not {short_repr(value)}.")
     if kind is float:
-        # TOML and JSON can hold NaN and infinity, and NaN may pass a comparison with a bound.
+        # TOML and Python's JSON have NaN and infinity, and NaN can slip through a comparison with a bound.
         require(math.isfinite(value), f"Config key {where} must be a finite number, not {value}.")
     if kind is str:
         require(not _SURROGATE.search(value), f"Config key {where} must be text that UTF-8 can hold, not {value!r}.")

@@ -349,7 +349,7 @@ def test_a_tilde_is_the_home_wherever_a_path_is_taken(words, workshop, home, cap
 
     assert cli.main(home_words(words, "~nobody-is-called-so", **folders)) == 2
     message = capsys.readouterr().err
-    assert message.startswith("distil-jax: There is no home ~nobody-is-called-so") and message.count("\n") == 1
+    assert message.startswith("distil-jax: There is no home folder ~nobody-is-called-so") and message.count("\n") == 1
     assert (file_hashes(home), file_hashes(workshop)) == before and list(tmp_path.iterdir()) == []
 
 
@@ -395,7 +395,7 @@ def test_what_is_really_called_tilde(tmp_path, monkeypatch):
     assert user_path("~$letter.txt") == tmp_path / "~$letter.txt" and expand_home("~$letter.txt") == "~$letter.txt"
     for other in ("a/~", "hub:~x", "a~", "", "teacher", "auto"):
         assert expand_home(other) == other
-    with pytest.raises(InputError, match=r"There is no home ~\$other.txt.* or ./~\$other.txt\."):
+    with pytest.raises(InputError, match=r"There is no home folder ~\$other.txt.* or as ./~\$other.txt\."):
         user_path("~$other.txt")
 
 

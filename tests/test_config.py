@@ -60,7 +60,7 @@ def write(folder, text):
         ('[teacher]\npath = "t"\n[loss]\nkl = 0\nmlm = 0\ncosine = 0', "nothing to minimise"),
         ('[teacher]\npath = "t"\n[loss]\ntemperature = 0.0', "temperature must be above 0"),
         ("[mesh]\ndata = -1\nfsdp = -1", "at most one of them -1"),
-        ("[masking]\nmask = 0.8\nrandom = 0.3", "shares of one whole"),
+        ("[masking]\nmask = 0.8\nrandom = 0.3", "shares that add up to at most 1"),
         ("this is no toml", "is not valid TOML"),
         pytest.param("seed = " + "9" * 5_000, "is not valid TOML", id="more digits than Python reads"),
         pytest.param("seed = 0x" + "f" * 5_000, "seed must be a number of at most 63 bits", id="a hexadecimal giant"),

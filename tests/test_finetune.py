@@ -156,8 +156,8 @@ def test_eval_refuses_another_task_and_what_has_none(finished, tasks, workshop, 
     other = (tasks / "sequence.toml").read_text().replace('["other", "cat"]', '["cat", "other"]')
     (tmp_path / "other.toml").write_text(other)
     for words, said in (
-        ([finished / "model", "--task", tmp_path / "other.toml"], "answers another question"),
-        ([finished, "--task", tasks / "tokens.toml"], "answers another question"),
+        ([finished / "model", "--task", tmp_path / "other.toml"], "was fine-tuned on another task"),
+        ([finished, "--task", tasks / "tokens.toml"], "was fine-tuned on another task"),
         ([workshop / "teacher", "--task", tasks / "sequence.toml"], "has no head for a task"),
         ([finished, "--task", tasks / "sequence.toml", "--data", "rows"], "leave them out"),
         ([finished], "--task"),
@@ -256,7 +256,7 @@ def test_tokens_and_spans(workshop, finished_run, tasks, tmp_path, kind, capsys)
 def refusals(workshop, tasks):
     teacher, sequence = workshop / "teacher", tasks / "sequence.toml"
     yield (teacher, sequence), {"teacher": teacher}, "has no head"
-    yield (teacher, tasks / "tokens.toml"), {"teacher": tasks / "finished" / "model"}, "another question"
+    yield (teacher, tasks / "tokens.toml"), {"teacher": tasks / "finished" / "model"}, "was fine-tuned on another task"
     yield (teacher, "no_such_task"), {}, "sst2"
     yield (tasks, sequence), {}, "config.json"
     yield (teacher, sequence, "task.train=absent.csv"), {}, "absent.csv"
@@ -264,7 +264,7 @@ def refusals(workshop, tasks):
     yield (teacher, sequence, "loss.soft=1"), {}, "teacher.path"
     yield (teacher, sequence, "task.metrics=['span_f1']"), {}, "span_f1"
     yield (teacher, sequence, "train.batch_rows=12"), {}, "train.batch_rows"
-    yield (teacher, tasks / "three.toml"), {}, '"f1" is of two labels, and this task has 3'
+    yield (teacher, tasks / "three.toml"), {}, '"f1" needs two labels, and this task has 3'
     yield (tasks / "more_tokens", sequence), {}, "resize the model's embedding"
 
 

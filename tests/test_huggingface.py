@@ -326,7 +326,7 @@ def test_an_index_must_be_true(tmp_path: Path) -> None:
     path.write_text(json.dumps(index))
     first, second = sorted(folder.glob("*.safetensors"))
     shutil.copyfile(first, second)
-    assert "lies in several files" in refusal(folder)
+    assert "is in several files" in refusal(folder)
     second.unlink()
     assert "model-00002-of-00002.safetensors" in refusal(folder)
 
@@ -542,7 +542,7 @@ def test_a_folder_that_is_no_model_is_called_what_it_is(files: list[str], words:
 def test_weights_that_are_not_read_are_named(name: str, tmp_path: Path) -> None:
     folder = saved(tmp_path / "model")
     (folder / "model.safetensors").rename(folder / name)
-    assert f"has {name}: write it anew with save_pretrained()" in refusal(folder)
+    assert f"has {name}: save it again with save_pretrained()" in refusal(folder)
 
 
 def test_weights_under_the_name_of_others_are_called_what_they_are(tmp_path: Path) -> None:
@@ -550,9 +550,9 @@ def test_weights_under_the_name_of_others_are_called_what_they_are(tmp_path: Pat
     folder = saved(tmp_path / "model")
     ours, theirs = folder / "model.safetensors", folder / "pytorch_model.bin"
     ours.rename(theirs)
-    assert "is a safetensors file under another name: call it model.safetensors" in refusal(folder)
+    assert "is a safetensors file under another name: rename it to model.safetensors" in refusal(folder)
     torch.save({"weight": torch.zeros(2)}, ours)
-    assert "is a file of PyTorch's under another name: call it pytorch_model.bin" in refusal(folder)
+    assert "is a PyTorch file under another name: rename it to pytorch_model.bin" in refusal(folder)
     ours.unlink()
     torch.save(torch.nn.Linear(2, 2), theirs)
     message = refusal(folder)

@@ -1,5 +1,5 @@
-"""Frozen configuration, one file a subject: dataclasses, read from TOML, changed by `--set a.b=c`, and checked
-before a device is touched.
+"""Configuration as frozen dataclasses, one file per subject: read from TOML, overridden by `--set section.key=value`,
+and checked before a device is used.
 
-Every field says in its comment what it means; a default that looks odd says where it comes from.
+The comment of a field says what it means.
 """

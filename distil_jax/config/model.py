@@ -1,4 +1,4 @@
-"""The architecture of an encoder, and of the head that a task puts on it."""
+"""The architecture of an encoder, and of a task's head on it."""
 
 from __future__ import annotations
 
@@ -7,36 +7,38 @@ from typing import Literal
 
 from distil_jax.schema import require, require_finite, require_share
 
-# The implementation of attention: XLA, or a kernel for the device; see `models/attention.py`.
+# Who computes attention: XLA, or a kernel for the device; see `models/attention.py`.
 Attention = Literal["xla", "pallas_gpu", "pallas_tpu"]
-_MOST_PARAMETERS = 10**12  # more is damage or a slip, and must not reach an allocation
-_MOST_LABELS = 10_000_000  # as above
+# More than this is a damaged file or a typing error, and is refused before anything of that size is allocated.
+_MOST_PARAMETERS = 10**12
+_MOST_LABELS = 10_000_000
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The architecture of one encoder: BERT and DistilBERT differ in nothing else."""
+    """The architecture of one encoder, and how it is computed. These fields cover both BERT and DistilBERT."""
 
-    vocab_size: int  # real ids; parameters are stored padded, see `padded_vocab_size`
+    vocab_size: int  # ids in the tokenizer's vocabulary; the tables are stored longer, see `padded_vocab_size`
     num_layers: int = 12
     hidden_size: int = 768
     num_heads: int = 12
-    intermediate_size: int = 3072
-    max_positions: int = 512
+    intermediate_size: int = 3072  # width of the feed-forward layers
+    max_positions: int = 512  # longest row in tokens
     token_types: int = 2  # rows of the token-type table; 0: no table, as in DistilBERT
-    positions: Literal["learned", "sinusoidal"] = "learned"  # sinusoidal: computed, never a parameter
+    positions: Literal["learned", "sinusoidal"] = "learned"  # sinusoidal ones are computed and have no parameters
     pooler: bool = False  # BERT's tanh layer on [CLS], from which fine-tuning starts
     mlm_head: bool = True
     activation: Literal["gelu", "gelu_tanh", "relu"] = "gelu"  # gelu: the exact one, with erf
-    hidden_dropout: float = 0.1
-    attention_dropout: float = 0.1
+    hidden_dropout: float = 0.1  # on the embeddings and on the output of every sublayer
+    attention_dropout: float = 0.1  # on the attention probabilities
     layer_norm_eps: float = 1e-12
-    initializer_range: float = 0.02
+    initializer_range: float = 0.02  # standard deviation of the initial weights
     pad_token_id: int = 0
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; a training state's parameters stay float32
-    unroll: bool = True  # every layer compiled on its own: faster on CPUs, slower to compile
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters in training are always float32
+    unroll: bool = True  # compile every layer on its own: faster steps on CPUs, but slower to compile
     attention: Attention = "xla"
-    # What the backward pass recomputes to save memory; on a CPU with `unroll` it saves none.
+    # What the backward pass computes again to save memory: nothing, all but matrix products and attention, or all of
+    # it. On a CPU with `unroll` this saves no memory.
     remat: Literal["none", "dots", "full"] = "none"
 
     def __post_init__(self) -> None:
@@ -57,7 +59,7 @@ class ModelConfig:
         parameters = self.hidden_size * (rows + self.num_layers * layer)
         require(
             parameters <= _MOST_PARAMETERS,
-            f"This model would have {parameters:,} parameters, which no machine holds: is one of its sizes a slip?",
+            f"This model would have {parameters:,} parameters, which no machine holds: is one of its sizes mistyped?",
         )
         require(
             self.positions == "learned" or self.hidden_size % 2 == 0, "Sinusoidal positions need an even hidden_size."
@@ -65,7 +67,7 @@ class ModelConfig:
 
     @property
     def padded_vocab_size(self) -> int:
-        """The vocabulary rounded up to 128, whatever the mesh, so that every checkpoint fits every mesh."""
+        """`vocab_size` rounded up to a multiple of 128: the same on every mesh, so that a checkpoint fits any mesh."""
         return -(-self.vocab_size // 128) * 128
 
     @property
@@ -75,10 +77,10 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """A task's head: it classifies sequences or tokens, or finds where a span begins and ends."""
+    """A task's head: it classifies sequences or tokens, or predicts where a span begins and ends."""
 
     kind: Literal["sequence", "tokens", "spans"]
-    labels: int = 2  # of a sequence: 1 is a regression; of spans: 2, start and end
+    labels: int = 2  # number of logits; for sequences, 1 means regression; for spans always 2, start and end
     dropout: float = 0.1  # before the last layer; published: 0.2 for sequences on DistilBERT, 0 for spans on BERT
     label_names: tuple[str, ...] = ()  # in the order of the logits; empty: LABEL_0, LABEL_1, ...
 
@@ -97,8 +99,8 @@ class HeadConfig:
     @property
     def names(self) -> tuple[str, ...]:
         """A name for each label, in the order of the logits."""
-        return self.label_names or tuple(f"LABEL_{number}" for number in range(self.labels))
+        return self.label_names or tuple(f"LABEL_{index}" for index in range(self.labels))
 
     def encoder(self, config: ModelConfig) -> ModelConfig:
-        """The encoder under this head: no MLM head, and a pooler only for sequences on a BERT."""
+        """The architecture of the encoder under this head: no MLM head, and a pooler only for sequences on a BERT."""
         return replace(config, mlm_head=False, pooler=self.kind == "sequence" and config.token_types > 0)

@@ -1,4 +1,4 @@
-"""What is minimised: masking, and the weights of the loss terms."""
+"""What training minimises: the masking, and the weights of the loss terms."""
 
 from __future__ import annotations
 
@@ -12,17 +12,19 @@ from distil_jax.schema import may_change, require, require_finite
 class MaskingConfig:
     """Dynamic masking, as in the published recipe (15 %; 80 / 10 / 10; rare words more often)."""
 
-    rate: float = 0.15  # share of the real tokens of each row that become targets
-    mask: float = 0.8  # share of the targets replaced by [MASK]
-    random: float = 0.1  # share of the targets replaced by a random word; the rest are kept
-    smoothing: float = 0.7  # tokens are chosen in proportion to max(count, 1) ** -smoothing; 0: all alike
-    mask_token_id: int = 0  # 0: from the tokenizer of the prepared data
+    rate: float = 0.15  # share of each row's tokens, without padding, that become targets
+    mask: float = 0.8  # share of the targets that [MASK] replaces
+    random: float = 0.1  # share of the targets that a random word replaces; the remaining targets are left as they are
+    # A token is chosen in proportion to max(count, 1) ** -smoothing, where count is how often it occurs in the training
+    # text. 0: all tokens are equally likely.
+    smoothing: float = 0.7
+    mask_token_id: int = 0  # id of [MASK]; 0: the one in the tokenizer of the prepared data
 
     def __post_init__(self) -> None:
         require(0 < self.rate < 1, f"masking.rate must be between 0 and 1, not {self.rate}.")
         require(
             self.mask >= 0 and self.random >= 0 and self.mask + self.random <= 1,
-            f"masking.mask {self.mask} and masking.random {self.random} must be shares of one whole.",
+            f"masking.mask {self.mask} and masking.random {self.random} must be shares that add up to at most 1.",
         )
         for name in ("smoothing", "mask_token_id"):
             require_finite(f"masking.{name}", getattr(self, name), least=0)
@@ -30,15 +32,16 @@ class MaskingConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Weights of the terms (the authors' released run: 5, 2, 1); they are not normalised."""
+    """Weights of the loss terms, which need not add up to 1; DistilBERT's authors trained theirs with 5, 2 and 1."""
 
-    kl: float = 5.0  # soft targets: T^2 KL(teacher || student)
-    mlm: float = 2.0
-    cosine: float = 1.0  # between last hidden states
-    mse: float = 0.0  # between raw logits: matching logits
-    temperature: float = 2.0
-    soft_positions: Literal["all", "targets"] = "all"  # where kl and mse apply: every token, or MLM targets only
-    chunk: int = may_change(512)  # tokens per device whose logits exist at a time (`fused.py`); 0: all
+    kl: float = 5.0  # soft targets: T^2 KL(teacher || student), with T the temperature
+    mlm: float = 2.0  # cross entropy at the targets of masking
+    cosine: float = 1.0  # cosine distance between the last hidden states of teacher and student
+    mse: float = 0.0  # squared difference between the logits of teacher and student
+    temperature: float = 2.0  # of the soft targets; the higher, the flatter
+    soft_positions: Literal["all", "targets"] = "all"  # where kl and mse apply: at every token, or at MLM targets only
+    # How many tokens have their logits in a device's memory at a time: fewer need less memory. 0: all of them.
+    chunk: int = may_change(512)
 
     def __post_init__(self) -> None:
         for name in ("kl", "mlm", "cosine", "mse"):
@@ -58,11 +61,11 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class TaskLossConfig:
-    """Weights of a task's terms (Sanh et al., 2019, section 4.1, for SQuAD: 0.5 and 0.5 at temperature 2)."""
+    """Weights of a task's loss terms (Sanh et al., 2019, section 4.1, for SQuAD: 0.5 and 0.5 at temperature 2)."""
 
     task: float = 1.0  # against the labels: cross entropy, or squared error for a regression
     soft: float = 0.0  # against a fine-tuned teacher: T^2 KL(teacher || student), or squared error for a regression
-    temperature: float = 2.0
+    temperature: float = 2.0  # T, of the soft targets; the higher, the flatter
 
     def __post_init__(self) -> None:
         for name in ("task", "soft"):

@@ -11,12 +11,12 @@ from distil_jax.config.objective import LossConfig, MaskingConfig
 from distil_jax.config.step import MOST_STEPS, OptimizerConfig
 from distil_jax.schema import may_change, path_field, require, require_finite, require_share
 
-# The small BERT that comes with distil_jax: what can be tried without a model hub.
+# The small BERT that comes with distil_jax, for trying things without a model hub.
 EMBEDDED_TEACHER = Path(__file__).parents[1] / "teacher"
-_MOST_ROWS = 2**24  # in a batch; more is a slip, and must not reach an allocation
+_MOST_ROWS = 2**24  # in a batch; more is a typing error, and is refused before anything of that size is allocated
 _MOST_DEVICES = 2**20  # along one axis of a mesh
 _LAST_SEED = 2**32 - 1  # JAX reads only 32 bits of a seed
-# Fields that `StudentConfig` has in common with the `ModelConfig` it becomes.
+# The fields that `StudentConfig` and `ModelConfig` have in common.
 STUDENT_SHAPE = (
     "num_layers",
     "hidden_size",
@@ -30,32 +30,35 @@ STUDENT_SHAPE = (
 
 @dataclass(frozen=True)
 class TeacherConfig:
+    """The model that the student learns from."""
+
     path: str = path_field("")  # a model folder or a hub id; empty: no teacher
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # for its parameters and computation; auto: compute.dtype
-    sharded: bool = may_change(True)  # parameters sharded along fsdp and tensor like the student's; False: replicated
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of its parameters and computation; auto: compute.dtype
+    sharded: bool = may_change(True)  # split its parameters over fsdp and tensor; False: a full copy on every device
 
 
 @dataclass(frozen=True)
 class StudentConfig:
-    """The student's shape.
+    """The student's architecture, and what its parameters start from.
 
-    None means: as in the folder named by `init`, otherwise what the comment says. A resolved config has no None.
+    A field left at None is taken from the folder that `init` names. If `init` names no folder, it has the default in
+    the field's comment.
     """
 
     init: str = path_field("teacher", may_change=False)  # "teacher", "random", or the folder of an existing student
-    layers: tuple[int, ...] = ()  # teacher layers to copy; empty: 0,2,4,7,9,11 for 12 -> 6, else evenly spread
-    num_layers: int | None = None  # the number of `layers`, or half the teacher's; 12 without a teacher
-    hidden_size: int | None = None  # this and the next three: the teacher's, or BERT-base's without a teacher
-    num_heads: int | None = None
-    intermediate_size: int | None = None
-    max_positions: int | None = None
-    token_types: int | None = None  # 0, as in DistilBERT; 2 keeps BERT's table
-    # Adds the teacher's token-type row 0 to the position embeddings, so that the sum stays the teacher's. None: if
-    # possible, which needs learned positions and a student without token types.
+    layers: tuple[int, ...] = ()  # teacher layers to copy, from 0; empty: evenly spread (0,2,4,7,9,11 for 12 -> 6)
+    num_layers: int | None = None  # default: as many as `layers` lists, or half the teacher's; 12 without a teacher
+    hidden_size: int | None = None  # default: the teacher's, or 768 without a teacher
+    num_heads: int | None = None  # default: the teacher's, or 12 without a teacher
+    intermediate_size: int | None = None  # width of the feed-forward layers; default: the teacher's, or 3072 without
+    max_positions: int | None = None  # longest row in tokens; default: the teacher's, or 512 without a teacher
+    token_types: int | None = None  # rows of the token-type table; default: 0, no table, as in DistilBERT; BERT has 2
+    # Add the teacher's token-type row 0 to the student's position embeddings, so that their sum is the teacher's.
+    # Default: true where possible, which needs init = "teacher", learned positions and token_types = 0.
     fold_token_types: bool | None = None
-    positions: Literal["learned", "sinusoidal"] | None = None  # learned
-    hidden_dropout: float = 0.1
-    attention_dropout: float = 0.1
+    positions: Literal["learned", "sinusoidal"] | None = None  # position embeddings; default: learned
+    hidden_dropout: float = 0.1  # on the embeddings and on the output of every sublayer
+    attention_dropout: float = 0.1  # on the attention probabilities
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "hidden_size", "num_heads", "intermediate_size", "max_positions"):
@@ -77,11 +80,11 @@ class StudentConfig:
         )
 
     def resolved(self, model: ModelConfig, teacher: ModelConfig | None) -> StudentConfig:
-        """The config with nothing left open, as the student was built.
+        """The config with the values that the student was built with in place of None.
 
         Args:
-          model: the student's.
-          teacher: the teacher's; None without a teacher.
+          model: the student's architecture.
+          teacher: the teacher's architecture; None without a teacher.
         """
         kept = model.positions == "learned" and model.token_types == 0
         foldable = self.init == "teacher" and kept and teacher is not None and teacher.token_types > 0
@@ -91,33 +94,39 @@ class StudentConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
+    """The rows to train on."""
+
     path: str = path_field("")  # the folder that `distil-jax prepare` wrote
 
 
 @dataclass(frozen=True)
 class TrainConfig:
+    """The length of a run, its batches, and when it evaluates, saves and stops."""
+
     batch_rows: int = 256  # rows per optimiser step, over all devices and micro-batches
-    steps: int = 0  # optimiser steps; or
-    epochs: float = 0.0  # passes over the training rows
-    accumulation: int = may_change(0)  # micro-batches per step: less memory, same update; 0: from tokens_per_device
-    tokens_per_device: int = may_change(8192)  # most tokens of a micro-batch; sets accumulation if that is 0
-    log_every: int = may_change(20)  # steps
-    eval_every: int = may_change(1000)  # steps; 0: only before the first and after the last; for a task: every epoch
-    eval_rows: int = may_change(
-        512
-    )  # held-out rows per evaluation, a random choice that is the same for every run; 0: all
-    checkpoint_every: int = may_change(
-        1000
-    )  # steps; 0: at every evaluation. The best evaluation so far is always saved
-    keep_checkpoints: int = may_change(3)  # how many of the newest to keep, besides the best one
-    patience: int = 0  # early stopping: evaluations in a row without a better result; 0: never
-    skips_allowed: int = may_change(10)  # steps in a row without a finite loss and gradient; one more ends the run
-    spike_factor: float = may_change(3.0)  # a loss above so many times its running median is a spike; 0: never
-    spike_steps: int = may_change(100)  # spikes in a row that end the run
-    hang_seconds: float = may_change(1800.0)  # without any progress, after which the run is ended; 0: never
-    profile_at: int = may_change(0)  # first step to profile; 0: no profile
-    profile_steps: int = may_change(5)
-    tensorboard: bool = may_change(True)
+    steps: int = 0  # length of the run in optimiser steps; set either this or `epochs`
+    epochs: float = 0.0  # length of the run in passes over the training rows
+    # Micro-batches per step: more of them need less memory, and the update is the same. 0: as few as keep to
+    # `tokens_per_device`.
+    accumulation: int = may_change(0)
+    tokens_per_device: int = may_change(8192)  # most tokens of a micro-batch on one device, if `accumulation` is 0
+    log_every: int = may_change(20)  # steps between two lines of training metrics
+    # Steps between two evaluations. 0: only before the first step and after the last; in fine-tuning, every epoch.
+    eval_every: int = may_change(1000)
+    # Held-out rows (or dev examples) per evaluation; 0: all. They are drawn at random, and every run draws the same.
+    eval_rows: int = may_change(512)
+    # Steps between two checkpoints; 0: one at every evaluation. A new best evaluation is always saved.
+    checkpoint_every: int = may_change(1000)
+    keep_checkpoints: int = may_change(3)  # how many of the newest checkpoints stay on disk, besides the best one
+    patience: int = 0  # stop early after so many evaluations in a row that are not a new best; 0: never
+    # Steps with an infinite or NaN loss or gradient change nothing. The run ends after more than so many in a row.
+    skips_allowed: int = may_change(10)
+    spike_factor: float = may_change(3.0)  # a loss above so many times its running median is a spike; 0: none is
+    spike_steps: int = may_change(100)  # end the run after so many spikes in a row
+    hang_seconds: float = may_change(1800.0)  # end the run after so many seconds without progress; 0: never
+    profile_at: int = may_change(0)  # first step to record with JAX's profiler; 0: no profile
+    profile_steps: int = may_change(5)  # number of steps to record
+    tensorboard: bool = may_change(True)  # write TensorBoard files too, which needs the tensorboardX package
 
     def __post_init__(self) -> None:
         for name in (
@@ -157,11 +166,11 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices per mesh axis; one of them may be -1, which takes the remaining devices."""
+    """How the devices are arranged: their number along each axis. One axis may be -1 and takes the remaining ones."""
 
-    data: int = may_change(-1)
-    fsdp: int = may_change(1)
-    tensor: int = may_change(1)
+    data: int = may_change(-1)  # splits the batch; every device along it has a copy of the parameters
+    fsdp: int = may_change(1)  # splits the batch and the parameters
+    tensor: int = may_change(1)  # splits the parameters, and each layer's work by heads and feed-forward width
 
     def __post_init__(self) -> None:
         sizes = (self.data, self.fsdp, self.tensor)
@@ -173,18 +182,25 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class ComputeConfig:
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on accelerators, float32 on CPUs
-    unroll: Literal["auto", "yes", "no"] = may_change("auto")  # auto: on CPUs without remat, where it is faster
-    attention: Literal["auto", "xla", "pallas"] = may_change("auto")  # auto: a Pallas kernel wherever it can be used
-    remat: Literal["auto", "none", "dots", "full"] = may_change("auto")  # auto: dots on TPUs, whose memory is slow
-    cache: str = path_field("auto")  # folder for compiled programs; auto: in the run folder, on CPUs "" (none)
+    """How a step is computed: its speed and memory depend on it, its results only by rounding."""
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the computation; auto: bfloat16, but float32 on CPUs
+    # Compile every layer on its own: faster steps on a CPU, but slower to compile. auto: yes on CPUs without remat.
+    unroll: Literal["auto", "yes", "no"] = may_change("auto")
+    # auto: a Pallas kernel if the device and the model allow it and a trial shows it to be as exact; otherwise xla.
+    attention: Literal["auto", "xla", "pallas"] = may_change("auto")
+    # What the backward pass computes again to save memory. none: nothing; dots: all but matrix products and attention;
+    # full: everything. auto: dots on TPUs, none elsewhere.
+    remat: Literal["auto", "none", "dots", "full"] = may_change("auto")
+    # The folder that keeps compiled programs for a resumed run; "": none. auto: in the run folder, but none on CPUs.
+    cache: str = path_field("auto")
 
 
 @dataclass(frozen=True)
 class Config:
     """One training run."""
 
-    seed: int = 0
+    seed: int = 0  # of random parameters, the order of the rows, masking and dropout
     data: DataConfig = DataConfig()
     teacher: TeacherConfig = TeacherConfig()
     student: StudentConfig = StudentConfig()
@@ -209,6 +225,6 @@ class Config:
 
 
 def check_seeds(*seeds: int) -> None:
-    """Refuses seeds that JAX would cut to other seeds."""
+    """Raises `InputError` for a seed that needs more than JAX's 32 bits, which JAX would cut off silently."""
     for seed in seeds:
         require(0 <= seed <= _LAST_SEED, f"A seed must be from 0 to {_LAST_SEED:,}, not {seed}.")

@@ -8,22 +8,22 @@ from distil_jax.config.model import HeadConfig, ModelConfig
 from distil_jax.config.objective import LossConfig, MaskingConfig, TaskLossConfig
 from distil_jax.schema import require, require_finite, require_share
 
-MOST_STEPS = 2**31 - 1  # a state counts steps in 32 bits
+MOST_STEPS = 2**31 - 1  # a training state counts steps in 32 bits
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW with linear warm-up and linear decay to zero (the published recipe)."""
 
-    learning_rate: float = 5e-4
+    learning_rate: float = 5e-4  # the peak, reached after the warm-up
     beta1: float = 0.9
     beta2: float = 0.98
     eps: float = 1e-6
-    weight_decay: float = 0.0  # not on biases and LayerNorm
-    warmup: float = 0.05  # share of the steps
-    clip: float = 5.0  # global norm
-    steps: int = 0  # length of the schedule; 0: the length of the run (must be set for a bare `train_step`)
-    freeze: tuple[str, ...] = ()  # parameters not to train, by the start of their path: "embeddings/position"
+    weight_decay: float = 0.0  # applied to all parameters but biases and LayerNorm
+    warmup: float = 0.05  # share of the steps over which the learning rate rises from 0
+    clip: float = 5.0  # largest global norm of the gradient; a larger one is scaled down to it
+    steps: int = 0  # steps until the learning rate is 0; 0: the length of the run. `train_step` alone needs it set
+    freeze: tuple[str, ...] = ()  # parameters that are not trained, by the start of their path ("embeddings/position")
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "eps", "clip"):
@@ -38,7 +38,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class StepConfig:
-    """Everything that defines one optimiser step, which `init_state` and `train_step` need; no path or cadence."""
+    """Everything that `init_state` and `train_step` need to know: the models, the objective and the optimiser."""
 
     student: ModelConfig
     teacher: ModelConfig | None = None
@@ -47,8 +47,8 @@ class StepConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     accumulation: int = 1  # micro-batches per update
     head: HeadConfig | None = None  # a task's head on both models; None: masked language modelling
-    task: TaskLossConfig = TaskLossConfig()  # used with a head, instead of `loss` and `masking`
-    targets_per_row: int | None = None  # most masked targets in a row, see `most_targets`; None: any number
+    task: TaskLossConfig = TaskLossConfig()  # with a head, this replaces `loss` and `masking`
+    targets_per_row: int | None = None  # most MLM targets in a row, see `most_targets`; None: no limit
 
     @property
     def needs_teacher(self) -> bool:

@@ -9,15 +9,10 @@ from distil_jax.config.model import HeadConfig, ModelConfig
 from distil_jax.config.objective import TaskLossConfig
 from distil_jax.config.run import ComputeConfig, MeshConfig, TeacherConfig, TrainConfig, check_seeds
 from distil_jax.config.step import OptimizerConfig
-from distil_jax.schema import (
-    path_field,
-    require,
-    require_finite,
-    require_share,
-)
+from distil_jax.schema import path_field, require, require_finite, require_share
 
-# A task's metrics. f1: of label 1 of two; macro_f1: the mean over all labels; entity_f1: of whole entities (IOB2);
-# exact_match and span_f1: SQuAD's; pearson and spearman: for a regression.
+# The metrics of tasks. f1: of label 1, with two labels; macro_f1: the mean of every label's F1; entity_f1: of whole
+# entities (IOB2); exact_match and span_f1: SQuAD's; pearson and spearman: the correlations, for a regression.
 Metric = Literal["accuracy", "f1", "macro_f1", "matthews", "pearson", "spearman", "entity_f1", "exact_match", "span_f1"]
 _METRICS_OF_KIND: dict[str, tuple[str, ...]] = {
     "sequence": ("accuracy", "f1", "macro_f1", "matthews"),
@@ -34,26 +29,24 @@ class TaskConfig:
     A source is a CSV, TSV, JSONL or Parquet file, or `hub:NAME[:CONFIG[:SPLIT]]`, as for `distil-jax prepare`.
     """
 
+    # sequence: a label for each text or pair of texts; regression: a number for each; tokens: a label for each word;
+    # spans: a question whose answer is a piece of a context.
     kind: Literal["sequence", "regression", "tokens", "spans"] = "sequence"
-    train: str = path_field("")  # sources; the paths may change on resume, the examples may not
-    dev: str = path_field(
-        ""
-    )  # examples that decide which checkpoint is best; empty: dev_share of the training examples
-    test: str = path_field("")  # judged once, with the best checkpoint; empty: none
-    dev_share: float = 0.1  # taken from the training examples by a hash of their text, if `dev` is empty
-    train_rows: int = 0  # use only so many training examples, chosen by the same hash; 0: all
-    # Fields: one or two texts; for tokens, the list of words; for spans, (question, context).
+    train: str = path_field("")  # source of the training examples; it may move before a resume, but not change
+    dev: str = path_field("")  # source of the examples that choose the best checkpoint; empty: see `dev_share`
+    test: str = path_field("")  # source of the examples that judge the best checkpoint, once at the end; empty: none
+    dev_share: float = 0.1  # if `dev` is empty: the share of training examples set apart for it, by a hash of the text
+    train_rows: int = 0  # train on only so many of the examples, chosen by the same hash; 0: on all
+    # Names of the fields with the text: one or two; for tokens, one with a list of words; for spans, question, context.
     text: tuple[str, ...] = ("text",)
-    label: str = "label"  # field; for spans: {"text": [...], "answer_start": [...]}
-    label_names: tuple[
-        str, ...
-    ] = ()  # in the order of their indices; empty: as the source names them, or as they occur
-    metrics: tuple[
-        Metric, ...
-    ] = ()  # the first decides which checkpoint is best; empty: accuracy, pearson, entity_f1 or span_f1
-    group_by_length: bool = False  # batches of texts of similar length: less padding if lengths differ much
-    max_length: int = 128  # tokens; longer texts are cut; for spans, the context continues in another row
-    stride: int = 64  # for spans: tokens that two rows of one context share
+    label: str = "label"  # name of the field with the label; for spans it holds {"text": [...], "answer_start": [...]}
+    # Names of the labels, in the order of their indices; empty: those that the source declares or, failing that, uses.
+    label_names: tuple[str, ...] = ()
+    # The first one decides which checkpoint is best; empty: accuracy, pearson, entity_f1 or span_f1, depending on kind.
+    metrics: tuple[Metric, ...] = ()
+    group_by_length: bool = False  # make batches of texts of similar length: less padding where lengths differ much
+    max_length: int = 128  # tokens of a row; longer texts are cut, but for spans the context goes on in another row
+    stride: int = 64  # for spans: how many tokens two successive rows of one context share
     max_answer: int = 30  # for spans: most tokens of an answer
 
     def __post_init__(self) -> None:
@@ -84,19 +77,19 @@ class TaskConfig:
 
 @dataclass(frozen=True)
 class StartConfig:
-    """What fine-tuning starts from."""
+    """The encoder that fine-tuning starts from."""
 
-    path: str = path_field("")  # a model folder, run folder or hub id; a task's head is dropped
-    hidden_dropout: float = 0.1
-    attention_dropout: float = 0.1
-    head_dropout: float | None = None  # None: as published, see `head_of`
+    path: str = path_field("")  # a model folder, run folder or hub id; if it has a task's head, that is left out
+    hidden_dropout: float = 0.1  # on the embeddings and on the output of every sublayer
+    attention_dropout: float = 0.1  # on the attention probabilities
+    head_dropout: float | None = None  # before the head's last layer; default: the published value, see `head_of`
 
     def __post_init__(self) -> None:
         for name in ("hidden_dropout", "attention_dropout", "head_dropout"):
             require_share(f"model.{name}", getattr(self, name) or 0.0)
 
 
-# As in the GLUE runs of BERT and DistilBERT. A task is small, so it is evaluated and saved once an epoch.
+# As in the published GLUE runs of BERT and DistilBERT. A task is small, so it is evaluated and saved once an epoch.
 OPTIMIZER = OptimizerConfig(learning_rate=5e-5, beta2=0.999, eps=1e-8, warmup=0.1, clip=1.0)
 SCHEDULE = TrainConfig(
     epochs=3.0, batch_rows=32, log_every=50, eval_every=0, eval_rows=0, checkpoint_every=0, keep_checkpoints=1
@@ -110,7 +103,7 @@ class FinetuneConfig:
     seed: int = 0  # for the head's initial parameters, the order of the examples, and dropout
     task: TaskConfig = TaskConfig()
     model: StartConfig = StartConfig()
-    teacher: TeacherConfig = TeacherConfig()  # a model fine-tuned on the same task; empty: none
+    teacher: TeacherConfig = TeacherConfig()  # a model fine-tuned on the same task; an empty path: no teacher
     loss: TaskLossConfig = TaskLossConfig()
     optimizer: OptimizerConfig = OPTIMIZER
     train: TrainConfig = SCHEDULE
@@ -131,9 +124,13 @@ class FinetuneConfig:
 
 
 def head_of(task: TaskConfig, start: StartConfig, model: ModelConfig, label_names: tuple[str, ...]) -> HeadConfig:
-    """The head for a task on an encoder; its dropout, unless given, is what was published for that model.
+    """The head for a task on an encoder.
 
-    Those are 0.2 for sequences and 0.1 for spans on a DistilBERT, none for spans on a BERT, and 0.1 otherwise.
+    If no dropout is given, it is the published one: on a DistilBERT 0.2 for sequences and 0.1 for tokens and spans; on
+    a BERT 0.1 for sequences and tokens and 0 for spans.
+
+    Raises:
+      InputError: the metric is "f1", and there are not two labels.
     """
     kind = "sequence" if task.kind == "regression" else task.kind
     distil = model.token_types == 0
@@ -141,23 +138,23 @@ def head_of(task: TaskConfig, start: StartConfig, model: ModelConfig, label_name
     dropout = published if start.head_dropout is None else start.head_dropout
     labels = {"regression": 1, "spans": 2}.get(task.kind, len(label_names))
     two = "f1" not in task.metric_names or labels == 2
-    require(two, f'The metric "f1" is of two labels, and this task has {labels}: set task.metrics to "macro_f1".')
+    require(two, f'The metric "f1" needs two labels, and this task has {labels}: set task.metrics to "macro_f1".')
     names = label_names if task.kind in ("sequence", "tokens") else ()
     return HeadConfig(kind, labels, dropout, names)
 
 
 def check_head(head: HeadConfig, wanted: HeadConfig, model: str) -> None:
-    """Refuses a model whose head differs from the task's: in its kind, its labels or their order."""
+    """Raises `InputError` if a model's head differs from the task's in its kind, its labels or their order."""
     theirs, ours = (head.kind, head.labels), (wanted.kind, wanted.labels)
     same_names = not (head.label_names and wanted.label_names) or head.label_names == wanted.label_names
     require(
         theirs == ours and same_names,
-        f"{model} answers another question ({' '.join(map(str, theirs))}: {', '.join(head.names[:5])}) than this task "
-        f"({' '.join(map(str, ours))}: {', '.join(wanted.names[:5])}): fine-tune it on the same task.",
+        f"{model} was fine-tuned on another task ({' '.join(map(str, theirs))}: {', '.join(head.names[:5])}) than this "
+        f"one ({' '.join(map(str, ours))}: {', '.join(wanted.names[:5])}): fine-tune it on the same task.",
     )
 
 
 def task_encoder(start: StartConfig, model: ModelConfig, head: HeadConfig) -> ModelConfig:
-    """The encoder under the head, with the dropout of fine-tuning."""
+    """The architecture of the encoder under the head, with the dropout rates of fine-tuning."""
     dropped = replace(model, hidden_dropout=start.hidden_dropout, attention_dropout=start.attention_dropout)
     return head.encoder(dropped)

@@ -1,1 +1,1 @@
-"""What is written and read: model folders, checkpoints, metrics."""
+"""Reads and writes model folders, checkpoints and metrics."""

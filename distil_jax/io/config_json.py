@@ -1,4 +1,4 @@
-"""`config.json` of a BERT or DistilBERT folder and our `ModelConfig`: one table of fields, read in both directions."""
+"""Converts the `config.json` of a BERT or DistilBERT to `ModelConfig` and back, by one table of fields."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from distil_jax.schema import InputError
 BERT, DISTILBERT = "bert", "distilbert"
 SINUSOIDAL_KEY = "sinusoidal_pos_embds"
 
-# Our field, then its key in each kind of file. Fields that a file leaves out have the defaults of ModelConfig, which
-# are those of `transformers`; the sizes it must give.
+# Our field, and its key in each kind of file. A field that a file leaves out has the default of ModelConfig, which is
+# also that of `transformers`; but a file must have all of _SIZES.
 _FIELDS = {
     "vocab_size": {BERT: "vocab_size", DISTILBERT: "vocab_size"},
     "num_layers": {BERT: "num_hidden_layers", DISTILBERT: "n_layers"},
@@ -36,20 +36,20 @@ _ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "g
 _ACTIVATION_NAMES = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu"}
 _ONLY = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False}
 
-# What a DistilBERT has in its code and not in its config.json.
+# DistilBERT fixes these in its code; its config.json has no keys for them.
 _DISTILBERT_FIXED = {"token_types": 0, "layer_norm_eps": 1e-12}
 
 
 def model_type(config: ModelConfig) -> str:
-    """Which kind of file a model is written as: without a table of token types it is a DistilBERT."""
+    """The kind of model that is written: a DistilBERT if there is no token-type table, otherwise a BERT."""
     return BERT if config.token_types else DISTILBERT
 
 
 def from_json(values: Mapping[str, Any], path: Path) -> ModelConfig:
-    """The architecture that a config.json describes, apart from what only the weights tell (head, pooler, positions).
+    """The architecture that a config.json describes. Only the weights tell its heads, pooler and kind of positions.
 
     Raises:
-      InputError: another kind of model, something not supported, a size missing, or a value out of all bounds.
+      InputError: another kind of model, an unsupported setting, a missing size, or an impossible value.
     """
     kind = values.get("model_type")
     if kind not in (BERT, DISTILBERT):
@@ -74,8 +74,8 @@ def from_json(values: Mapping[str, Any], path: Path) -> ModelConfig:
         )
     for field, value in given.items():
         limit = 1 if field in _FRACTIONS else 10_000 if field == "num_layers" else 10_000_000
-        whole = type(value) is int
-        if not (whole or (field in _FRACTIONS and type(value) is float)) or not 0 <= value <= limit:
+        is_number = type(value) is int or (type(value) is float and field in _FRACTIONS)
+        if not is_number or not 0 <= value <= limit:
             raise InputError(
                 f"{path} says {keys[field]} = {value!r}, where a {'' if field in _FRACTIONS else 'whole '}number "
                 f"from 0 to {limit} belongs: take the config.json that belongs to the weights."
@@ -92,10 +92,10 @@ def from_json(values: Mapping[str, Any], path: Path) -> ModelConfig:
 
 
 def to_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """The config.json of a model; its vocabulary has the real size.
+    """The config.json of a model, with the size of the vocabulary before padding.
 
     Raises:
-      InputError: a DistilBERT with what no DistilBERT has.
+      InputError: a model without token types that is no DistilBERT, because of its pooler or layer_norm_eps.
     """
     kind = model_type(config)
     if kind == DISTILBERT and (config.pooler or config.layer_norm_eps != _DISTILBERT_FIXED["layer_norm_eps"]):

@@ -1,6 +1,6 @@
-"""Model folders as `transformers` writes and reads them, without PyTorch.
+"""Reads and writes model folders in the format of `transformers`, without PyTorch.
 
-Nothing is guessed: every tensor is known by name and shape, from the one name table, read in both directions.
+Nothing is guessed: `name_table.py` gives the name and shape of every tensor.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from distil_jax.files import check_free, tokenizer_files, whole_folder
 from distil_jax.io.config_json import to_json
 from distil_jax.io.model_tensors import Params, examine, examine_task, file_tensors
 from distil_jax.io.name_table import leaves
-from distil_jax.io.task_json import head_to_json, says_task
+from distil_jax.io.task_json import has_task_head, head_to_json
 from distil_jax.io.tensors import SINGLE, check_no_pointer, local_folder, open_tensors, read_json
 from distil_jax.schema import InputError
 
@@ -34,12 +34,13 @@ def load(folder: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
       folder: a folder with config.json and weights, or a hub id.
 
     Returns:
-      The architecture (`mlm_head` and `pooler` say what the file holds), and the parameters: float32 NumPy arrays,
-      layers stacked, the vocabulary padded with zeros. `jax.device_put` them once: a compiled step that is given NumPy
-      arrays sends them to the device at every call.
+      The architecture (`mlm_head` and `pooler` say what the file has), and the parameters: float32 NumPy arrays, layers
+      stacked, the vocabulary padded with zeros. `jax.device_put` them once: a compiled step that gets NumPy arrays
+      sends them to the device at every call.
 
     Raises:
-      InputError: not such a model, damaged, untied, or tensors missing, unexpected or of another shape.
+      InputError: another kind of model, a damaged file, weights that are not tied, or tensors that are missing,
+        unexpected or of another shape.
     """
     folder = local_folder(folder)
     with open_tensors(folder) as opened:
@@ -59,7 +60,7 @@ def load_task(folder: str | Path) -> tuple[ModelConfig, HeadConfig, dict[str, An
       The encoder, the head on it, and the parameters of their `TaskModel`: float32 NumPy arrays as from `load`.
 
     Raises:
-      InputError: as `load`; or not such a head, or a config.json that contradicts itself.
+      InputError: as `load`; or another kind of head, or a config.json that contradicts itself.
     """
     folder = local_folder(folder)
     with open_tensors(folder) as opened:
@@ -69,9 +70,9 @@ def load_task(folder: str | Path) -> tuple[ModelConfig, HeadConfig, dict[str, An
 
 
 def has_task(folder: str | Path) -> bool:
-    """Whether a folder, or hub id, says that it holds a model with a task's head."""
+    """Whether the config.json of a folder or hub id names a model with a task's head."""
     folder = local_folder(folder)
-    return says_task(read_json(folder / "config.json"))
+    return has_task_head(read_json(folder / "config.json"))
 
 
 def read_config(folder: str | Path) -> ModelConfig:
@@ -90,22 +91,23 @@ def save(
     card: str | None = None,
     dtype: Literal["float32", "float16"] = "float32",
 ) -> None:
-    """Writes a folder that `transformers` opens with nothing missing, unexpected or untied.
+    """Writes a folder that `transformers` opens with no tensor missing, unexpected or untied.
 
-    No table of token types makes it a DistilBERT, otherwise it is a BERT. `BertForMaskedLM` has no pooler, so a BERT
-    with an MLM head is written without its pooler. A BERT with neither is written as a `BertModel`, and
-    `transformers` opens it completely with `add_pooling_layer=False`.
+    A model without token types is written as a DistilBERT, and any other as a BERT. `BertForMaskedLM` has no pooler, so
+    a BERT with an MLM head is written without its pooler. A BERT with neither is written as a `BertModel`, which
+    `transformers` opens completely with `add_pooling_layer=False`.
 
     Args:
-      folder: must not exist, or be empty; it appears whole or not at all.
+      folder: must not exist, or be empty; it appears complete or not at all.
+      config: the architecture.
       params: as `load` returns them, NumPy or jax arrays.
       tokenizer: a folder whose tokenizer files are copied.
       card: the text of README.md.
-      dtype: of the numbers on disk.
+      dtype: of the parameters on disk.
 
     Raises:
-      InputError: the folder is in use, `transformers` has no such model, the parameters do not fit the config, numbers
-        are not finite (in `dtype`), or there is no tokenizer where one is said to be.
+      InputError: the folder is not empty, `transformers` has no such model, the parameters do not fit the config, some
+        are not finite in `dtype`, or the tokenizer's folder has no tokenizer.
     """
     _check_target(folder, dtype)
     if config.mlm_head and config.pooler:
@@ -125,15 +127,15 @@ def save_task(
     card: str | None = None,
     dtype: Literal["float32", "float16"] = "float32",
 ) -> None:
-    """Writes a folder that `transformers` and its pipelines open with nothing missing or unexpected.
+    """Writes a folder that `transformers` and its pipelines open with no tensor missing or unexpected.
 
-    The head's dropout is written where config.json has a key for it: a DistilBERT on tokens has only the encoder's,
-    and a BERT on spans none.
+    The head's dropout is written if config.json has a key for it. It has none for tokens on a DistilBERT and for spans
+    on a BERT.
 
     Args:
-      folder: must not exist, or be empty; it appears whole or not at all.
-      config: of the encoder; whether it once had an MLM head does not matter.
-      head: what is on it.
+      folder: must not exist, or be empty; it appears complete or not at all.
+      config: the encoder's architecture; its `mlm_head` and `pooler` do not matter.
+      head: the task's head.
       params: of their `TaskModel`, NumPy or jax arrays.
       tokenizer, card, dtype: as in `save`.
 
@@ -147,7 +149,7 @@ def save_task(
 
 
 def fingerprint(params: Params) -> str:
-    """The SHA-256 of all parameters: paths, types, shapes and bytes, in the order of the paths."""
+    """The SHA-256 of all parameters: their paths, dtypes, shapes and bytes, in the order of the paths."""
     digest = hashlib.sha256()
     for path, value in sorted(traverse_util.flatten_dict(params, sep="/").items()):
         array = np.ascontiguousarray(value)
@@ -157,7 +159,7 @@ def fingerprint(params: Params) -> str:
 
 
 def _tokenizer_class(folder: Path) -> dict[str, str]:
-    """The tokenizer class in config.json: a BERT may have that of another family, and say so only there."""
+    """The `tokenizer_class` of a config.json, which alone says so if a BERT has a tokenizer of another family."""
     path = folder / "config.json"
     values = read_json(path) if path.exists() else {}
     return {name: value for name, value in values.items() if name == "tokenizer_class" and isinstance(value, str)}
@@ -188,10 +190,10 @@ def _write(
     with whole_folder(folder) as draft:
         try:
             save_file(tensors, draft / SINGLE, metadata={"format": "pt"})
-        except SafetensorError as error:  # a full disk, in words of its own
+        except SafetensorError as error:  # a full disk, with a message of its own
             raise OSError(errno.EIO, str(error), str(folder)) from error
         (draft / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        shutil.copymode(draft / "config.json", draft / SINGLE)  # safetensors makes its file private
+        shutil.copymode(draft / "config.json", draft / SINGLE)  # safetensors makes a file that only its owner can read
         if card is not None:
             (draft / "README.md").write_text(card, encoding="utf-8")
         for file in copies:

@@ -1,4 +1,4 @@
-"""From `Mean` to plain numbers, and to files: JSONL always, TensorBoard if it is wanted and installed."""
+"""Turns metrics into plain numbers, and writes them to files: JSONL always, TensorBoard if wanted and installed."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ from distil_jax.files import write_whole
 from distil_jax.schema import InputError, require
 from distil_jax.structs import Mean, Metrics
 
-_BATCHES_LATE = 16  # so many may be under way before their metrics are fetched
+_BATCHES_LATE = 16  # metrics are fetched once so many later batches have been added
 
 
 def to_floats(metrics: Metrics) -> dict[str, float]:
-    """Fetches metrics from the device and divides; a mean over nothing is 0."""
+    """Fetches metrics from the device, as means; a mean over nothing is 0."""
     return {name: float(mean.total) / max(float(mean.count), 1.0) for name, mean in jax.device_get(metrics).items()}
 
 
 class MetricSums:
-    """Adds up the metrics of batches on the host in float64: float32 sums would lose counts of 100 million tokens.
+    """Adds up the metrics of batches on the host.
 
-    Metrics are fetched some batches late, so that the host does not wait for the device at every batch.
+    Sums are in float64, because float32 cannot count 100 million tokens one by one. Metrics are fetched some batches
+    late, so that the host does not wait for the device at every batch.
     """
 
     def __init__(self) -> None:
@@ -36,13 +37,13 @@ class MetricSums:
         self._sums: dict[str, Mean] = {}
 
     def add(self, metrics: Metrics) -> None:
-        """Adds the metrics of one batch, whose arrays need not be computed yet."""
+        """Adds the metrics of one batch. The device may still be computing them."""
         self._late.append(metrics)
         if len(self._late) > _BATCHES_LATE:
             self._fetch()
 
     def means(self) -> dict[str, float]:
-        """The means over everything that was added, as `to_floats` computes them."""
+        """The means over everything that was added; a mean over nothing is 0."""
         while self._late:
             self._fetch()
         return to_floats(self._sums)
@@ -54,20 +55,20 @@ class MetricSums:
 
 
 def perplexity(mlm: float) -> float:
-    """exp of the MLM loss, infinite where that overflows."""
+    """exp of the MLM loss, or infinity if that overflows."""
     return math.exp(mlm) if mlm < 700 else math.inf
 
 
 class MetricsWriter:
-    """Appends one JSON object a line to `metrics.jsonl`: {"step": ..., "kind": ..., name: number, ...}.
+    """Appends lines of JSON to `metrics.jsonl`: {"step": ..., "kind": ..., name: number, ...}.
 
-    A full disk stops no run: lines that could not be written are kept and tried again with the next one.
+    A full disk does not stop a run: lines that could not be written are kept and written with the next one.
 
     Args:
-      folder: the run's.
+      folder: the run's folder.
       step: where the run resumes; lines of later steps, which an interrupted run wrote, are dropped.
       tensorboard: whether to write event files too, which needs the tensorboardX package.
-      enabled: False writes nothing; with several processes, one writes.
+      enabled: False writes nothing; of several processes, only one should write.
 
     Attributes:
       failure: why the newest lines are not on disk, or None.
@@ -105,12 +106,12 @@ class MetricsWriter:
         if self._lines is not None:
             self._lines.close()
         if self._events is not None:
-            with contextlib.suppress(OSError):  # the disk is still full, and `failure` has said so
+            with contextlib.suppress(OSError):  # the disk is still full, which `failure` says already
                 self._events.close()
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, float | str]]:
-    """The lines of a run's `metrics.jsonl`; a last line that was cut off is left out.
+    """The lines of a run's `metrics.jsonl`, without a last line that was cut off; empty if there is no such file.
 
     Raises:
       InputError: a line that `MetricsWriter` cannot have written.
@@ -120,7 +121,7 @@ def read_metrics(folder: str | Path) -> list[dict[str, float | str]]:
 
 
 def last_held_out(lines: list[dict[str, float | str]]) -> dict[str, float]:
-    """The metrics of the newest evaluation among a run's lines; empty without one."""
+    """The metrics of the newest evaluation among a run's lines; empty if there is none."""
     evaluations = [line for line in lines if line["kind"] == "held_out"] or [{}]
     return {name: number for name, number in evaluations[-1].items() if name not in ("step", "kind")}
 
@@ -132,28 +133,27 @@ def _dumps(line: dict[str, float | str]) -> str:
 
 
 def _whole_lines(path: Path, lines: list[bytes]) -> Iterable[dict[str, float | str]]:
-    for place, line in enumerate(lines, 1):
+    for number, line in enumerate(lines, 1):
         try:
             yield _checked(json.loads(line.decode()))
         except (ValueError, RecursionError) as error:
-            if place == len(lines) and isinstance(error, json.JSONDecodeError):
+            if number == len(lines) and isinstance(error, json.JSONDecodeError):
                 return
             raise InputError(
-                f"Line {place} of {path} is damaged ({error}): remove that line, or put a copy of the file back."
+                f"Line {number} of {path} is damaged ({error}): remove that line, or restore the file from a copy."
             ) from error
 
 
 def _checked(line: Any) -> dict[str, float | str]:
-    """A checked line, with None turned back into the NaN that it stands for."""
-    require(isinstance(line, dict), "it is no object")
+    """Checks a line, and turns None back into the NaN that it stands for."""
+    require(isinstance(line, dict), "it is not a JSON object")
     step, kind = line.get("step"), line.get("kind")
     require(type(step) is int and step >= 0 and isinstance(kind, str), "it has no step and kind")
-    for name, number in line.items():
-        whole = type(number) is int and abs(number) < 2**63
-        other = name == "kind" or (name == "rows" and kind == "skipped")
-        known = whole or number is None or type(number) is float or other
-        require(known and name.isidentifier(), f"{name!r} is no number of a run")
-    return {name: math.nan if number is None else number for name, number in line.items()}
+    for name, value in line.items():
+        is_number = value is None or type(value) is float or (type(value) is int and abs(value) < 2**63)
+        is_other = name == "kind" or (name == "rows" and kind == "skipped")
+        require((is_number or is_other) and name.isidentifier(), f"{name!r} is not a metric")
+    return {name: math.nan if value is None else value for name, value in line.items()}
 
 
 def _event_writer(folder: Path, step: int) -> _Events | None:
@@ -174,9 +174,9 @@ class _Events:
         folder.mkdir(exist_ok=True)
         self._event, self._scalar = event_pb2.Event, summary.scalar
         self._file = event_file_writer.EventsWriter(str(folder / "events"))
-        # Makes TensorBoard drop the later steps of an earlier file.
-        began = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._file.write_event(self._event(wall_time=time.time(), step=step + 1, session_log=began))
+        # Tells TensorBoard to drop later steps that an earlier file has.
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._file.write_event(self._event(wall_time=time.time(), step=step + 1, session_log=start))
 
     def add(self, name: str, number: float, step: int) -> None:
         event = self._event(wall_time=time.time(), step=step, summary=self._scalar(name, number))

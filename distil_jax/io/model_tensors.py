@@ -1,4 +1,4 @@
-"""The tensors of a model folder and the parameters they are: checked against the name table, in both directions."""
+"""Checks the tensors of a model folder against the name table, and turns parameters into such tensors."""
 
 from __future__ import annotations
 
@@ -13,23 +13,27 @@ from flax import traverse_util
 from distil_jax.config.model import HeadConfig, ModelConfig
 from distil_jax.io.config_json import BERT, DISTILBERT, SINUSOIDAL_KEY, from_json, model_type
 from distil_jax.io.name_table import HEAD, IGNORED, IGNORED_UNDER_HEAD, LEGACY, TASK_HEAD, TIED, Leaf, leaves
-from distil_jax.io.task_json import architecture, head_from_json, says_task
+from distil_jax.io.task_json import architecture, has_task_head, head_from_json
 from distil_jax.io.tensors import Tensor, read_json
 from distil_jax.schema import InputError
 from distil_jax.structs import sinusoidal_table
 
 Params = Mapping[str, Any]
 
-_SAMPLE = "embeddings.word_embeddings.weight"  # which every encoder has
+_SAMPLE = "embeddings.word_embeddings.weight"  # every encoder has this one
 
-# How near the formula a stored table must be to count as sinusoidal: rounding, and no more.
+# A stored position table counts as sinusoidal if it differs from the formula by no more than rounding.
 _ROUNDING = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 1e-2}
 
 
 def examine(folder: Path, opened: Mapping[str, Tensor]) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """The architecture, and the tensors under the names of the table, after every check."""
+    """Checks a folder without a task's head, and returns its architecture and its tensors by the table's names.
+
+    Raises:
+      InputError: see `huggingface.load`.
+    """
     values = read_json(folder / "config.json")
-    if says_task(values):
+    if has_task_head(values):
         raise InputError(
             f"{folder} is a model for a task, without the MLM head that predicts words: give the masked language model "
             "it was made from, or let a student learn this task from it with `distil-jax finetune --teacher`."
@@ -48,7 +52,11 @@ def examine(folder: Path, opened: Mapping[str, Tensor]) -> tuple[ModelConfig, di
 
 
 def examine_task(folder: Path, opened: Mapping[str, Tensor]) -> tuple[ModelConfig, HeadConfig, dict[str, Tensor]]:
-    """The encoder, the head on it, and the tensors of both, after every check."""
+    """Checks a folder with a task's head, and returns its encoder, its head and the tensors of both.
+
+    Raises:
+      InputError: see `huggingface.load_task`.
+    """
     path = folder / "config.json"
     values = read_json(path)
     config = from_json(values, path)
@@ -79,7 +87,7 @@ def _check(folder: Path, tensors: Mapping[str, Tensor], wanted: list[Leaf], what
 
 
 def _check_wrapper(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Says that all names have something in front, as DataParallel puts there, and not that each of them is missing."""
+    """Refuses names that all have a prefix, such as DataParallel's, instead of calling every tensor missing."""
     sample = next((name for name in tensors if name.endswith(f".{_SAMPLE}")), "")
     if not sample or _SAMPLE in tensors:
         return
@@ -88,13 +96,13 @@ def _check_wrapper(folder: Path, tensors: Mapping[str, Tensor]) -> None:
         front.append(body)
     prefix = ".".join([*front, ""])
     raise InputError(
-        f"The tensors in {folder} have {prefix!r} in front of their names, as a wrapper (DataParallel, torch.compile, "
-        "Lightning) or another kind of model puts it: save the model inside the wrapper, or take it off the names."
+        f"The tensors in {folder} have {prefix!r} in front of their names, put there by a wrapper (DataParallel, "
+        "torch.compile, Lightning) or another kind of model: save the model inside the wrapper, or rename the tensors."
     )
 
 
 def _with_positions(config: ModelConfig, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ModelConfig:
-    """The config, its positions sinusoidal where it says so and the stored table is just that."""
+    """The config, with sinusoidal positions if config.json says so and the stored table agrees with the formula."""
     if values.get(SINUSOIDAL_KEY) and config.hidden_size % 2 == 0:
         table = tensors["embeddings.position_embeddings.weight"]
         formula = sinusoidal_table(config.max_positions, config.hidden_size)
@@ -104,7 +112,7 @@ def _with_positions(config: ModelConfig, values: Mapping[str, Any], tensors: Map
 
 
 def _plain_names(folder: Path, opened: Mapping[str, Tensor], kind: str, ignored: tuple[str, ...]) -> dict[str, Tensor]:
-    """Tensors without the body's prefix, legacy names and what is ignored."""
+    """The tensors by the table's names: without the body's prefix and legacy names, and without ignored tensors."""
     tensors: dict[str, Tensor] = {}
     for name, tensor in opened.items():
         plain = name.removeprefix(f"{kind}.")
@@ -119,7 +127,7 @@ def _plain_names(folder: Path, opened: Mapping[str, Tensor], kind: str, ignored:
 
 
 def _take_copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Takes out the copies of tied tensors; a copy stands in for an original that was not written."""
+    """Removes the copies of tied tensors and returns them; a copy replaces an original that the file lacks."""
     copies = {copy: tensors.pop(copy) for copy in TIED if copy in tensors}
     for copy, tensor in copies.items():
         tensors.setdefault(TIED[copy], tensor)
@@ -127,7 +135,7 @@ def _take_copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _check_tied(folder: Path, tensors: dict[str, Tensor], copies: dict[str, Tensor]) -> None:
-    """Refuses copies unlike their originals, whose shapes and types must have been checked: this reads them."""
+    """Refuses copies that differ from their originals. Check the originals' shapes and dtypes first."""
     for copy, tensor in copies.items():
         kept = tensors[TIED[copy]]
         alike = kept.shape == tensor.shape and tensor.dtype in _ROUNDING
@@ -141,7 +149,11 @@ def _check_tied(folder: Path, tensors: dict[str, Tensor], copies: dict[str, Tens
 def file_tensors(
     config: ModelConfig, params: Params, dtype: str, head: HeadConfig | None = None
 ) -> dict[str, np.ndarray]:
-    """The tensors of model.safetensors: checked, unstacked, unpadded, contiguous."""
+    """The tensors of model.safetensors for these parameters: layers unstacked, padding removed, all contiguous.
+
+    Raises:
+      InputError: the parameters do not fit the config, or are not finite in `dtype`.
+    """
     flat = traverse_util.flatten_dict(params, sep="/")
     shapes = {leaf.path: leaf.full_shape for leaf in leaves(config, head)}
     problems = [f"{path} is missing" for path in shapes if path not in flat]
@@ -151,16 +163,16 @@ def file_tensors(
             problems.append(f"{path} is {list(np.shape(flat[path]))} and should be {list(shapes[path])}")
     if problems:
         raise InputError(
-            f"The parameters are not those of their config ({_listing(problems)}): save a model with its own config."
+            f"The parameters do not fit their config ({_listing(problems)}): save a model with its own config."
         )
 
-    if config.positions == "sinusoidal":  # transformers stores the table all the same
+    if config.positions == "sinusoidal":  # transformers stores the table nevertheless
         flat["embeddings/position"] = sinusoidal_table(config.max_positions, config.hidden_size)
     tensors = {}
     for leaf in leaves(dataclasses.replace(config, positions="learned"), head):
         for name, array in leaf.write(flat[leaf.path]):
-            with np.errstate(over="ignore"):  # an overflow gives an infinity, which is refused
-                array = np.ascontiguousarray(array, dtype)  # safetensors scrambles a transposed view, in silence
+            with np.errstate(over="ignore"):  # an overflow gives infinity, which is refused below
+                array = np.ascontiguousarray(array, dtype)  # safetensors would silently scramble a transposed view
             if not np.isfinite(array).all():
                 raise InputError(
                     f"{leaf.path} holds numbers that are not finite in {dtype}, so the model is not saved: "
@@ -172,6 +184,6 @@ def file_tensors(
 
 
 def _listing(problems: list[str]) -> str:
-    """The first ten, and how many more."""
+    """The first ten problems, and how many more there are."""
     more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
     return "; ".join(sorted(problems)[:10]) + more

@@ -1,6 +1,6 @@
-"""The name table of BERT and DistilBERT files: tensor names, layouts, and the parameter each one belongs to.
+"""The name table of BERT and DistilBERT files: for each of our parameters, its tensor's name and layout in a file.
 
-Hugging Face names stand here and nowhere else; so does what a file may lack or have in addition.
+It also lists the tensors that a file may lack or have in addition.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from distil_jax.config.model import HeadConfig, ModelConfig
 from distil_jax.io.config_json import BERT, DISTILBERT, model_type
 from distil_jax.io.tensors import Tensor
 
-# THE NAME TABLE: our module, its kind and axes, BERT's name, DistilBERT's name. The axes are those of structs.py, and
-# P positions, T token types; letters that stand together are one axis in the file. `{}` is the layer: ours are stacked.
+# THE NAME TABLE: our module, its kind and axes, BERT's name, DistilBERT's name. The axes are those in structs.py, and
+# P positions and T token types; letters without a space are one axis in the file. `{}` is the layer; ours are stacked.
 _MODULES = (
     ("embeddings/word", "table V D", "embeddings.word_embeddings", "embeddings.word_embeddings"),
     ("embeddings/position", "table P D", "embeddings.position_embeddings", "embeddings.position_embeddings"),
@@ -46,7 +46,7 @@ _MODULES = (
     ("mlm/norm", "norm D", "cls.predictions.transform.LayerNorm", "vocab_layer_norm"),
     ("mlm", "bias V", "cls.predictions", "vocab_projector"),
 )
-_HEADS = {  # beside the encoder, by the kind of task
+_HEADS = {  # the same for a task's head, by the kind of task
     "sequence": (
         ("head/transform", "linear D D", None, "pre_classifier"),
         ("head/classifier", "linear D C", "classifier", "classifier"),
@@ -54,38 +54,39 @@ _HEADS = {  # beside the encoder, by the kind of task
     "tokens": (("head/classifier", "linear D C", "classifier", "classifier"),),
     "spans": (("head/classifier", "linear D C", "qa_outputs", "qa_outputs"),),
 }
-# Our leaves of each kind, and theirs. A linear kernel is [in, out] here and [out, in] there.
+# For each kind of module, our leaves and the file's. A linear kernel is [in, out] here and [out, in] in the file.
 _LEAVES = {
     "table": {"": ".weight"},
     "norm": {"/scale": ".weight", "/bias": ".bias"},
     "linear": {"/kernel": ".weight", "/bias": ".bias"},
     "bias": {"/bias": ".bias"},
 }
-HEAD = ("cls.predictions.", "vocab_")  # how the names of MLM heads begin, and those of tasks' heads;
-TASK_HEAD = ("pre_classifier.", "classifier.", "qa_outputs.")  # all others have the body's prefix
+# How the names in heads begin. All other names begin with "bert." or "distilbert." if the model has a head.
+HEAD = ("cls.predictions.", "vocab_")  # MLM heads
+TASK_HEAD = ("pre_classifier.", "classifier.", "qa_outputs.")
 
-# What a file may carry beyond the table: a buffer, BERT's second pre-training task, and copies of what is tied.
+# What a file may have beyond the table: a buffer, BERT's second pre-training task, and copies of tied tensors.
 IGNORED = ("embeddings.position_ids", "cls.seq_relationship.weight", "cls.seq_relationship.bias")
 TIED = {
     "cls.predictions.decoder.weight": "embeddings.word_embeddings.weight",
     "cls.predictions.decoder.bias": "cls.predictions.bias",
     "vocab_projector.weight": "embeddings.word_embeddings.weight",
 }
-# Older versions of `transformers` wrote BERT's pooler also under heads on tokens and spans, which do not read it.
+# Older versions of `transformers` wrote BERT's pooler even with heads for tokens and spans, which do not use it.
 IGNORED_UNDER_HEAD = ("pooler.dense.weight", "pooler.dense.bias")
 LEGACY = {".gamma": ".weight", ".beta": ".bias"}  # LayerNorm in the first published files
 
 
 @dataclass(frozen=True)
 class Leaf:
-    """One array of ours, and its tensors in the file: one, or one per layer.
+    """One of our parameters, and its tensors in the file: one tensor, or one per layer.
 
     Attributes:
-      path: ours, "layers/query/kernel".
-      names: theirs, without the "bert." or "distilbert." in front.
-      shape: ours, of one layer.
-      rows: how much of our first axis is in the file: the vocabulary is padded here and not there.
-      file_shape: theirs.
+      path: of the parameter, such as "layers/query/kernel".
+      names: of the tensors, without the "bert." or "distilbert." in front.
+      shape: of one layer of the parameter.
+      rows: length of the parameter's first axis in the file, where the vocabulary is not padded.
+      file_shape: of one tensor.
     """
 
     path: str
@@ -96,13 +97,16 @@ class Leaf:
 
     @property
     def transposed(self) -> bool:
+        """Whether the file has the axes the other way round."""
         return self.path.endswith("/kernel")
 
     @property
     def full_shape(self) -> tuple[int, ...]:
+        """The shape of the whole parameter, with its layers stacked."""
         return (len(self.names), *self.shape) if self.path.startswith("layers/") else self.shape
 
     def read(self, tensors: Mapping[str, Tensor]) -> np.ndarray:
+        """The parameter, float32, from the tensors of a file."""
         value = np.zeros((len(self.names), *self.shape), np.float32)
         for name, part in zip(self.names, value, strict=True):
             array = tensors[name].read()
@@ -111,13 +115,14 @@ class Leaf:
         return value.reshape(self.full_shape)
 
     def write(self, value: Any) -> Iterator[tuple[str, np.ndarray]]:
+        """The names and values of the tensors for a parameter; the arrays may be views."""
         for name, part in zip(self.names, np.asarray(value).reshape(len(self.names), *self.shape), strict=True):
             part = part[: self.rows]
             yield name, part.reshape(self.file_shape[::-1]).T if self.transposed else part.reshape(self.file_shape)
 
 
 def leaves(config: ModelConfig, head: HeadConfig | None = None) -> list[Leaf]:
-    """The name table for one architecture, with a task's head or without."""
+    """The name table filled in for one architecture, and its task's head if there is one."""
     real = {
         "V": config.vocab_size,
         "P": config.max_positions,

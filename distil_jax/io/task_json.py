@@ -14,8 +14,8 @@ _PREFIXES = {BERT: "Bert", DISTILBERT: "DistilBert"}
 _KINDS = {"ForSequenceClassification": "sequence", "ForTokenClassification": "tokens", "ForQuestionAnswering": "spans"}
 _SUFFIXES = {kind: suffix for suffix, kind in _KINDS.items()}
 
-# The key of the dropout before the last layer, and what a file without it means; None: the encoder's hidden dropout.
-# A DistilBERT on tokens has no key for it but the encoder's, and a BERT on spans drops nothing there.
+# The key of the dropout before the last layer, and its value if a file lacks the key; None: the encoder's hidden
+# dropout. For tokens on a DistilBERT there is no such key, and for spans on a BERT no such dropout.
 _DROPOUT = {
     ("sequence", BERT): ("classifier_dropout", None),
     ("sequence", DISTILBERT): ("seq_classif_dropout", 0.2),
@@ -27,45 +27,45 @@ _DROPOUT = {
 
 
 def architecture(config: ModelConfig, head: HeadConfig | None) -> str:
-    """The name of the model in `transformers`; without a head, of the one with an MLM head."""
+    """The name of the model's class in `transformers`; without a task's head, of the class with an MLM head."""
     return _PREFIXES[model_type(config)] + ("ForMaskedLM" if head is None else _SUFFIXES[head.kind])
 
 
-def says_task(values: Mapping[str, Any]) -> bool:
-    """Whether a config.json names an architecture with a task's head."""
+def has_task_head(values: Mapping[str, Any]) -> bool:
+    """Whether the architecture that a config.json names has a task's head."""
     names = values.get("architectures")
     return isinstance(names, list) and any(isinstance(name, str) and name.endswith(tuple(_KINDS)) for name in names)
 
 
 def head_from_json(values: Mapping[str, Any], path: Path, config: ModelConfig) -> HeadConfig:
-    """The head that a config.json describes; names that `transformers` makes up are none.
+    """The head that a config.json describes. Labels that have only the default names of `transformers` get no names.
 
     Args:
       values: the contents of `path`.
       path: for messages.
-      config: of the same file.
+      config: the encoder's architecture in the same file.
 
     Raises:
-      InputError: the file is of no task, or of one that is not supported, or it contradicts itself.
+      InputError: the model has no task's head, or one that is not supported, or the file contradicts itself.
     """
     kind = _kind(values.get("architectures"), path, _PREFIXES[model_type(config)])
     names = _names(values, path)
     labels = values.get("num_labels")
     labels = (len(names) or 2) if labels is None else labels  # as `transformers` counts them
-    default_names = names == tuple(f"LABEL_{number}" for number in range(len(names)))
+    default_names = names == tuple(f"LABEL_{index}" for index in range(len(names)))
     require(
         default_names or labels == len(names),
-        f"{path} says num_labels = {labels!r}, but its id2label names {len(names)} labels: mend one of them.",
+        f"{path} says num_labels = {labels!r}, but its id2label names {len(names)} labels: correct one of them.",
     )
     key, default = _DROPOUT[kind, model_type(config)]
     dropout = values.get(key) if key else None
     if dropout is None:
         dropout = config.hidden_dropout if default is None else default
-    for name, number, types in (("num_labels", labels, (int,)), (key, dropout, (int, float))):
-        require(type(number) in types, f"{path} says {name} = {number!r}, where a number belongs: mend that file.")
+    for name, value, types in (("num_labels", labels, (int,)), (key, dropout, (int, float))):
+        require(type(value) in types, f"{path} says {name} = {value!r}, where a number belongs: correct that file.")
     try:
-        share = float(dropout) if abs(dropout) < 2 else dropout  # no float holds every integer; HeadConfig refuses it
-        head = HeadConfig(kind, labels, share, () if default_names else names)
+        dropout = float(dropout) if abs(dropout) < 2 else dropout  # a huge int fits no float; HeadConfig refuses it
+        head = HeadConfig(kind, labels, dropout, () if default_names else names)
     except InputError as error:
         raise InputError(f"{path} describes no head: {error}") from error
     problem = values.get("problem_type")
@@ -78,11 +78,11 @@ def head_from_json(values: Mapping[str, Any], path: Path, config: ModelConfig) -
 
 
 def head_to_json(config: ModelConfig, head: HeadConfig) -> dict[str, Any]:
-    """The fields of config.json for a head, beside those of `to_json` for its encoder."""
+    """The fields of config.json for a head; they override or extend those that `to_json` gives for its encoder."""
     values = {
         "architectures": [architecture(config, head)],
-        "id2label": {str(number): name for number, name in enumerate(head.names)},
-        "label2id": {name: number for number, name in enumerate(head.names)},
+        "id2label": {str(index): name for index, name in enumerate(head.names)},
+        "label2id": {name: index for index, name in enumerate(head.names)},
     }
     if head.kind == "sequence":
         values["problem_type"] = _problem_type(head)
@@ -105,22 +105,24 @@ def _kind(architectures: Any, path: Path, prefix: str) -> str:
 
 
 def _names(values: Mapping[str, Any], path: Path) -> tuple[str, ...]:
-    """The labels' names by their numbers, or none where the file gives none.
+    """The names of the labels, in the order of their indices; empty if the file has none.
 
-    As in `transformers`, `id2label` decides, and `label2id` is not looked at: where somebody names the labels and
-    nothing else, it keeps the default names.
+    As in `transformers`, `id2label` decides and `label2id` is ignored: it keeps its default names if a user sets only
+    `id2label`.
     """
-    named = values.get("id2label")
-    if named is None:
+    id2label = values.get("id2label")
+    if id2label is None:
         back = values.get("label2id")
         plain = back is None or (isinstance(back, dict) and back == {f"LABEL_{n}": n for n in range(len(back))})
-        require(plain, f"{path} names labels in label2id alone, where `transformers` does not look: add id2label.")
+        require(plain, f"{path} names labels only in label2id, where `transformers` does not look: add id2label.")
         return ()
-    pairs = list(named.items()) if isinstance(named, dict) else []
+    pairs = list(id2label.items()) if isinstance(id2label, dict) else []
     try:
-        by_number = {int(number): name for number, name in pairs}
-    except ValueError:  # a word for a number
-        by_number = {}
-    whole = by_number.keys() == set(range(len(pairs))) and all(type(name) in (str, int) for name in by_number.values())
-    require(whole and len(pairs) > 0, f"{path} says id2label, but not as names of the labels 0, 1 and so on: mend it.")
-    return tuple(str(by_number[number]) for number in range(len(pairs)))
+        by_index = {int(index): name for index, name in pairs}
+    except ValueError:  # an index that is not a number
+        by_index = {}
+    valid = by_index.keys() == set(range(len(pairs))) and all(type(name) in (str, int) for name in by_index.values())
+    require(
+        valid and len(pairs) > 0, f"{path} has an id2label that does not name the labels 0, 1 and so on: correct it."
+    )
+    return tuple(str(by_index[index]) for index in range(len(pairs)))

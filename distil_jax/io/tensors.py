@@ -1,4 +1,4 @@
-"""The tensor files of a model folder: found (here or on the hub), opened safely, read one tensor at a time."""
+"""Finds a model folder, here or on the hub, opens its weights safely, and reads them one tensor at a time."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from distil_jax.schema import InputError, user_path
 
 SINGLE, INDEX, PICKLE = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
 
-# Folders that are no models, by what lies in them, and what to do.
+# Files by which a folder is known not to be a model, and what to tell the user.
 _NO_MODELS = {
     "adapter_config.json": "it is a PEFT adapter; merge it into its model (merge_and_unload) and save that",
     "manifest.json": "it holds prepared rows; name the model's folder",
     "config.toml": "it is a run; write its model with `distil-jax export`, and name that",
 }
 _WEIGHTS = (SINGLE, INDEX, PICKLE)
-_POINTER = b"version https://git-lfs"
+_POINTER = b"version https://git-lfs"  # how a Git LFS pointer file begins
 _OTHER_WEIGHTS = (".safetensors", ".bin", ".h5", ".msgpack", ".ckpt", ".pt", ".pth", ".onnx")
 
-_LARGEST_JSON = 64 * 2**20  # bytes; an index of a thousand files has less
+_LARGEST_JSON = 64 * 2**20  # bytes; an index of a thousand files is smaller
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of a file: known from the file's header, read when asked for.
+    """One tensor of a file: its shape and dtype are known, and its values are read on demand.
 
     Attributes:
-      dtype: "float32", "float16", "bfloat16", or the file's own word for what is none of these.
-      read: gives the values, widened to float32.
+      dtype: "float32", "float16", "bfloat16", or the file's own name for any other.
+      read: returns the values as float32.
     """
 
     shape: tuple[int, ...]
@@ -46,10 +46,10 @@ class Tensor:
 
 
 def local_folder(name: str | Path) -> Path:
-    """The folder `name`, or the local copy of the hub's model of that name, downloaded where it is not cached.
+    """The folder `name`, or the local copy of the hub's model of that name, which is downloaded if it is not cached.
 
     Raises:
-      InputError: neither exists, the folder is of no model, or the hub cannot be reached.
+      InputError: neither exists, the folder is not a model's, or the hub cannot be reached.
     """
     folder = user_path(name)
     if folder.is_dir():
@@ -58,12 +58,12 @@ def local_folder(name: str | Path) -> Path:
     if folder.exists():
         raise InputError(f"{folder} is a file: give the folder that holds config.json and the weights.")
     import huggingface_hub
-    from huggingface_hub.errors import HFValidationError, HTTPError  # HTTPError: that of the client in use
+    from huggingface_hub.errors import HFValidationError, HTTPError  # HTTPError: of whichever HTTP client it uses
 
     wanted = ["config.json", "model*.safetensors", INDEX, *TOKENIZER_FILES]
     try:
         copy = Path(huggingface_hub.snapshot_download(str(name), allow_patterns=wanted))
-        if not (copy / SINGLE).exists() and not (copy / INDEX).exists():  # then, and only then, the pickled weights
+        if not (copy / SINGLE).exists() and not (copy / INDEX).exists():  # only then are pickled weights downloaded
             copy = Path(huggingface_hub.snapshot_download(str(name), allow_patterns=[*wanted, PICKLE]))
     except (OSError, HFValidationError, HTTPError) as error:
         reason = str(error).strip().partition("\n")[0].rstrip(".")
@@ -75,22 +75,22 @@ def local_folder(name: str | Path) -> Path:
 
 
 def _check_model(folder: Path) -> None:
-    """Refuses a folder without config.json, and says what it is instead, or which folder in it is meant."""
+    """Refuses a folder without config.json. The message says what it is instead, or names a model inside it."""
     if (folder / "config.json").exists():
         return
     hints = [what for marker, what in _NO_MODELS.items() if (folder / marker).exists()]
     configs = (*folder.glob("*/config.json"), *folder.glob("snapshots/*/config.json"))
-    inside = sorted(str(each.parent) for each in configs if any((each.parent / name).exists() for name in _WEIGHTS))
+    inside = sorted(str(path.parent) for path in configs if any((path.parent / name).exists() for name in _WEIGHTS))
     hints += [f"give the one in it, {' or '.join(inside[:3])}"] if inside else ["name a folder that has"]
     raise InputError(f"{folder} has no config.json, so it is no model: {hints[0]}.")
 
 
 def check_no_pointer(path: Path) -> None:
-    """Refuses what Git leaves in the place of a large file that it has not fetched."""
+    """Refuses the small file that Git leaves in place of a large one that it has not fetched."""
     with path.open("rb") as file:
         if file.read(len(_POINTER)) == _POINTER:
             raise InputError(
-                f"{path} is not the file itself but Git LFS's note of where it is: run `git lfs pull` in its folder."
+                f"{path} is not the file itself but a pointer of Git LFS: run `git lfs pull` in its folder."
             )
 
 
@@ -98,7 +98,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-      InputError: no such file, or something else in it.
+      InputError: the file cannot be read, or is not a JSON object.
     """
     try:
         if path.stat().st_size > _LARGEST_JSON:
@@ -116,13 +116,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def open_tensors(folder: Path) -> Iterator[dict[str, Tensor]]:
-    """All tensors of a model folder by name; they can be read until the context ends.
+    """All tensors of a model folder by name. They can be read until the context ends.
 
-    One safetensors file, or several behind an index, or a `pytorch_model.bin` (which alone needs torch, and is read
-    with `weights_only`, so that it cannot run code).
+    The weights are one safetensors file, or several with an index, or a `pytorch_model.bin`. Only the last one needs
+    torch; it is read with `weights_only`, so that it cannot run code.
 
     Raises:
-      InputError: no weights, damaged files, an index that leads out of the folder, or torch missing.
+      InputError: no weights, a damaged file, an index that names files outside the folder, or torch is missing.
     """
     with contextlib.ExitStack() as stack:
         if (folder / SINGLE).exists():
@@ -135,7 +135,7 @@ def open_tensors(folder: Path) -> Iterator[dict[str, Tensor]]:
             others = sorted(file.name for file in folder.iterdir() if file.suffix in _OTHER_WEIGHTS)
             raise InputError(
                 f"{folder} holds no weights that are read here: it needs {SINGLE}, {INDEX} with its files, or {PICKLE}"
-                + (f", and has {', '.join(others[:3])}: write it anew with save_pretrained()." if others else ".")
+                + (f", and has {', '.join(others[:3])}: save it again with save_pretrained()." if others else ".")
             )
 
 
@@ -144,7 +144,7 @@ def _open_safetensors(path: Path, stack: contextlib.ExitStack) -> dict[str, Tens
 
     check_no_pointer(path)
     if zipfile.is_zipfile(path):
-        raise InputError(f"{path} is a file of PyTorch's under another name: call it {PICKLE}.")
+        raise InputError(f"{path} is a PyTorch file under another name: rename it to {PICKLE}.")
     try:
         file = stack.enter_context(safe_open(path, framework="numpy"))
     except (SafetensorError, OSError) as error:
@@ -164,11 +164,11 @@ def _open_safetensors(path: Path, stack: contextlib.ExitStack) -> dict[str, Tens
 
 
 def _open_sharded(path: Path, stack: contextlib.ExitStack) -> dict[str, Tensor]:
-    places = read_json(path).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
+    files = read_json(path).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(shard, str) for shard in files.values()):
         raise InputError(f"{path} has no weight_map from tensors to files: download or export it again.")
     tensors: dict[str, Tensor] = {}
-    for shard in sorted(set(places.values())):
+    for shard in sorted(set(files.values())):
         if Path(shard).name != shard or not shard.endswith(".safetensors"):
             raise InputError(
                 f"{path} names the file {shard!r}, but may only name safetensors files of its own folder: "
@@ -178,9 +178,9 @@ def _open_sharded(path: Path, stack: contextlib.ExitStack) -> dict[str, Tensor]:
             raise InputError(f"{path} names {shard}, which is not there: download or copy it too.")
         opened = _open_safetensors(path.parent / shard, stack)
         if twice := sorted(tensors.keys() & opened.keys()):
-            raise InputError(f"{twice[0]} lies in several files of {path.parent}: download or export it again.")
+            raise InputError(f"{twice[0]} is in several files of {path.parent}: download or export it again.")
         tensors |= opened
-    if lost := sorted(places.keys() - tensors.keys()):
+    if lost := sorted(files.keys() - tensors.keys()):
         raise InputError(f"{path} names {lost[0]}, which its file does not hold: download or export it again.")
     return tensors
 
@@ -197,16 +197,16 @@ def _open_pickle(path: Path) -> dict[str, Tensor]:
 
     check_no_pointer(path)
     with path.open("rb") as file:
-        if file.read(9)[8:] == b"{":  # after the length of its header
-            raise InputError(f"{path} is a safetensors file under another name: call it {SINGLE}.")
-    # Unpickling damaged bytes can fail in any of these ways (seen on truncated and altered files).
+        if file.read(9)[8:] == b"{":  # a safetensors file begins with 8 bytes of length and a header in JSON
+            raise InputError(f"{path} is a safetensors file under another name: rename it to {SINGLE}.")
+    # Truncated and altered files have made unpickling fail in each of these ways.
     damage = (pickle.UnpicklingError, struct.error, RuntimeError, OSError, EOFError, ValueError, LookupError)
     damage += (AssertionError, AttributeError, TypeError)
     try:
         values = torch.load(path, map_location="cpu", weights_only=True)
     except damage as error:
         reason = f" ({str(error).strip().partition(chr(10))[0].rstrip('.')})"
-        if isinstance(error, pickle.UnpicklingError):  # PyTorch's own words advise to read it all the same
+        if isinstance(error, pickle.UnpicklingError):  # PyTorch's message advises to load the file unsafely
             reason = ""
         raise InputError(
             f"{path} is damaged or holds more than weights, which is not read because it could run code{reason}: "
@@ -214,7 +214,7 @@ def _open_pickle(path: Path) -> dict[str, Tensor]:
         ) from error
 
     def ordinary(value: Any) -> bool:
-        """Whether its numbers lie in memory; a few bytes can say that they repeat for ever."""
+        """Whether it is a tensor with all its values in memory; with strides of 0, a small file can claim any size."""
         dense = isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
         return dense and value.untyped_storage().nbytes() >= value.nbytes
 
