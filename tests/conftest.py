@@ -255,12 +255,12 @@ def same_leaves(first, second) -> bool:
     )
 
 
-def assert_params_close(found, expected, *, without_gradient=()):
+def assert_params_close(result, expected, *, without_gradient=()):
     """Equal parameters after a few optimiser steps, up to rounding, which Adam scales up where a true gradient is 0."""
     # A bias on the keys shifts every score of a query alike.
     without_gradient = ("layers/key/bias", *without_gradient)
     for (path, ours), theirs in zip(
-        jax.tree_util.tree_leaves_with_path(jax.device_get(found)), jax.tree.leaves(expected), strict=True
+        jax.tree_util.tree_leaves_with_path(jax.device_get(result)), jax.tree.leaves(expected), strict=True
     ):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         np.testing.assert_allclose(ours, theirs, atol=1e-4 if name in without_gradient else 1e-5, err_msg=name)
@@ -307,7 +307,7 @@ def start(count, arguments, program=COMMAND, devices=8, before=()):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    begun = []
+    started = []
     for index in range(count):
         environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // count} {XLA}"}
         environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
@@ -317,7 +317,7 @@ def start(count, arguments, program=COMMAND, devices=8, before=()):
                 "DISTIL_NUM_PROCESSES": str(count),
                 "DISTIL_PROCESS_ID": str(index),
             }
-        begun.append(
+        started.append(
             subprocess.Popen(
                 [*before, sys.executable, "-c", program, *map(str, arguments)],
                 env=environment,
@@ -326,14 +326,14 @@ def start(count, arguments, program=COMMAND, devices=8, before=()):
                 text=True,
             )
         )
-    return begun
+    return started
 
 
-def finish(begun, limit=LIMIT):
+def finish(started, limit=LIMIT):
     """(status, stdout, stderr) of each, which must have ended after so many seconds."""
     try:
-        said = [process.communicate(timeout=limit) for process in begun]
+        message = [process.communicate(timeout=limit) for process in started]
     finally:
-        for process in begun:
+        for process in started:
             process.kill()
-    return [(process.returncode, *texts) for process, texts in zip(begun, said, strict=True)]
+    return [(process.returncode, *texts) for process, texts in zip(started, message, strict=True)]

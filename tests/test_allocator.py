@@ -21,13 +21,13 @@ if sys.argv[1] == "keep":
 rows, steps = int(sys.argv[2]), int(sys.argv[3])
 step = jax.jit(lambda x: (x @ x.T) @ x)
 x = jnp.ones((rows, 8))
-found = []
+faults = []
 for _ in range(6):  # the first ones find out how much is needed
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(steps):
         step(x).block_until_ready()
-    found.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-print(min(found))
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(min(faults))
 """
 
 

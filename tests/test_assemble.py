@@ -90,17 +90,17 @@ def test_a_teacher_may_compute_more_finely_than_the_student():
 
 
 def test_what_auto_means_depends_on_the_machine():
-    found = {name: resolve_compute(ComputeConfig(), name) for name in ("cpu", "gpu", "tpu")}
-    assert [each.dtype for each in found.values()] == ["float32", "bfloat16", "bfloat16"]
-    assert [each.remat for each in found.values()] == ["none", "none", "dots"]
-    assert [each.unroll for each in found.values()] == ["yes", "no", "no"]
+    result = {name: resolve_compute(ComputeConfig(), name) for name in ("cpu", "gpu", "tpu")}
+    assert [each.dtype for each in result.values()] == ["float32", "bfloat16", "bfloat16"]
+    assert [each.remat for each in result.values()] == ["none", "none", "dots"]
+    assert [each.unroll for each in result.values()] == ["yes", "no", "no"]
     assert resolve_compute(ComputeConfig(remat="full"), "tpu").remat == "full"
 
 
 def test_what_is_computed_again_saves_memory():
     """On a CPU in a loop over the layers alone: that is what auto takes, and the other is refused."""
-    found = resolve_compute(ComputeConfig(remat="full"), "cpu")
-    assert (found.remat, found.unroll) == ("full", "no")
+    result = resolve_compute(ComputeConfig(remat="full"), "cpu")
+    assert (result.remat, result.unroll) == ("full", "no")
     with pytest.raises(InputError, match='"full" saves no memory on a CPU'):
         resolve_compute(ComputeConfig(remat="full", unroll="yes"), "cpu")
     assert resolve_compute(ComputeConfig(remat="full", unroll="yes"), "tpu").unroll == "yes"
@@ -116,7 +116,7 @@ def mesh_of(platform, tensor=1, capability=None):
 
 
 @pytest.mark.parametrize(
-    ("wanted", "mesh", "length", "took", "said"),
+    ("wanted", "mesh", "length", "took", "message"),
     [
         ("auto", mesh_of("tpu"), 128, "pallas_tpu", "attention: pallas_tpu for the student and the teacher"),
         ("pallas", mesh_of("tpu", 2), 128, "pallas_tpu", "pallas_tpu for the student"),
@@ -130,10 +130,10 @@ def mesh_of(platform, tensor=1, capability=None):
         ("auto", mesh_of("cpu"), 128, "xla", "there is no kernel for a cpu"),
     ],
 )
-def test_attention_is_the_fastest_that_is_lawful_and_says_so(wanted, mesh, length, took, said):
+def test_attention_is_the_fastest_that_is_lawful_and_says_so(wanted, mesh, length, took, message):
     step, sentence = resolve_attention(STEP, wanted, mesh, length)
     assert step.student.attention == step.teacher.attention == took
-    assert said in sentence
+    assert message in sentence
 
 
 def test_a_kernel_that_cannot_be_is_refused_where_it_was_asked_for():
@@ -170,10 +170,10 @@ def test_a_kernel_that_fails_in_any_way_means_xla_where_nobody_asked_for_it(monk
     here = SimpleNamespace(devices=np.array([SimpleNamespace(platform="cpu")]), shape={"tensor": 2})
     monkeypatch.setattr(attention, "choose_attention", lambda *_, **__: ("pallas_tpu", ""))
     monkeypatch.setattr(attention, "_one_row", one_row)
-    step, said = resolve_attention(STEP, "auto", here, 128)
+    step, message = resolve_attention(STEP, "auto", here, 128)
     assert step.student.attention == step.teacher.attention == "xla"
-    assert f"xla (the kernel does not compile here: {type(error).__name__}: " in said and "layout" in said
-    assert "\n" not in said
+    assert f"xla (the kernel does not compile here: {type(error).__name__}: " in message and "layout" in message
+    assert "\n" not in message
     assert tried == [((2, 64), 128)], "once for both models, with the heads that one device has"
     with pytest.raises(InputError, match=f"cannot be for the student.*{type(error).__name__}"):
         resolve_attention(STEP, "pallas", here, 128)
@@ -183,7 +183,7 @@ def test_a_kernel_that_fails_in_any_way_means_xla_where_nobody_asked_for_it(monk
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         (
             ("student.init={teacher}", "student.hidden_size=64"),
@@ -206,9 +206,9 @@ def test_a_kernel_that_fails_in_any_way_means_xla_where_nobody_asked_for_it(monk
         (("teacher.path=", "student.init=random", "teacher.dtype=bfloat16"), "set teacher.path, or leave it out"),
     ],
 )
-def test_what_would_be_ignored_is_refused(workshop, settings, said):
+def test_what_would_be_ignored_is_refused(workshop, settings, message):
     settings = [each.format(teacher=workshop / "teacher") for each in settings]
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         assemble(load(workshop / "run.toml", settings))
 
 
@@ -245,12 +245,12 @@ def test_a_resolved_config_tells_what_the_student_is(workshop, tmp_path):
 
 def test_it_is_said_where_a_device_has_more_at_a_time_than_asked_for():
     mesh, model = make_mesh(MeshConfig()), replace(BASE, num_layers=1)
-    for settings, said in (
+    for settings, message in (
         ({"batch_rows": 64}, ""),
         ({"batch_rows": 64, "accumulation": 2, "tokens_per_device": 300}, "512 tokens .* train.accumulation is 2"),
         ({"batch_rows": 64, "tokens_per_device": 100}, "128 tokens of a device .* a row is the least"),
     ):
         train = TrainConfig(steps=1, **settings)
         step = StepConfig(model, loss=LossConfig(kl=0, cosine=0), accumulation=micro_batches(train, mesh, 128))
-        found = describe_micro_batches(train, step, mesh, 128)
-        assert re.search(said, found) if said else not found
+        result = describe_micro_batches(train, step, mesh, 128)
+        assert re.search(message, result) if message else not result

@@ -66,8 +66,8 @@ def output_and_gradients(implementation, rate, query, key, value, slope, segment
         def output(*three):
             return attend(*three, segment_ids, dropout_rate=rate, seeds=seeds, implementation=implementation)
 
-        found, pull = jax.vjp(output, *wide)
-        return found, *pull(jnp.asarray(slope))
+        result, pull = jax.vjp(output, *wide)
+        return result, *pull(jnp.asarray(slope))
 
     return [np.asarray(each) for each in jax.jit(compute)(query, key, value)]
 
@@ -98,8 +98,8 @@ def exact(rate, query, key, value, slope, segment_ids, seeds):
 @both
 def test_value_and_gradients_are_those_of_xla(interpreted, implementation, heads, size, length, rate):
     arrays = inputs(length, heads, size)
-    found, expected = (output_and_gradients(each, rate, *arrays) for each in (implementation, "xla"))
-    for ours, theirs in zip(found, expected, strict=True):
+    result, expected = (output_and_gradients(each, rate, *arrays) for each in (implementation, "xla"))
+    for ours, theirs in zip(result, expected, strict=True):
         for row in range(4):
             np.testing.assert_allclose(ours[row], theirs[row], rtol=0, atol=1e-5 * np.abs(theirs[row]).max())
 
@@ -109,9 +109,9 @@ def test_64_bit_types_change_nothing(interpreted, implementation):
     arrays = inputs(128, 2, 64)
     expected = output_and_gradients(implementation, 0.3, *arrays)
     with jax.enable_x64(True):
-        found = output_and_gradients(implementation, 0.3, *arrays)
-    assert [each.dtype for each in found] == [each.dtype for each in expected]
-    for ours, theirs in zip(found, expected, strict=True):
+        result = output_and_gradients(implementation, 0.3, *arrays)
+    assert [each.dtype for each in result] == [each.dtype for each in expected]
+    for ours, theirs in zip(result, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6 * np.abs(theirs).max())
 
 
@@ -121,9 +121,9 @@ def test_bfloat16_is_nearer_to_the_truth_than_xla(interpreted, implementation):
     truth = exact(0.1, *arrays)
 
     def errors(name):
-        found = output_and_gradients(name, 0.1, *arrays)
-        assert all(each.dtype == jnp.bfloat16 for each in found)
-        return np.array([np.sqrt(np.mean((ours - right) ** 2)) for ours, right in zip(found, truth, strict=True)])
+        result = output_and_gradients(name, 0.1, *arrays)
+        assert all(each.dtype == jnp.bfloat16 for each in result)
+        return np.array([np.sqrt(np.mean((ours - right) ** 2)) for ours, right in zip(result, truth, strict=True)])
 
     ours, theirs = errors(implementation), errors("xla")
     assert np.all(ours < 0.75 * theirs), f"{ours}, and XLA {theirs}: it rounds scores, which kernels do not"
@@ -152,8 +152,8 @@ def test_blocks_of_other_segments_are_not_even_read(interpreted):
     segment_ids = np.repeat([[1, 1, 2, 0]], 64, axis=1).astype(np.int32)
     others = (segment_ids == 1)[:, :, None, None]
     wide = [np.where(others, np.nan, each[:1]) for each in wide]
-    found = output_and_gradients("pallas_gpu", 0.1, *wide, np.ones_like(wide[0]), segment_ids, seeds[:1])
-    assert all(np.isfinite(each).all(where=~others) for each in found), "0 x NaN would be NaN"
+    result = output_and_gradients("pallas_gpu", 0.1, *wide, np.ones_like(wide[0]), segment_ids, seeds[:1])
+    assert all(np.isfinite(each).all(where=~others) for each in result), "0 x NaN would be NaN"
 
 
 @pytest.mark.parametrize(
@@ -180,8 +180,8 @@ def test_what_a_kernel_cannot_compute_is_said(kernel, rows, reason):
 def test_rows_that_a_kernel_does_not_take_are_computed_by_xla(implementation):
     """The batches of a task are cut to their longest text; not interpreted, a kernel could not run here at all."""
     arrays = inputs(16, 2, 64)
-    found, expected = (output_and_gradients(each, 0.1, *arrays) for each in (implementation, "xla"))
-    for ours, theirs in zip(found, expected, strict=True):
+    result, expected = (output_and_gradients(each, 0.1, *arrays) for each in (implementation, "xla"))
+    for ours, theirs in zip(result, expected, strict=True):
         assert np.array_equal(ours, theirs)
 
 

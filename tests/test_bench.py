@@ -35,24 +35,24 @@ EDGES = ("torch", "transformers", "tokenizers", "datasets", "grain", "orbax", "t
 
 def bench(arguments: list[str], tmp_path, capsys) -> tuple[dict, str]:
     """The record that a measurement leaves, and what it prints; the table made from the file is the printed one."""
-    file = str(tmp_path / "found.json")
+    file = str(tmp_path / "results.json")
     assert cli.main(["bench", *arguments, "--output", file]) == 0
     printed = capsys.readouterr().out
-    found = record.read(file)
-    assert list(found) == KEYS and found["command"].startswith(f"distil-jax bench {arguments[0]} --")
-    assert found["machine"]["cores"] >= 1 and found["versions"]["jax"] == jax.__version__
+    result = record.read(file)
+    assert list(result) == KEYS and result["command"].startswith(f"distil-jax bench {arguments[0]} --")
+    assert result["machine"]["cores"] >= 1 and result["versions"]["jax"] == jax.__version__
     assert cli.main(["bench", "table", file]) == 0
     assert capsys.readouterr().out.strip() == printed.partition("\n\nWrote")[0].strip()
-    return found, printed
+    return result, printed
 
 
 def test_the_step_beside_pytorch_on_prepared_rows(workshop, tmp_path, capsys):
     pytest.importorskip("torch")
     arguments = [*SMALL_STEP[:-2], "--rows", str(workshop / "rows"), "--peer", "torch", "--accumulation", "1"]
-    found, printed = bench(arguments, tmp_path, capsys)
-    ours, peer = found["lines"]
+    result, printed = bench(arguments, tmp_path, capsys)
+    ours, peer = result["lines"]
     assert "| torch:eager |" in printed and " mfu " not in printed  # a column without numbers
-    assert (ours["side"], peer["side"]) == ("distil_jax", "torch:eager") and found["products"]["torch"] > 0
+    assert (ours["side"], peer["side"]) == ("distil_jax", "torch:eager") and result["products"]["torch"] > 0
     assert peer["ours_is_faster_lowest"] <= peer["ours_is_faster"] <= peer["ours_is_faster_highest"]
     by_round = zip(ours["tokens_per_second_by_round"], peer["tokens_per_second_by_round"], strict=True)
     np.testing.assert_allclose(peer["ours_is_faster"], np.median([one / other for one, other in by_round]))
@@ -141,9 +141,9 @@ def test_every_peers_loss_and_gradient_is_ours(teacher_config, teacher_params, t
     placed = peer_torch.put(padded, torch.device("cpu"))
     for loss in (peer_torch.gathered_loss, peer_torch.masked_loss, peer_torch.chunked_loss):
         opened["student"].zero_grad()
-        found = loss(opened["teacher"].eval(), opened["student"].train(), placed, loss=config)
-        np.testing.assert_allclose(found.item(), expected, rtol=1e-5)
-        found.backward()
+        result = loss(opened["teacher"].eval(), opened["student"].train(), placed, loss=config)
+        np.testing.assert_allclose(result.item(), expected, rtol=1e-5)
+        result.backward()
         words = opened["student"].get_input_embeddings().weight.grad.numpy()
         np.testing.assert_allclose(words, gradient["embeddings"]["word"][:VOCAB], atol=1e-5)
 
@@ -157,19 +157,19 @@ def test_a_compiled_peer_is_one_graph(step_config):
     teacher, student = map(peer_torch.build_model, models)
     placed = peer_torch.put(padded_batch(), torch.device("cpu"))
     compiled = torch.compile(peer_torch.masked_loss, backend="eager", fullgraph=True, dynamic=True)
-    found = compiled(teacher.eval(), student, placed, loss=step_config.loss)
+    result = compiled(teacher.eval(), student, placed, loss=step_config.loss)
     np.testing.assert_allclose(
-        found.item(), peer_torch.gathered_loss(teacher, student, placed, loss=step_config.loss).item(), rtol=1e-5
+        result.item(), peer_torch.gathered_loss(teacher, student, placed, loss=step_config.loss).item(), rtol=1e-5
     )
 
 
 def test_unpacked_rows_are_the_sequences():
     rows = packed_rows(16, seed=3)
-    found = list(batching.unpack(rows))
+    result = list(batching.unpack(rows))
     real = rows.segment_ids > 0
-    assert np.array_equal(np.concatenate(found), rows.input_ids[real])
-    assert len(found) == sum(rows.segment_ids.max(axis=1))
-    assert all(sequence[0] == 2 and sequence[-1] == 3 and 3 not in sequence[1:-1] for sequence in found)
+    assert np.array_equal(np.concatenate(result), rows.input_ids[real])
+    assert len(result) == sum(rows.segment_ids.max(axis=1))
+    assert all(sequence[0] == 2 and sequence[-1] == 3 and 3 not in sequence[1:-1] for sequence in result)
 
 
 @pytest.mark.parametrize("kind", ["buckets", "random"])
@@ -227,7 +227,7 @@ def test_pytorchs_process_may_fail():
 
 def test_it_runs_where_none_of_the_edge_libraries_is_installed(tmp_path):
     """As on a GPU machine that has JAX, flax and optax alone."""
-    file = tmp_path / "found.json"
+    file = tmp_path / "results.json"
     code = f"""
 import importlib.util
 import sys
@@ -249,15 +249,15 @@ assert not set({EDGES}) & set(sys.modules)
     assert done.stderr.strip() == (
         "distil-jax: --peer needs torch and transformers, and torch is not installed: pip install 'distil-jax[torch]'."
     )
-    found = record.read(file)
-    (line,) = found["lines"]
+    result = record.read(file)
+    (line,) = result["lines"]
     assert line["side"] == "distil_jax" and line["dropout"] == 0 and line["real_tokens_share"] == 1
     assert line["tokens_per_second_lowest"] <= line["tokens_per_second"] <= line["tokens_per_second_highest"]
     assert len(line["tokens_per_second_by_round"]) == 2 and 0 < line["step_p50_ms"] <= line["step_p95_ms"]
-    assert line["mfu"] is None and line["tflops"] > 0 and found["products"]["distil_jax"] > 0
+    assert line["mfu"] is None and line["tflops"] > 0 and result["products"]["distil_jax"] > 0
     assert line["peak_said_by"] == "compiler" and line["peak_gib"] > 0 and line["compile_s"] > 0
     assert 0 <= line["data_wait_share"] < 1
-    assert record.show(found) in done.stdout
+    assert record.show(result) in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -285,8 +285,8 @@ def test_bad_input_is_one_sentence(arguments, message, capsys):
     if "torch" in arguments:
         pytest.importorskip("torch")
     assert cli.main(["bench", *arguments]) == 2
-    said = capsys.readouterr().err
-    assert message in said and said.count("\n") == 1
+    errors = capsys.readouterr().err
+    assert message in errors and errors.count("\n") == 1
 
 
 def test_rows_that_do_not_fit_the_flags_are_refused(workshop, capsys):
@@ -304,5 +304,5 @@ def test_a_file_that_is_no_record_is_refused(tmp_path, capsys):
 def test_the_kept_results_can_be_shown(capsys):
     kept = sorted(record.KEPT.glob("*.json"))
     assert cli.main(["bench", "table"]) == (0 if kept else 2)
-    said = capsys.readouterr()
-    assert said.out.count("`distil-jax bench ") == len(kept) and ("No results are kept" in said.err) == (not kept)
+    output = capsys.readouterr()
+    assert output.out.count("`distil-jax bench ") == len(kept) and ("No results are kept" in output.err) == (not kept)

@@ -124,8 +124,8 @@ def test_where_none_is_valid_nothing_begins_from_nothing(two, tmp_path):
     folder = shutil.copytree(two, tmp_path / "checkpoints")
     for step in (1, 2):
         flip(folder / str(step) / "manifest.json")
-    said = pytest.raises(InputError, match=r"None of the checkpoints .* Checkpoint 2 .* Checkpoint 1 ")
-    with contextlib.closing(Checkpoints(folder, keep=1)) as checkpoints, said:
+    refused = pytest.raises(InputError, match=r"None of the checkpoints .* Checkpoint 2 .* Checkpoint 1 ")
+    with contextlib.closing(Checkpoints(folder, keep=1)) as checkpoints, refused:
         checkpoints.newest_valid()
     assert (folder / "1").is_dir() and (folder / "2").is_dir()
 
@@ -210,8 +210,8 @@ def test_the_best_that_is_damaged_is_named_and_the_next_best_taken(tmp_path):
     folder = saved(tmp_path / "checkpoints", 1, 2, 3, scores={1: 1.0, 2: 2.0})
     flip(max((folder / "1").glob("state/ocdbt.process_0/d/*"), key=lambda path: path.stat().st_size))
     with contextlib.closing(Checkpoints(folder)) as checkpoints:
-        found, problems = checkpoints.best_valid()
-        assert found == 2 and len(problems) == 1 and "Checkpoint 1" in problems[0]
+        result, problems = checkpoints.best_valid()
+        assert result == 2 and len(problems) == 1 and "Checkpoint 1" in problems[0]
         assert checkpoints.best() == (2, 2.0)
 
 

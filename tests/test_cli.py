@@ -86,9 +86,9 @@ def test_print_config_prints_and_writes_nothing(workshop, tmp_path, capsys, monk
         "student.init=random",
     ]
     assert cli.main(asked) == 0
-    found = build(Config, tomllib.loads(capsys.readouterr().out))
-    assert found == load(workshop / "run.toml", ["train.steps=7", "student.init=random"])
-    assert found.train.steps == 7 and found.student.init == "random"
+    result = build(Config, tomllib.loads(capsys.readouterr().out))
+    assert result == load(workshop / "run.toml", ["train.steps=7", "student.init=random"])
+    assert result.train.steps == 7 and result.student.init == "random"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -236,12 +236,12 @@ BAD = NO_SUCH_FOLDER | NOT_A_BERT | ANOTHER_VOCABULARY | NOT_A_CONFIG | IMPOSSIB
 
 def command_line(words: str, **folders: Path) -> list[str]:
     """The words, with `train run.toml --output OUT` in front where there are only flags, and folders for letters."""
-    found = words.split()
-    if found[0].startswith("--"):
-        found = ["train", "{w}/run.toml", *(() if "--output" in found else ("--output", "{o}")), *found]
-    elif found[0] == "train":
-        found += ["--output", "{o}"]
-    return [placed(word, **folders) for word in found]
+    result = words.split()
+    if result[0].startswith("--"):
+        result = ["train", "{w}/run.toml", *(() if "--output" in result else ("--output", "{o}")), *result]
+    elif result[0] == "train":
+        result += ["--output", "{o}"]
+    return [placed(word, **folders) for word in result]
 
 
 def placed(text: str, **folders: Path) -> str:
@@ -405,8 +405,8 @@ def test_a_run_notes_where_its_paths_led(workshop, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(workshop))
     paths = ("data.path", "teacher.path", "student.init", "compute.cache")
     config = load("~/run.toml", [f"{path}=~/teacher" for path in paths])
-    found = {config.data.path, config.teacher.path, config.student.init, config.compute.cache}
-    assert found == {str(workshop / "teacher")}
+    result = {config.data.path, config.teacher.path, config.student.init, config.compute.cache}
+    assert result == {str(workshop / "teacher")}
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert cli.main(["export", str(workshop / "teacher"), "~/student"]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["home"] and (tmp_path / "home/student/config.json").is_file()

@@ -13,9 +13,9 @@ def test_macro_and_what_is_kept():
         "a": {"big": [0.8, 0.9], "small": [0.6, 0.9]},
         "b": {"big": [0.4, 0.5], "small": [0.3, 0.5], "odd": [1, 1]},
     }
-    found = comparison.Comparison(scores, {"a": "f1", "b": "accuracy"}, {"a": "dev", "b": "test"}, sizes, (0, 1), 16)
-    assert found.macro("big") == pytest.approx([0.6, 0.7]) and found.macro("odd") == []
-    lines = comparison.tables(found)
+    result = comparison.Comparison(scores, {"a": "f1", "b": "accuracy"}, {"a": "dev", "b": "test"}, sizes, (0, 1), 16)
+    assert result.macro("big") == pytest.approx([0.6, 0.7]) and result.macro("odd") == []
+    lines = comparison.tables(result)
     small = next(line for line in lines if line.startswith("| small"))
     assert "75.0 ± 21.2" in small and "87.5 ± 17.7" in small  # 0.45 / 0.6 and 0.7 / 0.7
     assert next(line for line in lines if line.startswith("| odd")).split("|")[2].strip() == "-"
@@ -36,13 +36,13 @@ def test_a_card_holds_the_newest_tables_once(tmp_path):
 
 
 def test_names_are_told_apart(capsys, tmp_path):
-    for models, said in ((("a/x", "b/x"), "Two models"), (("../=y", "z"), "cannot name")):
+    for models, message in ((("a/x", "b/x"), "Two models"), (("../=y", "z"), "cannot name")):
         assert cli.main(["compare", *models, "--tasks", "sst2", "--output", str(tmp_path / "out")]) == 2
-        assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
+        assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["--distil", "a"], "--distil names a, but the students are b, b-distilled."),
         (["--distil"], "b-distilled is where b learns from the teacher"),
@@ -52,7 +52,7 @@ def test_names_are_told_apart(capsys, tmp_path):
         (["--seeds", "1", "1"], "Each seed may be named once"),
     ],
 )
-def test_what_would_be_ignored_or_mistaken_is_refused(capsys, tmp_path, words, said):
+def test_what_would_be_ignored_or_mistaken_is_refused(capsys, tmp_path, words, message):
     models = ["a=distil_jax/teacher", "b=distil_jax/teacher", "b-distilled=distil_jax/teacher"]
     assert cli.main(["compare", *models, "--tasks", "sst2", "--output", str(tmp_path), *words]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err

@@ -325,8 +325,8 @@ def test_print_config_needs_no_data_and_no_device(tmp_path):
 )
 def test_an_ablation_changes_what_its_name_says(name, changes):
     all_losses, changed = (load(ABLATION / f"{each}.toml", ["teacher.path=t"]) for each in ("all_losses", name))
-    found = dict(line.split(": ") for line in differences(all_losses, changed))
-    assert {key: values.split(" -> ")[1] for key, values in found.items()} == changes
+    result = dict(line.split(": ") for line in differences(all_losses, changed))
+    assert {key: values.split(" -> ")[1] for key, values in result.items()} == changes
 
 
 @pytest.mark.parametrize("name", ["undistilled", "kl_at_targets"])

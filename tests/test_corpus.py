@@ -19,12 +19,12 @@ def read(*sources: object, **options) -> list[corpus.Piece]:
 
 
 def documents(pieces: list[corpus.Piece]) -> list[list[str]]:
-    found: list[list[str]] = []
+    result: list[list[str]] = []
     for piece in pieces:
         if piece.starts_document:
-            found.append([])
-        found[-1].append(piece.text)
-    return found
+            result.append([])
+        result[-1].append(piece.text)
+    return result
 
 
 def write(path: Path, data: str | bytes) -> Path:

@@ -77,7 +77,7 @@ def test_what_a_killed_start_left_does_not_stop_the_next(text, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"seeds": (0, 2**32)}, "A seed must be from 0"),
         ({"seeds": (1, 1)}, "named once"),
@@ -86,8 +86,8 @@ def test_what_a_killed_start_left_does_not_stop_the_next(text, tmp_path):
         ({"overrides": ["data.path=t"]}, "demo sets data.path itself"),
     ],
 )
-def test_what_would_be_ignored_is_refused_before_anything_is_written(tmp_path, settings, said):
-    with pytest.raises(InputError, match=said):
+def test_what_would_be_ignored_is_refused_before_anything_is_written(tmp_path, settings, message):
+    with pytest.raises(InputError, match=message):
         demo(tmp_path / "demo", **settings)
     assert not (tmp_path / "demo").exists()
 

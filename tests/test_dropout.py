@@ -61,10 +61,10 @@ def test_without_seeds_or_with_rate_zero_nothing_happens():
 def test_64_bit_types_change_no_mask():
     seeds = row_seeds(jax.random.key(3), np.arange(ROWS), 2)
     with jax.enable_x64(True):
-        found = row_seeds(jax.random.key(3), jnp.arange(ROWS), 2)
-        dropped = dropout(jnp.ones((ROWS, 64), jnp.float32), found[:, 0], 0.1)
-    assert found.dtype == jnp.uint32 and dropped.dtype == jnp.float32
-    np.testing.assert_array_equal(found, seeds)
+        result = row_seeds(jax.random.key(3), jnp.arange(ROWS), 2)
+        dropped = dropout(jnp.ones((ROWS, 64), jnp.float32), result[:, 0], 0.1)
+    assert result.dtype == jnp.uint32 and dropped.dtype == jnp.float32
+    np.testing.assert_array_equal(result, seeds)
     np.testing.assert_array_equal(dropped, dropout(jnp.ones((ROWS, 64)), seeds[:, 0], 0.1))
 
 

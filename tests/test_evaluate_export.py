@@ -48,7 +48,7 @@ def exported(finished_run, workshop) -> Path:
 
 @pytest.fixture(scope="session")
 def of_the_run(finished_run) -> dict[str, float]:
-    """What the run said of itself at its end."""
+    """The metrics of the last evaluation of the run."""
     last = [line for line in read_metrics(finished_run) if line["kind"] == "held_out"][-1]
     return {name: number for name, number in last.items() if name not in ("step", "kind")}
 
@@ -125,13 +125,13 @@ def test_train_and_eval_judge_by_the_same_masks_whatever_the_training_masks(fini
     parts = assemble(load(workshop / "run.toml", ["masking.mask=0.2", "masking.random=0", "masking.rate=0.3"]))
     program = compile_run(parts)
     state = program.first_state()
-    said = program.evaluator.evaluate(state)
+    evaluated = program.evaluator.evaluate(state)
     model = Model(parts.step.student, jax.device_get(state.params), parts.tokenizer)
     teacher = open_model(workshop / "teacher")
-    assert said == pytest.approx(evaluate(model, workshop / "rows", teacher=teacher), rel=1e-5)
+    assert evaluated == pytest.approx(evaluate(model, workshop / "rows", teacher=teacher), rel=1e-5)
     # The run with other masks, which begins with the same student, says the same of it.
     untrained = read_metrics(finished_run)[0]
-    assert said == pytest.approx({name: untrained[name] for name in said}, rel=1e-5)
+    assert evaluated == pytest.approx({name: untrained[name] for name in evaluated}, rel=1e-5)
 
 
 def test_sums_lose_nothing_however_many_batches_there_are(monkeypatch):
@@ -180,7 +180,7 @@ def test_transformers_opens_the_export_and_computes_the_same(exported):
     from transformers import AutoModelForMaskedLM, AutoTokenizer
 
     theirs, told = AutoModelForMaskedLM.from_pretrained(exported, output_loading_info=True)
-    assert {name: list(found) for name, found in told.items() if found} == {}
+    assert {name: list(result) for name, result in told.items() if result} == {}
     assert type(theirs).__name__ == "DistilBertForMaskedLM"
     assert theirs.get_output_embeddings().weight is theirs.get_input_embeddings().weight
     encoded = AutoTokenizer.from_pretrained(exported)(TEXTS, padding=True, return_tensors="np")
@@ -190,8 +190,8 @@ def test_transformers_opens_the_export_and_computes_the_same(exported):
         expected = theirs(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask)).logits.numpy()
     ours = open_model(exported)
     output = jax.jit(MaskedLm(ours.config).apply)({"params": ours.params}, Batch.from_padded(ids, mask, ids))
-    found = logits(output.features, output.head)[..., : ours.config.vocab_size]
-    np.testing.assert_allclose(found[mask == 1], expected[mask == 1], atol=1e-4)
+    result = logits(output.features, output.head)[..., : ours.config.vocab_size]
+    np.testing.assert_allclose(result[mask == 1], expected[mask == 1], atol=1e-4)
 
 
 def test_the_card_holds_the_real_numbers(exported, finished_run, workshop, of_the_run):
@@ -302,18 +302,18 @@ def test_gaps_are_filled_alike_whichever_side_the_tokenizer_pads(exported, tmp_p
 
 def test_gaps_are_filled_with_the_likeliest_words(exported):
     model, tokenizer = open_model(exported), load_tokenizer(exported)
-    found = fill_mask(model, TEXTS, best=5)
-    assert [len(answers) for answers in found] == [5, 5]
+    result = fill_mask(model, TEXTS, best=5)
+    assert [len(answers) for answers in result] == [5, 5]
     known = {tokenizer.decode([number]) for number in range(len(tokenizer))}
-    for answers in found:
+    for answers in result:
         words, probabilities = zip(*answers, strict=True)
         assert list(probabilities) == sorted(probabilities, reverse=True)
         assert probabilities[-1] > 0 and sum(probabilities) <= 1 + 1e-6
         assert len(set(words)) == 5 and set(words) <= known
     # Alone or beside a longer text: padding says nothing.
     (alone,) = fill_mask(model, TEXTS[:1], best=5)
-    assert [word for word, _ in alone] == [word for word, _ in found[0]]
-    assert [p for _, p in alone] == pytest.approx([p for _, p in found[0]], rel=1e-4)
+    assert [word for word, _ in alone] == [word for word, _ in result[0]]
+    assert [p for _, p in alone] == pytest.approx([p for _, p in result[0]], rel=1e-4)
 
 
 def test_gaps_are_those_of_pytorch(exported):
@@ -325,9 +325,9 @@ def test_gaps_are_those_of_pytorch(exported):
     with torch.no_grad():
         scores = AutoModelForMaskedLM.from_pretrained(exported)(input_ids=ids).logits
     likeliest = torch.softmax(scores[0, (ids[0] == tokenizer.mask_token_id).nonzero()[0, 0]], -1).topk(3)
-    (found,) = fill_mask(open_model(exported), TEXTS[:1])
-    assert [word for word, _ in found] == [tokenizer.decode([number]) for number in likeliest.indices.tolist()]
-    assert [p for _, p in found] == pytest.approx(likeliest.values.tolist(), rel=1e-4)
+    (result,) = fill_mask(open_model(exported), TEXTS[:1])
+    assert [word for word, _ in result] == [tokenizer.decode([number]) for number in likeliest.indices.tolist()]
+    assert [p for _, p in result] == pytest.approx(likeliest.values.tolist(), rel=1e-4)
 
 
 @pytest.mark.parametrize("text", ["the cat.", "the [MASK] and the [MASK].", "the cat " * 20 + "[MASK]."])

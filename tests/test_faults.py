@@ -53,11 +53,11 @@ def train_here(workshop, output, *settings, status=0, command=()):
     assert cli.main([str(word) for word in words(workshop, output, *settings, command=command)]) == status
 
 
-def done(begun, status, limit=LIMIT):
+def done(started, status, limit=LIMIT):
     """(stdout, stderr) of each, once all have ended with the status and without a traceback."""
-    ended = finish(begun, limit)
-    for found, _, stderr in ended:
-        assert found == status, ended
+    ended = finish(started, limit)
+    for result, _, stderr in ended:
+        assert result == status, ended
         assert "Traceback" not in stderr, stderr
     return [texts for _, *texts in ended]
 
@@ -296,8 +296,8 @@ def test_one_bad_batch_is_skipped_and_told(workshop, tmp_path, monkeypatch, caps
     assert status == 0
     (line,) = [line for line in read_metrics(run) if line["kind"] == "skipped"]
     assert line["step"] == 4 and len(line["rows"]) == 16
-    said = capsys.readouterr().out
-    assert "step      4  no update" in said and str(line["rows"][0]) in said
+    message = capsys.readouterr().out
+    assert "step      4  no update" in message and str(line["rows"][0]) in message
     trained = {line["step"]: line for line in read_metrics(run) if line["kind"] == "train"}
     assert trained[4]["skipped"] == 1 and trained[5]["skipped"] == 0 and np.isfinite(trained[5]["loss"])
     # The schedule waits for the update that was left out.
@@ -360,8 +360,8 @@ def test_two_runs_in_one_folder_and_a_doctor_beside_them(workshop, tmp_path):
     first.send_signal(signal.SIGSTOP)  # holds the folder, and leaves the processors to the others
     ((_, stderr),) = done(train(workshop, run, *settings), 2)
     assert f"process {first.pid} " in stderr and stderr.count("\n") == 1
-    found = {name: check() for name, check in doctor._run_checks(run)}
-    assert f"{run} is in use: process {first.pid} on" in found["folder"]
+    result = {name: check() for name, check in doctor._run_checks(run)}
+    assert f"{run} is in use: process {first.pid} on" in result["folder"]
     first.send_signal(signal.SIGCONT)
     first.send_signal(signal.SIGTERM)
     done([first], 75, limit=60)
@@ -432,12 +432,12 @@ def test_a_folder_that_becomes_read_only(workshop, tmp_path):
 def test_where_one_process_dies_the_other_ends(workshop, tmp_path):
     """Of two runs of two processes, one loses its first and one its second; nothing but a clock runs meanwhile."""
     runs = [train(workshop, tmp_path / f"run-{lost}", "train.steps=100000", count=2) for lost in (0, 1)]
-    for lost, begun in enumerate(runs):
-        wait_for(functools.partial(reached, tmp_path / f"run-{lost}", 2), begun[0])
-        begun[lost].kill()
+    for lost, started in enumerate(runs):
+        wait_for(functools.partial(reached, tmp_path / f"run-{lost}", 2), started[0])
+        started[lost].kill()
         began = time.monotonic()
-    for lost, begun in enumerate(runs):
-        ended = finish(begun, 60)
+    for lost, started in enumerate(runs):
+        ended = finish(started, 60)
         assert [ended[lost][0], ended[1 - lost][0]] == [-signal.SIGKILL, 4], ended
     print(f"the last one ended {time.monotonic() - began:.0f} s after its other was killed")
 
@@ -467,10 +467,10 @@ cli.program()
 def test_where_one_process_refuses_its_rows_the_other_ends(workshop, tmp_path):
     """The refusal alone is told; nobody waits for the clock of a hang, which is at 1,800 s."""
     settings = ("train.steps=100000", "train.eval_every=0")
-    begun = start(2, words(workshop, tmp_path / "run", *settings), program=DAMAGED_FOR_ONE, devices=2)
-    (lost, _, other), (refused, _, said) = finish(begun)
-    assert (lost, refused) == (4, 2), (other, said)
-    assert said.splitlines()[-1] == "distil-jax: Row 5 is damaged." and "Traceback" not in said
+    started = start(2, words(workshop, tmp_path / "run", *settings), program=DAMAGED_FOR_ONE, devices=2)
+    (lost, _, other), (refused, _, message) = finish(started)
+    assert (lost, refused) == (4, 2), (other, message)
+    assert message.splitlines()[-1] == "distil-jax: Row 5 is damaged." and "Traceback" not in message
     assert other.count("distil-jax:") == 1, other
 
 
@@ -496,8 +496,8 @@ cli.program()
 
 
 def test_a_hang_is_noticed(workshop, tmp_path):
-    begun = start(1, words(workshop, tmp_path / "run", "train.hang_seconds=20"), program=STUCK, devices=2)
-    ((status, _, stderr),) = finish(begun)
+    started = start(1, words(workshop, tmp_path / "run", "train.hang_seconds=20"), program=STUCK, devices=2)
+    ((status, _, stderr),) = finish(started)
     assert status == 4 and "hang_seconds" in stderr, stderr
     assert "in stuck" in stderr and "most recent call first" in stderr, "every thread's stack"
 
@@ -547,12 +547,12 @@ gc.collect()
 
 
 def test_an_event_loop_that_could_not_be_opened_says_nothing_more():
-    def said(how):
+    def stderr_of(how):
         command = [sys.executable, "-c", HALF_OPEN, how]
         return subprocess.run(command, check=True, capture_output=True, text=True).stderr
 
-    assert "_ssock" in said("as usual")
-    assert said("silent") == ""
+    assert "_ssock" in stderr_of("as usual")
+    assert stderr_of("silent") == ""
 
 
 def test_no_secret_of_the_environment_is_written_anywhere(workshop, tmp_path, monkeypatch, capfd):
@@ -614,8 +614,8 @@ def test_memory_and_open_files_stay_flat(workshop, tmp_path):
     steps = int(os.environ.get("DISTIL_SOAK", "240"))
     settings = (f"train.steps={steps}", "train.checkpoint_every=10", "train.eval_every=20", "train.log_every=10")
     settings += ("train.tensorboard=true",)
-    begun = start(1, words(workshop, tmp_path / "run", *settings), program=WATCHED, devices=2)
-    ((_, stderr),) = done(begun, 0, limit=LIMIT + steps)
+    started = start(1, words(workshop, tmp_path / "run", *settings), program=WATCHED, devices=2)
+    ((_, stderr),) = done(started, 0, limit=LIMIT + steps)
     lines = [line.split()[1:] for line in stderr.splitlines() if line.startswith("watched")]
     step, resident, files = np.array(lines, float).T
     middle, late = (step > steps / 2) & (step <= 3 * steps / 4), step > 3 * steps / 4

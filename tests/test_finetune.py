@@ -137,9 +137,9 @@ def test_other_cadences_of_saving_deliver_the_same_model(finished, workshop, tas
 
 
 def test_eval_judges_a_run_and_its_folder_as_the_run_did(finished, tasks, tmp_path, capsys):
-    found = json.loads((finished / "scores.json").read_text())
-    said = [
-        f"{split}: " + ", ".join(f"{name} {found[split][name]:.4f}" for name in ("accuracy", "f1", "loss"))
+    result = json.loads((finished / "scores.json").read_text())
+    printed = [
+        f"{split}: " + ", ".join(f"{name} {result[split][name]:.4f}" for name in ("accuracy", "f1", "loss"))
         for split in ("dev", "test")
     ]
     turned = (tasks / "sequence.toml").read_text().replace('label_names = ["other", "cat"]', "")
@@ -148,14 +148,16 @@ def test_eval_judges_a_run_and_its_folder_as_the_run_did(finished, tasks, tmp_pa
         assert cli.main(["eval", str(model), "--task", str(task)]) == 0
         dev, test, *numbers = capsys.readouterr().out.splitlines()
         assert (
-            numbers == said and "cat " in dev and re.fullmatch(r"test: .*; \d+ with the text of one that trains", test)
+            numbers == printed
+            and "cat " in dev
+            and re.fullmatch(r"test: .*; \d+ with the text of one that trains", test)
         )
 
 
 def test_eval_refuses_another_task_and_what_has_none(finished, tasks, workshop, tmp_path, capsys):
     other = (tasks / "sequence.toml").read_text().replace('["other", "cat"]', '["cat", "other"]')
     (tmp_path / "other.toml").write_text(other)
-    for words, said in (
+    for words, printed in (
         ([finished / "model", "--task", tmp_path / "other.toml"], "was fine-tuned on another task"),
         ([finished, "--task", tasks / "tokens.toml"], "was fine-tuned on another task"),
         ([workshop / "teacher", "--task", tasks / "sequence.toml"], "has no head for a task"),
@@ -164,7 +166,7 @@ def test_eval_refuses_another_task_and_what_has_none(finished, tasks, workshop, 
     ):
         assert cli.main(["eval", *map(str, words)]) == 2
         message = capsys.readouterr().err
-        assert said in message and message.count("\n") == 1
+        assert printed in message and message.count("\n") == 1
 
 
 def test_a_model_for_a_task_cannot_teach_words(finished, workshop, tmp_path, capsys):
@@ -209,13 +211,13 @@ def test_a_run_that_was_stopped_ends_as_the_unbroken_one(finished, workshop, tas
         assert finetune(workshop / "teacher", tasks / "sequence.toml", run, *LONG) == 0
     assert "nothing is left to train" in capsys.readouterr().out
     # Other test examples are judged, whether in another file or in the same one.
-    test, found = tmp_path / "test.csv", []
+    test, result = tmp_path / "test.csv", []
     for label in ("cat", "other"):
         test.write_text(f"text,label\nthe cat sees the dog,{label}\n")
         assert finetune(workshop / "teacher", tasks / "sequence.toml", run, *LONG, f"task.test={test}") == 0
-        found.append(json.loads((run / "scores.json").read_text())["test"]["accuracy"])
-        assert f"| test     |   {found[-1]:.4f} |" in (run / "model" / "README.md").read_text()
-    assert sorted(found) == [0, 1]
+        result.append(json.loads((run / "scores.json").read_text())["test"]["accuracy"])
+        assert f"| test     |   {result[-1]:.4f} |" in (run / "model" / "README.md").read_text()
+    assert sorted(result) == [0, 1]
     # Other examples are another run.
     (tmp_path / "other.csv").write_text("text,label\n" + "the cat,cat\nthe dog,other\n" * 80)
     assert finetune(workshop / "teacher", tasks / "sequence.toml", run, *LONG, f"task.train={tmp_path}/other.csv") == 2
@@ -230,9 +232,9 @@ def test_patience_ends_a_run_that_gets_no_better(workshop, tasks, tmp_path, caps
         "train.eval_every=2",
         "train.patience=2",
     )
-    for said in ("the run ends after step 6", "nothing is left to train"):  # the untrained one cannot be had
+    for printed in ("the run ends after step 6", "nothing is left to train"):  # the untrained one cannot be had
         assert finetune(workshop / "teacher", tasks / "sequence.toml", tmp_path / "run", *settings) == 0
-        assert said in capsys.readouterr().out
+        assert printed in capsys.readouterr().out
     assert open_model(tmp_path / "run").step == 2
 
 
@@ -243,9 +245,9 @@ def test_tokens_and_spans(workshop, finished_run, tasks, tmp_path, kind, capsys)
     task = tasks / f"{kind}.toml"
     assert finetune(workshop / "teacher", task, tmp_path / "teacher", *QUICK) == 0
     assert finetune(finished_run, task, tmp_path / "student", *QUICK, teacher=tmp_path / "teacher" / "model") == 0
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     begins = {"tokens": r"^train: B-ANIMAL \d+, O \d+", "spans": r"^train: (\d+) questions in \1 rows"}[kind]
-    assert "soft" in said and re.search(begins, said, re.MULTILINE) and "\ndev: " in said
+    assert "soft" in printed and re.search(begins, printed, re.MULTILINE) and "\ndev: " in printed
     scores = json.loads((tmp_path / "student" / "scores.json").read_text())
     assert set(scores["dev"]) == names[kind] and all(np.isfinite(number) for number in scores["dev"].values())
     _, head, params = huggingface.load_task(tmp_path / "student" / "model")
@@ -277,11 +279,11 @@ def test_what_cannot_be_is_one_sentence_and_writes_nothing(finished, workshop, t
     tokenizer = load_tokenizer(workshop / "teacher")
     tokenizer.add_tokens(["zyzzyva", "zyzzyvas"])
     tokenizer.save_pretrained(tasks / "more_tokens")
-    for number, (words, options, said) in enumerate(refusals(workshop, tasks)):
+    for number, (words, options, printed) in enumerate(refusals(workshop, tasks)):
         output = tmp_path / str(number)
-        assert finetune(*words[:2], output, *words[2:], **options) == 2, said
+        assert finetune(*words[:2], output, *words[2:], **options) == 2, printed
         message = capsys.readouterr().err
-        assert said in message and message.count("\n") == 1
+        assert printed in message and message.count("\n") == 1
         assert not output.exists()
 
 

@@ -48,8 +48,8 @@ def compare(loss, names, arguments, outer=1.0):
     return jax.jit(jax.value_and_grad(value, argnums=(0, 1), has_aux=True))(features, head)
 
 
-def same(found, expected, rtol=1e-5, atol=1e-5):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), found, expected)
+def same(result, expected, rtol=1e-5, atol=1e-5):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), result, expected)
 
 
 @pytest.mark.parametrize("names", CHOICES, ids="+".join)

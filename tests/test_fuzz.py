@@ -80,9 +80,14 @@ def parse(parser: Callable, *arguments: Any, saying: str = "") -> Any:
         with limits():
             return parser(*arguments)
     except InputError as error:
-        said = str(error)
-        note(said)
-        assert said.isprintable() and said.endswith((".", "?")) and len(said) < 2_000 and re.search(saying, said)
+        message = str(error)
+        note(message)
+        assert (
+            message.isprintable()
+            and message.endswith((".", "?"))
+            and len(message) < 2_000
+            and re.search(saying, message)
+        )
         return None
 
 
@@ -169,12 +174,12 @@ def edited(sound: Any, edits: list[tuple[str, int, int, Any]]) -> Any:
     """Damages nested values as values."""
     values = copy.deepcopy(sound)
     for what, place, other, value in edits:
-        found = list(_places(values))
-        if not found:
+        result = list(_places(values))
+        if not result:
             break
-        container, key = found[place % len(found)]
+        container, key = result[place % len(result)]
         if what == "copy":
-            source, name = found[other % len(found)]
+            source, name = result[other % len(result)]
             value = copy.deepcopy(source[name])
         elif what == "nudge":
             value = _nudged(container[key], other)
@@ -455,10 +460,10 @@ def check_rows(folder: Path) -> None:
         if table is None:
             continue
         numbers = np.arange(len(table))[::-1]
-        found = parse(table.gather, numbers)
-        if found is not None:
-            assert (found.input_ids >= 0).all() and (found.input_ids < table.vocab_size).all()
-            assert found.input_ids.shape == found.segment_ids.shape == found.position_ids.shape
+        result = parse(table.gather, numbers)
+        if result is not None:
+            assert (result.input_ids >= 0).all() and (result.input_ids < table.vocab_size).all()
+            assert result.input_ids.shape == result.segment_ids.shape == result.position_ids.shape
     if manifest is not None:
         counts = parse(loader.token_counts, folder, manifest)
         assert counts is None or counts.shape == (manifest.vocab_size,)
@@ -540,8 +545,8 @@ def test_the_manifest_of_a_checkpoint(scratch, checkpoints, damage, sealed):
         facts = parse(checkpoints.metadata, 2)
         assert facts is None or isinstance(facts, dict)
         parse(checkpoints.verify, 2)
-        found, problems = checkpoints.newest_valid()
-        assert found == 2 - len(problems)
+        result, problems = checkpoints.newest_valid()
+        assert result == 2 - len(problems)
         shape = jax.ShapeDtypeStruct((3,), np.float32, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
         if facts is not None and path.read_bytes() != sound:
             parse(checkpoints.restore, 2, {"kernel": shape})
@@ -656,7 +661,7 @@ def test_no_line_of_a_text_is_lost(scratch, lines, end, packing, damage):
     pieces = read_text(path, counts)
     if pieces is None or sources.kind_of(str(path)) != "text":
         return
-    found, invalid = [], 0
+    result, invalid = [], 0
     for number, line in enumerate(data.removesuffix(b"\n").split(b"\n")):
         try:
             text = line.removeprefix(b"\xef\xbb\xbf" if number == 0 else b"").decode()
@@ -666,9 +671,9 @@ def test_no_line_of_a_text_is_lost(scratch, lines, end, packing, damage):
         if "\0" in text:
             invalid += 1
         elif text.strip():
-            found.append(text.strip())
-    assert [piece.text for piece in pieces] == found
-    assert counts["documents"] == len(found) and counts["invalid_lines"] == invalid
+            result.append(text.strip())
+    assert [piece.text for piece in pieces] == result
+    assert counts["documents"] == len(result) and counts["invalid_lines"] == invalid
     assert counts["bytes"] == path.stat().st_size == corpus.size_in_bytes([str(path)])
 
 
@@ -703,21 +708,21 @@ def test_no_record_is_lost_of_a_damaged_file(scratch, form, damage, packing):
     data = cut(planted([{"text": f"text {n}", "id": n} for n in range(20)], form), damage)
     path = scratch / f"damaged.{form if form in ('csv', 'tsv') else 'jsonl'}{packing}"
     path.write_bytes(PACKERS[packing](data))
-    found = parse(lambda: [record for _, record in read_records(str(path)).rows])
+    result = parse(lambda: [record for _, record in read_records(str(path)).rows])
     counts: Counter[str] = Counter()
     pieces = read_text(path, counts)
-    if found is not None:
+    if result is not None:
         text = data.decode("utf-8-sig")
         if form in ("list", "indented"):
             with contextlib.suppress(ValueError):
-                assert found == json.loads(text) or found == [json.loads(text)]
+                assert result == json.loads(text) or result == [json.loads(text)]
                 return
         if form == "csv":
             rows = len([row for row in csv.reader(io.StringIO(text, newline="")) if row]) - 1
         else:
             rows = len([line for line in text.split("\n") if line.strip("\r" if form == "tsv" else None)])
             rows -= form == "tsv"
-        assert len(found) == rows
+        assert len(result) == rows
     if pieces is not None and form == "jsonl":
         lines = len([line for line in data.split(b"\n") if line.strip(b" \t\r\v\f")])
         assert counts["documents"] + counts["empty_records"] + counts["invalid_lines"] >= lines
@@ -770,7 +775,7 @@ NAMES = st.sampled_from(
 def test_labels_mean_the_same_in_every_format(scratch, labels, names, forms, regression):
     """The same classes in the same order, and the same numbers, or a refusal of every format."""
     records = [{"text": f"text {number}", "label": label} for number, label in enumerate(labels)]
-    found = []
+    result = []
     for form in forms:
         path = scratch / f"labels.{form}"
         if form == "parquet":
@@ -782,8 +787,8 @@ def test_labels_mean_the_same_in_every_format(scratch, labels, names, forms, reg
             path.write_bytes(planted(records, form))
         kind = "regression" if regression else "sequence"
         splits = parse(read_splits, TaskConfig(kind, train=str(path), dev=str(path), label_names=names))
-        found.append(splits and (splits.label_names, [example.label for example in splits.dev]))
-    assert found[0] == found[1]
+        result.append(splits and (splits.label_names, [example.label for example in splits.dev]))
+    assert result[0] == result[1]
 
 
 # Examples of tasks

@@ -34,8 +34,8 @@ def test_the_guide(workshop, tasks, tmp_path, monkeypatch, capsys):  # noqa: F81
         verb, *words = shlex.split(line)
         words += SMALLER.get(verb, []) + (quick if verb in ("train", "finetune", "compare") else [])
         assert cli.main([verb, *words]) == 0, (line, capsys.readouterr().err)
-    page, found = Path("compared/compare.md").read_text(), json.loads(Path("compared/compare.json").read_text())
-    scores = found["scores"]["my_task"]
+    page, result = Path("compared/compare.md").read_text(), json.loads(Path("compared/compare.json").read_text())
+    scores = result["scores"]["my_task"]
     folders = {"teacher": "teacher", "my_student": "my_student", "my_student + its logits": "my_student-distilled"}
     assert list(scores) == [*folders, "TF-IDF + linear"] and scores["TF-IDF + linear"][0] > 0.85  # one word decides
     for name, folder in folders.items():
@@ -43,7 +43,7 @@ def test_the_guide(workshop, tasks, tmp_path, monkeypatch, capsys):  # noqa: F81
         assert scores[name] == [run["dev"]["accuracy"]]
         line = next(line for line in page.splitlines() if line.startswith(f"| {name} "))
         assert f" {100 * scores[name][0]:.1f} |" in line
-    assert found["sizes"]["my_student"]["parameters"] < found["sizes"]["teacher"]["parameters"]
+    assert result["sizes"]["my_student"]["parameters"] < result["sizes"]["teacher"]["parameters"]
     assert Path("compared/compare.png").stat().st_size > 10_000
     pytest.importorskip("torch")
     from transformers import pipeline

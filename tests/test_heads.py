@@ -150,10 +150,10 @@ def test_we_compute_what_pytorch_computes_and_it_opens_what_we_save(
     inputs = ragged(token_types)
     ids, mask, *types = inputs.values()
     expected = torch_logits(theirs, inputs)
-    found = apply(config, head, params, Batch.from_padded(ids, mask, np.full(ids.shape, IGNORED), *types))
-    assert found.dtype == np.float32 and found.shape == expected.shape
+    result = apply(config, head, params, Batch.from_padded(ids, mask, np.full(ids.shape, IGNORED), *types))
+    assert result.dtype == np.float32 and result.shape == expected.shape
     where = slice(None) if kind == "sequence" else mask.astype(bool)
-    np.testing.assert_allclose(found[where], expected[where], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(result[where], expected[where], rtol=0, atol=1e-5)
 
     huggingface.save_task(tmp_path / "ours", config, head, params)
     auto = getattr(transformers, f"AutoModelFor{SUFFIXES[kind]}")
@@ -401,17 +401,17 @@ def test_half_precision_and_a_sinusoidal_table(tmp_path: Path) -> None:
     config, head = encoder(0, positions="sinusoidal"), HEADS["sequence"]
     params = random_task_params(config, head)
     huggingface.save_task(tmp_path / "half", config, head, params, dtype="float16")
-    found_config, _, found = huggingface.load_task(tmp_path / "half")
-    assert found_config.positions == "sinusoidal" and "position" not in found["embeddings"]
-    assert same_leaves(found, jax.tree.map(lambda leaf: leaf.astype(np.float16).astype(np.float32), params))
+    found_config, _, result = huggingface.load_task(tmp_path / "half")
+    assert found_config.positions == "sinusoidal" and "position" not in result["embeddings"]
+    assert same_leaves(result, jax.tree.map(lambda leaf: leaf.astype(np.float16).astype(np.float32), params))
 
 
 def test_a_pooler_that_no_head_reads_is_left_out(tmp_path: Path) -> None:
     config, head = encoder(2), HEADS["sequence"]
     huggingface.save_task(tmp_path / "old", config, head, random_task_params(config, head))
     edit_config(tmp_path / "old", architectures=["BertForTokenClassification"])
-    found_config, _, found = huggingface.load_task(tmp_path / "old")
-    assert not found_config.pooler and found.keys() == {"embeddings", "layers", "head"}
+    found_config, _, result = huggingface.load_task(tmp_path / "old")
+    assert not found_config.pooler and result.keys() == {"embeddings", "layers", "head"}
 
 
 @pytest.mark.parametrize(

@@ -60,12 +60,12 @@ def random_params(config: ModelConfig, seed: int = 0) -> dict:
     return traverse_util.unflatten_dict(values, sep="/")
 
 
-def assert_equal_trees(found: dict, expected: dict) -> None:
-    found, expected = (traverse_util.flatten_dict(tree, sep="/") for tree in (found, expected))
-    assert found.keys() == expected.keys()
+def assert_equal_trees(result: dict, expected: dict) -> None:
+    result, expected = (traverse_util.flatten_dict(tree, sep="/") for tree in (result, expected))
+    assert result.keys() == expected.keys()
     for path, value in expected.items():
-        assert found[path].dtype == value.dtype, path
-        np.testing.assert_array_equal(found[path], value, err_msg=path)
+        assert result[path].dtype == value.dtype, path
+        np.testing.assert_array_equal(result[path], value, err_msg=path)
 
 
 def saved(folder: Path, config: ModelConfig = BERT, seed: int = 0) -> Path:
@@ -100,10 +100,10 @@ def refusal(folder: Path) -> str:
 def test_a_round_trip_is_exact(config: ModelConfig, tmp_path: Path) -> None:
     params = random_params(config)
     huggingface.save(tmp_path / "model", config, params)
-    found_config, found = huggingface.load(tmp_path / "model")
+    found_config, result = huggingface.load(tmp_path / "model")
     assert found_config == config == huggingface.read_config(tmp_path / "model")
-    assert_equal_trees(found, params)
-    assert huggingface.fingerprint(found) == huggingface.fingerprint(params)
+    assert_equal_trees(result, params)
+    assert huggingface.fingerprint(result) == huggingface.fingerprint(params)
 
 
 def test_jax_and_numpy_arrays_are_written_alike(tmp_path: Path) -> None:
@@ -160,13 +160,13 @@ def test_half_precision_files_are_widened(tmp_path: Path) -> None:
     huggingface.save(tmp_path / "half", BERT, params, dtype="float16")
     assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "float16"
     assert {str(value.dtype) for value in load_file(tmp_path / "half" / "model.safetensors").values()} == {"float16"}
-    _, found = huggingface.load(tmp_path / "half")
-    assert_equal_trees(found, jax.tree.map(lambda x: x.astype(np.float16).astype(np.float32), params))
+    _, result = huggingface.load(tmp_path / "half")
+    assert_equal_trees(result, jax.tree.map(lambda x: x.astype(np.float16).astype(np.float32), params))
 
     folder = saved(tmp_path / "brain")
     edit_weights(folder, lambda weights: {name: value.astype(jnp.bfloat16) for name, value in weights.items()})
-    _, found = huggingface.load(folder)
-    assert_equal_trees(found, jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(np.float32), params))
+    _, result = huggingface.load(folder)
+    assert_equal_trees(result, jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(np.float32), params))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -175,32 +175,32 @@ def test_a_stored_sinusoidal_table_is_recognised_and_a_changed_one_is_kept(dtype
     name = "distilbert.embeddings.position_embeddings.weight"
     folder = saved(tmp_path / "model", config)
     edit_weights(folder, lambda weights: {name: value.astype(jnp.dtype(dtype)) for name, value in weights.items()})
-    found_config, found = huggingface.load(folder)
+    found_config, result = huggingface.load(folder)
     assert found_config == config
-    assert "position" not in found["embeddings"]
+    assert "position" not in result["embeddings"]
 
     edit_weights(folder, lambda weights: weights | {name: weights[name] + weights[name].dtype.type(0.05)})
-    found_config, found = huggingface.load(folder)
+    found_config, result = huggingface.load(folder)
     assert found_config == DISTILBERT
     np.testing.assert_array_equal(
-        found["embeddings"]["position"], load_file(folder / "model.safetensors")[name].astype(np.float32)
+        result["embeddings"]["position"], load_file(folder / "model.safetensors")[name].astype(np.float32)
     )
 
 
 def test_a_bert_with_sinusoidal_positions_is_written_with_its_table(tmp_path: Path) -> None:
     config = dataclasses.replace(BERT, positions="sinusoidal")
-    found_config, found = huggingface.load(saved(tmp_path / "model", config))
+    found_config, result = huggingface.load(saved(tmp_path / "model", config))
     assert found_config == BERT
-    np.testing.assert_array_equal(found["embeddings"]["position"], sinusoidal_table(17, 12))
+    np.testing.assert_array_equal(result["embeddings"]["position"], sinusoidal_table(17, 12))
 
 
 def test_the_pooler_gives_way_to_the_mlm_head(tmp_path: Path) -> None:
     config = dataclasses.replace(BERT, pooler=True)
     params = random_params(config)
     huggingface.save(tmp_path / "model", config, params)
-    found_config, found = huggingface.load(tmp_path / "model")
+    found_config, result = huggingface.load(tmp_path / "model")
     assert found_config == BERT
-    assert_equal_trees(found, {name: tree for name, tree in params.items() if name != "pooler"})
+    assert_equal_trees(result, {name: tree for name, tree in params.items() if name != "pooler"})
 
 
 def test_tokenizer_and_card_come_along(tmp_path: Path) -> None:
@@ -265,9 +265,9 @@ def test_legacy_names_prefixes_buffers_and_copies_are_understood(tmp_path: Path)
     edit_weights(folder, disguise)
     edit_config(folder, tie_word_embeddings=False)
     assert "bert.embeddings.LayerNorm.gamma" in load_file(folder / "model.safetensors")
-    found_config, found = huggingface.load(folder)
+    found_config, result = huggingface.load(folder)
     assert found_config == BERT
-    assert_equal_trees(found, params)
+    assert_equal_trees(result, params)
 
     edit_weights(folder, lambda weights: {name.removeprefix("bert."): value for name, value in weights.items()})
     assert_equal_trees(huggingface.load(folder)[1], params)
@@ -371,9 +371,9 @@ def test_an_mlm_head_is_whole_or_absent(config: ModelConfig, tmp_path: Path) -> 
         save_file({key: value for key, value in whole.items() if key != name}, folder / "model.safetensors")
         assert f"({name} is missing)" in refusal(folder)
     save_file({key: value for key, value in whole.items() if key not in head}, folder / "model.safetensors")
-    found_config, found = huggingface.load(folder)
+    found_config, result = huggingface.load(folder)
     assert found_config == dataclasses.replace(config, mlm_head=False)
-    assert "mlm" not in found
+    assert "mlm" not in result
 
 
 def test_an_untied_model_is_refused(tmp_path: Path) -> None:

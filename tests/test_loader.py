@@ -164,13 +164,13 @@ def test_held_out_rows_come_once_and_are_filled_up(folder, batch_rows, limit, pr
 def test_some_held_out_rows_are_a_random_choice_that_is_always_the_same():
     for limit in (0, 1000, 2000):
         assert loader.evaluation_rows(1000, limit).tolist() == list(range(1000))
-    found = {limit: loader.evaluation_rows(1000, limit) for limit in (1, 100, 500)}
-    assert found[100][:4].tolist() == [7, 11, 15, 18], "a newer NumPy would judge other rows"
-    assert {*found[1]} < {*found[100]} < {*found[500]}
-    for limit, rows in found.items():
+    result = {limit: loader.evaluation_rows(1000, limit) for limit in (1, 100, 500)}
+    assert result[100][:4].tolist() == [7, 11, 15, 18], "a newer NumPy would judge other rows"
+    assert {*result[1]} < {*result[100]} < {*result[500]}
+    for limit, rows in result.items():
         assert len(rows) == limit and (np.diff(rows) > 0).all()
     # From everywhere: each tenth of the rows gives about a tenth of the choice.
-    assert np.histogram(found[500], 10, (0, 1000))[0].min() > 30
+    assert np.histogram(result[500], 10, (0, 1000))[0].min() > 30
 
 
 def test_no_rows_are_refused():

@@ -26,9 +26,9 @@ def softmax(x):
 def test_kl_is_the_formula(temperature):
     t, s = softmax(TEACHER / temperature), softmax(STUDENT / temperature)
     expected = temperature**2 * (t * np.log(t / s)).sum(-1)[WHERE]
-    found = kl_loss(STUDENT, TEACHER, where=WHERE, temperature=temperature)
-    np.testing.assert_allclose(found.total, expected.sum(), rtol=1e-5)
-    assert found.count == WHERE.sum()
+    result = kl_loss(STUDENT, TEACHER, where=WHERE, temperature=temperature)
+    np.testing.assert_allclose(result.total, expected.sum(), rtol=1e-5)
+    assert result.count == WHERE.sum()
 
 
 def test_the_others_are_their_formulas():
@@ -60,8 +60,8 @@ def test_gradients_and_that_what_does_not_count_does_not_count(loss):
     value, slopes = both(STUDENT, TEACHER)
     for anything in (1e4, np.nan, np.inf, -np.inf):
         elsewhere = (np.where(WHERE[..., None], logits, np.float32(anything)) for logits in (STUDENT, TEACHER))
-        found, found_slopes = both(*elsewhere)
-        assert found == value
+        result, found_slopes = both(*elsewhere)
+        assert result == value
         for slope, expected in zip(found_slopes, slopes, strict=True):
             np.testing.assert_array_equal(slope[~WHERE], 0)
             np.testing.assert_allclose(slope, expected, rtol=1e-6)
@@ -155,8 +155,8 @@ def test_computing_targets_only_changes_no_number(soft_positions, kl):
     def value(student, most):
         return distill_loss(student, encoded(1), batch(), config=config, targets_per_row=most)[0]
 
-    found = [jax.value_and_grad(value)(encoded(0), most) for most in (None, 4)]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *found)
+    result = [jax.value_and_grad(value)(encoded(0), most) for most in (None, 4)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *result)
 
 
 def test_more_targets_than_promised_is_never_silent():
@@ -177,14 +177,14 @@ def test_targets_are_gathered_whole():
 @pytest.mark.parametrize("chunk", [0, 3, 512])  # all at once, a position of each row at a time, all in one chunk
 def test_held_out_numbers_against_plain_numpy(chunk):
     student, teacher, held = encoded(0), encoded(1), batch()
-    found = held_out_terms(student, teacher, held, config=LossConfig(chunk=chunk), targets_per_row=5)
+    result = held_out_terms(student, teacher, held, config=LossConfig(chunk=chunk), targets_per_row=5)
     where = held.labels != IGNORED
     s, t = (e.features[where] @ e.head.kernel.T + e.head.bias for e in (student, teacher))
     p, q, gold = softmax(t), softmax(s), held.labels[where]
-    np.testing.assert_allclose(found["mlm"].value(), -np.log(q[np.arange(4), gold]).mean(), rtol=1e-5)
-    np.testing.assert_allclose(found["accuracy"].value(), (s.argmax(-1) == gold).mean(), rtol=1e-6)
-    np.testing.assert_allclose(found["kl"].value(), (p * np.log(p / q)).sum(-1).mean(), rtol=1e-5)
-    np.testing.assert_allclose(found["agreement"].value(), (s.argmax(-1) == t.argmax(-1)).mean(), rtol=1e-6)
+    np.testing.assert_allclose(result["mlm"].value(), -np.log(q[np.arange(4), gold]).mean(), rtol=1e-5)
+    np.testing.assert_allclose(result["accuracy"].value(), (s.argmax(-1) == gold).mean(), rtol=1e-6)
+    np.testing.assert_allclose(result["kl"].value(), (p * np.log(p / q)).sum(-1).mean(), rtol=1e-5)
+    np.testing.assert_allclose(result["agreement"].value(), (s.argmax(-1) == t.argmax(-1)).mean(), rtol=1e-6)
 
 
 def test_a_missing_teacher_or_head_is_said():

@@ -80,9 +80,9 @@ def test_64_bit_types_change_no_mask(weights, rate):
     rows, config = Rows(ids, segments, ids, np.arange(84, dtype=np.int32)), replace(CONFIG, rate=rate)
     expected = mask(jax.random.key(3), rows, weights=weights, config=config)
     with jax.enable_x64(True):
-        found = mask(jax.random.key(3), rows, weights=weights.astype(np.float64), config=config)
-    assert found.input_ids.dtype == found.labels.dtype == jnp.int32
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
+        result = mask(jax.random.key(3), rows, weights=weights.astype(np.float64), config=config)
+    assert result.input_ids.dtype == result.labels.dtype == jnp.int32
+    jax.tree.map(np.testing.assert_array_equal, result, expected)
 
 
 def test_rows_without_words_have_no_target(weights):

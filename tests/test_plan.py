@@ -155,9 +155,9 @@ def test_a_sweep_is_a_table_and_a_picture(compiled_as, capsys, tmp_path):
 def test_what_does_not_fit_is_refused_with_the_smallest_change(compiled_as, capsys, peak, advice):
     compiled_as(lambda job: 16.5 if job.config.train.accumulation == 0 else peak(job))
     assert cli.main([*SMALL, "--topology", "v5e:2x2", "--sequence-length", "128"]) == 2
-    said = capsys.readouterr()
-    assert "NO: 16.5 GiB per chip, which has 16" in said.out
-    assert said.err.endswith(advice + "\n") and said.err.count("\n") == 1
+    printed = capsys.readouterr()
+    assert "NO: 16.5 GiB per chip, which has 16" in printed.out
+    assert printed.err.endswith(advice + "\n") and printed.err.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -37,34 +37,34 @@ def tokenizer(tmp_path_factory) -> Path:
 def write_corpus(path: Path, documents: int = 60, seed: int = 0) -> list[list[str]]:
     """Documents of one to eight lines of one to sixty words, some of them unknown."""
     draw = random.Random(seed)
-    found = []
+    result = []
     for _ in range(documents):
         lines = []
         for _ in range(draw.randint(1, 8)):
             words = [*WORDS, "ω"] if draw.random() < 0.8 else [*WORDS[:3], "ω", "ψ"]
             lines.append(" ".join(draw.choices(words, k=draw.randint(1, 60))))
-        found.append(lines)
-    path.write_text("\n\n".join("\n".join(lines) for lines in found))
-    return found
+        result.append(lines)
+    path.write_text("\n\n".join("\n".join(lines) for lines in result))
+    return result
 
 
 def sequences_of(folder: Path, split: str) -> list[tuple[int, ...]]:
     table = loader.open_rows(folder, split)
     rows = table.gather(np.arange(len(table)))
-    found = []
+    result = []
     for ids, segments in zip(rows.input_ids, rows.segment_ids, strict=True):
         padding = ids[segments == 0]
         assert (padding == table.pad_id).all()
         assert (np.diff(segments[segments > 0]) >= 0).all()
         assert not segments[len(ids) - len(padding) :].any()
-        found += [tuple(ids[segments == segment].tolist()) for segment in range(1, segments.max() + 1)]
-    return found
+        result += [tuple(ids[segments == segment].tolist()) for segment in range(1, segments.max() + 1)]
+    return result
 
 
 def plainly(documents: list[list[str]], tokenizer: Path, config: PrepareConfig) -> dict[str, list[tuple[int, ...]]]:
     """What `prepare` must keep, written again without any of its code."""
     plain = load_tokenizer(tokenizer)
-    found: dict[str, list[tuple[int, ...]]] = {"train": [], "held_out": []}
+    result: dict[str, list[tuple[int, ...]]] = {"train": [], "held_out": []}
     for lines in documents:
         key = hashlib.blake2b("\n".join(lines).encode(), digest_size=8).hexdigest()
         split = "held_out" if int(key, 16) / 2**64 < config.held_out else "train"
@@ -75,8 +75,8 @@ def plainly(documents: list[list[str]], tokenizer: Path, config: PrepareConfig) 
                 sequence = (plain.cls_token_id, *part, plain.sep_token_id)
                 unknown = sum(token == plain.unk_token_id for token in sequence) / len(sequence)
                 if len(sequence) >= config.min_tokens and unknown < config.max_unknown:
-                    found[split].append(sequence)
-    return found
+                    result[split].append(sequence)
+    return result
 
 
 @pytest.mark.parametrize("sequence", ["line", "document"])
@@ -95,10 +95,10 @@ def test_rows_hold_exactly_the_sequences(tmp_path, tokenizer, sequence, sizes):
     manifest = prepare(config, tmp_path / "rows")
     expected = plainly(documents, tokenizer, config)
     for split, counts in (("train", manifest.train), ("held_out", manifest.held_out)):
-        found = sequences_of(tmp_path / "rows", split)
-        assert Counter(found) == Counter(expected[split])
-        assert counts.sequences == len(found)
-        assert counts.tokens == sum(map(len, found))
+        result = sequences_of(tmp_path / "rows", split)
+        assert Counter(result) == Counter(expected[split])
+        assert counts.sequences == len(result)
+        assert counts.tokens == sum(map(len, result))
     everything = [*expected["train"], *expected["held_out"]]
     assert manifest.counts["documents"] == len(documents)
     assert manifest.counts["sequences"] == len(everything)
@@ -508,14 +508,14 @@ def test_the_command_tells_what_it_passed_over(tmp_path, tokenizer, capsys):
     words = [*map(str, named), "--output", str(tmp_path / "rows"), "--tokenizer", str(tokenizer), "--held-out", "0.2"]
     command.run(parse(*words))
     text, counts = capsys.readouterr().out, read_manifest(tmp_path / "rows").counts
-    for name, number, said in (
+    for name, number, printed in (
         ("left_out_files", 2, "left out    2 files of the folders (other suffixes than .txt"),
         ("repeated_files", 1, "named twice 1 files"),
         ("empty_files", 1, "empty       1 files without text"),
         ("empty_records", 2, "empty       2 records whose text is empty"),
         ("unnamed_fields", 1, "unnamed     1 rows"),
     ):
-        assert counts[name] == number and said in text
+        assert counts[name] == number and printed in text
 
 
 @pytest.mark.parametrize(

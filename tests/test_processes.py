@@ -69,10 +69,10 @@ def alone(workshop, tmp_path_factory):
 
 
 def same_run(output, alone):
-    found, expected = losses(output), losses(alone)
-    assert found.keys() == expected.keys()
+    result, expected = losses(output), losses(alone)
+    assert result.keys() == expected.keys()
     for step, loss in expected.items():
-        np.testing.assert_allclose(found[step], loss, rtol=1e-5)
+        np.testing.assert_allclose(result[step], loss, rtol=1e-5)
     mine, theirs = open_model(output), open_model(alone)
     assert mine.step == theirs.step
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), mine.params, theirs.params)
@@ -80,14 +80,14 @@ def same_run(output, alone):
 
 def test_processes_train_as_one_and_a_checkpoint_of_two_is_continued_by_one_and_by_four(workshop, tmp_path, alone):
     """Two begin; SIGTERM to one of them, and both save the same step and end with 75; others go on to the end."""
-    begun = train(2, workshop, tmp_path / "two")
+    started = train(2, workshop, tmp_path / "two")
     metrics = tmp_path / "two" / "metrics.jsonl"
     deadline = time.monotonic() + LIMIT
     while not (metrics.exists() and '"step": 2' in metrics.read_text()):
-        assert time.monotonic() < deadline and begun[0].poll() is None, finish(begun)
+        assert time.monotonic() < deadline and started[0].poll() is None, finish(started)
         time.sleep(0.05)
-    begun[1].send_signal(signal.SIGTERM)
-    ended = finish(begun, 60)  # seconds, which is what a machine that is taken away leaves
+    started[1].send_signal(signal.SIGTERM)
+    ended = finish(started, 60)  # seconds, which is what a machine that is taken away leaves
     assert [status for status, *_ in ended] == [75, 75], ended
     steps = {re.search(r"Stopped after step (\d+)", stderr)[1] for *_, stderr in ended}
     assert len(steps) == 1, "all stop after the same step"
@@ -97,8 +97,8 @@ def test_processes_train_as_one_and_a_checkpoint_of_two_is_continued_by_one_and_
         assert batch_hashes(stderr).items() <= alone[1].items(), "every process saw the same global batches"
     for number, loss in losses(tmp_path / "two").items():
         np.testing.assert_allclose(loss, losses(alone[0])[number], rtol=1e-5)
-    spoken = [[line for line in stdout.splitlines() if not line.startswith("[Gloo]")] for _, stdout, _ in ended]
-    assert not any(spoken[1:]) and sum("2 process(es)" in line for line in spoken[0]) == 1, "one speaks, once"
+    printed = [[line for line in stdout.splitlines() if not line.startswith("[Gloo]")] for _, stdout, _ in ended]
+    assert not any(printed[1:]) and sum("2 process(es)" in line for line in printed[0]) == 1, "one speaks, once"
 
     for count, settings in ((1, []), (4, ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"])):
         output = tmp_path / f"by-{count}"
@@ -142,5 +142,5 @@ def test_two_processes_fine_tune_as_one(workshop, tmp_path):
     (_, head, two), (_, _, one) = (huggingface.load_task(tmp_path / count / "model") for count in ("2", "1"))
     assert head.names == ("cat", "other")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), two, one)
-    found, expected = (json.loads((tmp_path / count / "scores.json").read_text()) for count in ("2", "1"))
-    assert found["step"] == expected["step"] and found["dev"] == pytest.approx(expected["dev"], abs=1e-4)
+    result, expected = (json.loads((tmp_path / count / "scores.json").read_text()) for count in ("2", "1"))
+    assert result["step"] == expected["step"] and result["dev"] == pytest.approx(expected["dev"], abs=1e-4)

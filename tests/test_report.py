@@ -128,7 +128,7 @@ def test_the_page_of_two_runs(run, figures, tmp_path):
     drawn = panels(figures[0])
     counts = {title: len(curves) for title, curves in drawn.items()}
     assert sorted(counts.values()) == [1] * 4 + [2] * 4  # both have an MLM loss, one has a teacher
-    assert all(found == 2 for title, found in counts.items() if "MLM" in title)
+    assert all(result == 2 for title, result in counts.items() if "MLM" in title)
     colours = {curve.get_label(): curve.get_color() for curves in drawn.values() for curve in curves}
     assert colours.keys() == {"with teacher", "without teacher"} and len(set(colours.values())) == 2
     (legend,) = figures[0].legends
@@ -226,14 +226,14 @@ def test_numbers_that_cannot_be_drawn(run, capsys, tmp_path):
 
 def test_what_is_no_run_is_refused(run, workshop, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    begun = tmp_path / "begun"
-    begun.mkdir()
-    shutil.copy(run / "config.toml", begun)
-    shutil.copytree(run / "tokenizer", begun / "tokenizer")
+    started = tmp_path / "begun"
+    started.mkdir()
+    shutil.copy(run / "config.toml", started)
+    shutil.copytree(run / "tokenizer", started / "tokenizer")
     (tmp_path / "elsewhere").mkdir()
     twin = shutil.copytree(run, tmp_path / "elsewhere" / run.name)
     before = file_hashes(tmp_path)
-    for folders in ([workshop / "teacher"], [tmp_path / "none"], [tmp_path / "empty"], [begun], [run, twin]):
+    for folders in ([workshop / "teacher"], [tmp_path / "none"], [tmp_path / "empty"], [started], [run, twin]):
         assert cli.main(["report", *map(str, folders)]) == 2
         message = capsys.readouterr().err
         assert message.count("\n") == 1 and "Traceback" not in message
@@ -335,8 +335,8 @@ def test_the_first_and_the_last_numbers_and_what_the_run_was(reported):
     assert rows["MLM loss"][:2] == [f"{line['mlm']:.4g}" for line in (first, last)]
     before, after = (100 * line["agreement"] for line in (first, last))
     change = f"{after - before:+.1f} points".replace("-", "−")
-    found = [cell.replace("\u00a0", " ") for cell in rows["agreement with the teacher"]]
-    assert found == [f"{before:.1f} %", f"{after:.1f} %", change]
+    result = [cell.replace("\u00a0", " ") for cell in rows["agreement with the teacher"]]
+    assert result == [f"{before:.1f} %", f"{after:.1f} %", change]
     student = open_model(reported)
     path = student.run_config.teacher.path
     sentence = page.splitlines()[2].replace("\u00a0", " ")
@@ -473,8 +473,8 @@ def test_what_the_lines_add_up_to():
     told = history(lines)
     assert (told.done, told.skipped, told.rate, told.tokens_per_step) == (22, [22], 100.0, 100.0)
     assert (told.step_seconds, told.compile_seconds, told.seconds) == (30.0, 30.0, 60.0)
-    spoken = {0.04: "0.0 s", 9.0: "9.0 s", 61: "1 min 01 s", 7260: "2 h 01 min", 90_000: "1 d 1 h"}
-    assert {seconds: duration(seconds) for seconds in spoken} == spoken
+    printed = {0.04: "0.0 s", 9.0: "9.0 s", 61: "1 min 01 s", 7260: "2 h 01 min", 90_000: "1 d 1 h"}
+    assert {seconds: duration(seconds) for seconds in printed} == printed
     assert {duration(seconds) for seconds in (float("nan"), float("inf"), -1.0)} == {"an unknown time"}
     assert [count(n) for n in (997_893, 1_619_328, 2.5e9)] == ["998,000", "1.62 million", "2.5 billion"]
 

@@ -71,10 +71,10 @@ def test_sharded_equals_one_device(
 
 def test_sharded_evaluation_equals_one_device(step_config, student_params, teacher_params, rows, weights):
     mesh, state, teacher, compiled = on_mesh((4, 2, 1), step_config, student_params, teacher_params)
-    found = compiled(jit_eval, mask_and_eval_step)(state, teacher, put_rows(rows, mesh), weights)
+    result = compiled(jit_eval, mask_and_eval_step)(state, teacher, put_rows(rows, mesh), weights)
     here = init_state(KEY, step_config, params=student_params)
     expected = jax.jit(mask_and_eval_step)(here, teacher_params, rows, weights)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), result, expected)
 
 
 def test_the_work_is_shared_and_gradients_are_exchanged_once(step_config, student_params, teacher_params):
@@ -141,11 +141,11 @@ def test_rows_that_do_not_divide_among_the_devices_are_one_sentence(
 
 
 @pytest.mark.parametrize(
-    ("sizes", "found"),
+    ("sizes", "result"),
     [((-1, 1, 1), (8, 1, 1)), ((-1, 2, 2), (2, 2, 2)), ((1, 2, -1), (1, 2, 4)), ((8, -1, 1), (8, 1, 1))],
 )
-def test_one_axis_takes_the_devices_that_are_left(sizes, found):
-    assert make_mesh(MeshConfig(*sizes)).devices.shape == found
+def test_one_axis_takes_the_devices_that_are_left(sizes, result):
+    assert make_mesh(MeshConfig(*sizes)).devices.shape == result
 
 
 @pytest.mark.parametrize("sizes", [(3, 1, 1), (-1, 3, 1), (16, 1, 1)])

@@ -43,7 +43,7 @@ def tokenizer():
 def examples(count: int, seed: int, words: tuple[int, int] = (1, 60), question: int = 9) -> list[Example]:
     """Random contexts, some asked about twice, with answers of whole words."""
     draw = random.Random(seed)
-    found, context = [], ""
+    result, context = [], ""
     for number in range(count):
         if number % 3 or not context:
             context = draw.choice(["", "  "]) + draw.choice([" ", "  ", "\n"]).join(
@@ -61,8 +61,8 @@ def examples(count: int, seed: int, words: tuple[int, int] = (1, 60), question: 
             end = starts[last] + len(context.split()[last])
             references.append(Answer(starts[first], context[starts[first] : end]))
         ask = " ".join(draw.choices(WORDS, k=draw.randint(0, question)))
-        found.append(Example(f"line {number}", (ask, context), tuple(references)))
-    return found
+        result.append(Example(f"line {number}", (ask, context), tuple(references)))
+    return result
 
 
 def word_starts(context: str) -> list[int]:
@@ -130,12 +130,12 @@ def test_every_token_of_a_context_is_asked_however_long_the_question(tokenizer, 
 def test_the_labels_give_the_answers_back(tokenizer, length, stride):
     asked = examples(200, seed=3)
     table = span_table(tokenizer, asked, max_length=length, stride=stride)
-    found = answers(table, *one_hot(table), max_answer=length)
+    result = answers(table, *one_hot(table), max_answer=length)
     whole = {number for row, number in enumerate(table.example) if table.labels[row].any()}
     assert len(whole) == 200 if length == 384 else len(whole) > 100
     for number, example in enumerate(asked):
         if number in whole:
-            assert found[number] == example.label[0].text == table.references[number][0]
+            assert result[number] == example.label[0].text == table.references[number][0]
     assert table.references == tuple(tuple(each.text for each in example.label) for example in asked)
 
 
@@ -171,8 +171,8 @@ def test_an_answer_inside_a_word_takes_the_token_whole(tokenizer):
     ]
     asked = [Example("line 1", ("when?", context), (Answer(begin, "99"),))]
     table = span_table(tokenizer, asked, max_length=64, stride=10)
-    (found,) = answers(table, *one_hot(table), max_answer=30)
-    assert "99" in found and context.index(found) == token[0]
+    (result,) = answers(table, *one_hot(table), max_answer=30)
+    assert "99" in result and context.index(result) == token[0]
     # One that begins where a token ends does not take that too.
     asked = [Example("line 1", ("what?", "AC/DC"), (Answer(3, "DC"),))]
     table = span_table(tokenizer, asked, max_length=64, stride=10)
@@ -204,16 +204,16 @@ def test_the_best_answer_of_all_rows_is_found(tokenizer, most):
     assert len(table) > 40
     draw = np.random.default_rng(6)
     start, end = draw.normal(size=(2, *table.input_ids.shape)).astype(np.float32)
-    found = answers(table, start, end, most, best=32)
-    assert found == [slow_answer(table, number, start, end, most)[1] for number in range(25)]
+    result = answers(table, start, end, most, best=32)
+    assert result == [slow_answer(table, number, start, end, most)[1] for number in range(25)]
     # Fewer candidates only ever lose; what stands outside the contexts is never read.
     outside = np.arange(32) - table.second[:, None]
     outside = (outside < 0) | (np.arange(32) >= table.lengths[:, None] - 1)
-    assert answers(table, np.where(outside, 1e9, start), np.where(outside, np.nan, end), most, best=32) == found
+    assert answers(table, np.where(outside, 1e9, start), np.where(outside, np.nan, end), most, best=32) == result
     longest = table.lengths.max()
-    assert answers(table, start[:, :longest], end[:, :longest], most, best=32) == found
+    assert answers(table, start[:, :longest], end[:, :longest], most, best=32) == result
     few = answers(table, start, end, most, best=2)
-    assert set(few) - {""} and few != found
+    assert set(few) - {""} and few != result
 
 
 def test_where_nothing_is_lawful_the_answer_is_empty(tokenizer):

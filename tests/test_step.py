@@ -149,8 +149,8 @@ def test_evaluation_takes_what_training_takes(step_config, student_params, teach
     """Token types of a teacher, for a student that has none."""
     typed = batch.replace(token_type_ids=batch.position_ids % 2)
     state = init_state(KEY, step_config, params=student_params)
-    plain, found = (eval_step(state, teacher_params, each) for each in (batch, typed))
-    assert found["mlm"] == plain["mlm"] and found["kl"].total != plain["kl"].total
+    plain, result = (eval_step(state, teacher_params, each) for each in (batch, typed))
+    assert result["mlm"] == plain["mlm"] and result["kl"].total != plain["kl"].total
 
 
 def test_dropout_differs_between_steps_and_rows_but_not_with_the_cut(

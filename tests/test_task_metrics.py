@@ -14,9 +14,9 @@ from distil_jax.evaluation.task_metrics import entities, normalized, score_predi
 
 
 def only(metric, predictions, labels) -> float:
-    found = score_predictions([metric], predictions, labels)
-    assert list(found) == [metric] and type(found[metric]) is float
-    return found[metric]
+    result = score_predictions([metric], predictions, labels)
+    assert list(result) == [metric] and type(result[metric]) is float
+    return result[metric]
 
 
 @pytest.mark.parametrize("classes", [2, 3, 7])
@@ -27,16 +27,16 @@ def test_classification_as_scikit_learn_counts(classes):
     for rows in (2, 5, 200):
         for _ in range(10):
             true = draw.integers(classes, size=rows)
-            said = np.where(draw.random(rows) < 0.5, true, draw.integers(classes, size=rows))
-            if len({*true}) < 2 or len({*said}) < 2:
+            predicted = np.where(draw.random(rows) < 0.5, true, draw.integers(classes, size=rows))
+            if len({*true}) < 2 or len({*predicted}) < 2:
                 continue
             expected = {
-                "accuracy": metrics.accuracy_score(true, said),
-                "macro_f1": metrics.f1_score(true, said, average="macro", zero_division=0),
-                "matthews": metrics.matthews_corrcoef(true, said),
-                "f1": metrics.f1_score(true == 1, said == 1, zero_division=0),
+                "accuracy": metrics.accuracy_score(true, predicted),
+                "macro_f1": metrics.f1_score(true, predicted, average="macro", zero_division=0),
+                "matthews": metrics.matthews_corrcoef(true, predicted),
+                "f1": metrics.f1_score(true == 1, predicted == 1, zero_division=0),
             }
-            assert score_predictions(expected, said, true) == pytest.approx(expected, abs=1e-12)
+            assert score_predictions(expected, predicted, true) == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -47,11 +47,11 @@ def test_correlations_as_scipy_computes_them(ties):
     for rows in (3, 10, 500):
         true = draw.integers(4, size=rows) if ties else draw.normal(size=rows)
         true[:2] = 0, 1
-        said = (np.round(true + draw.normal(size=rows)) if ties else true + draw.normal(size=rows)) * 1e-3 + 7
-        said[:2] = 7.5, 7.25
-        expected = {"pearson": stats.pearsonr(said, true)[0], "spearman": stats.spearmanr(said, true)[0]}
-        assert score_predictions(expected, said, true) == pytest.approx(expected, abs=1e-9)
-        assert score_predictions(expected, -said, true) == pytest.approx(
+        predicted = (np.round(true + draw.normal(size=rows)) if ties else true + draw.normal(size=rows)) * 1e-3 + 7
+        predicted[:2] = 7.5, 7.25
+        expected = {"pearson": stats.pearsonr(predicted, true)[0], "spearman": stats.spearmanr(predicted, true)[0]}
+        assert score_predictions(expected, predicted, true) == pytest.approx(expected, abs=1e-9)
+        assert score_predictions(expected, -predicted, true) == pytest.approx(
             {name: -r for name, r in expected.items()}, abs=1e-9
         )
 
@@ -139,9 +139,9 @@ def test_entities_as_conlleval_reads_them():
 
 def test_entity_f1_counts_whole_entities():
     true = [["B-X", "I-X", "O"], ["B-Y", "O"], []]
-    said = [["B-X", "O", "O"], ["B-Y", "B-X"], []]  # one of three is right, one of two is found
-    assert only("entity_f1", said, true) == pytest.approx(2 * (1 / 3) * (1 / 2) / (1 / 3 + 1 / 2))
-    assert only("accuracy", said, true) == pytest.approx(3 / 5)
+    predicted = [["B-X", "O", "O"], ["B-Y", "B-X"], []]  # one of three is right, one of two is found
+    assert only("entity_f1", predicted, true) == pytest.approx(2 * (1 / 3) * (1 / 2) / (1 / 3 + 1 / 2))
+    assert only("accuracy", predicted, true) == pytest.approx(3 / 5)
     assert only("entity_f1", true, true) == 1.0
     assert only("entity_f1", [["O"]], [["O"]]) == 0.0
     # The same entity in another sequence is another one.
@@ -163,14 +163,14 @@ def official(text):
     return " ".join(remove_articles(remove_punctuation(text.lower())).split())
 
 
-def slow_f1(said, true):
-    said, true = official(said).split(), official(true).split()
-    if not said or not true:
-        return float(said == true)
-    common = sum(min(said.count(word), true.count(word)) for word in {*said, *true})
+def slow_f1(predicted, true):
+    predicted, true = official(predicted).split(), official(true).split()
+    if not predicted or not true:
+        return float(predicted == true)
+    common = sum(min(predicted.count(word), true.count(word)) for word in {*predicted, *true})
     if not common:
         return 0.0
-    precision, recall = common / len(said), common / len(true)
+    precision, recall = common / len(predicted), common / len(true)
     return 2 * precision * recall / (precision + recall)
 
 
@@ -181,14 +181,15 @@ def test_answers_as_squad_judges_them():
     for text in texts:
         assert normalized(text) == official(text)
     for size in (1, 2, 3):
-        said = draw.sample(texts, 100)
-        true = [draw.sample(texts, size) for _ in said]
+        predicted = draw.sample(texts, 100)
+        true = [draw.sample(texts, size) for _ in predicted]
         exact = [
-            any(official(each) == official(other) for other in others) for each, others in zip(said, true, strict=True)
+            any(official(each) == official(other) for other in others)
+            for each, others in zip(predicted, true, strict=True)
         ]
-        f1 = [max(slow_f1(each, other) for other in others) for each, others in zip(said, true, strict=True)]
+        f1 = [max(slow_f1(each, other) for other in others) for each, others in zip(predicted, true, strict=True)]
         expected = {"exact_match": sum(exact) / 100, "span_f1": sum(f1) / 100}
-        assert score_predictions(expected, said, true) == pytest.approx(expected, abs=1e-12)
+        assert score_predictions(expected, predicted, true) == pytest.approx(expected, abs=1e-12)
         assert 0 < expected["span_f1"] < 1
 
 

@@ -96,10 +96,10 @@ def test_thirty_steps_as_pytorch_does_them(tmp_path, head, token_types, soft):
     state, step, clipped = init_state(jax.random.key(0), config, params=params), jax.jit(train_step), 0
     for number, batch in enumerate(padded_batches(head)):
         state, metrics = step(state, teacher_params, as_batch(*batch))
-        found = {name: float(metrics[name].value()) for name in expected[number]}
+        result = {name: float(metrics[name].value()) for name in expected[number]}
         for name, value in expected[number].items():
-            assert found[name] == pytest.approx(value, rel=1e-4, abs=1e-6), f"{name} at step {number}"
-        clipped += found["gradient_norm"] > config.optimizer.clip
+            assert result[name] == pytest.approx(value, rel=1e-4, abs=1e-6), f"{name} at step {number}"
+        clipped += result["gradient_norm"] > config.optimizer.clip
     assert clipped > 0, "the clip never acted, so it was not tested"
     assert expected[-1]["loss"] != pytest.approx(expected[0]["loss"], rel=1e-2), "nothing was learnt"
 
@@ -192,7 +192,7 @@ def test_devices_micro_batches_and_padding_change_no_number(head, change):
             losses.append(float(metrics["loss"].value()))
         return losses, jax.device_get(state.params)
 
-    (losses, expected), (found, trained) = train("nothing"), train(change)
-    np.testing.assert_allclose(found, losses, rtol=1e-5)
+    (losses, expected), (result, trained) = train("nothing"), train(change)
+    np.testing.assert_allclose(result, losses, rtol=1e-5)
     # So does one on all starts, and one on all ends, of spans.
     assert_params_close(trained, expected, without_gradient=["head/classifier/bias"] if head is SPANS else ())

@@ -286,8 +286,8 @@ def test_some_of_the_examples_are_judged_by_their_own_labels(kind):
     judge._eval = always_right
     for limit in (0, 30):
         seen.clear()
-        found = judge.evaluate(None, examples, limit=limit)
-        assert found[judge._task.metric_names[0]] == pytest.approx(1.0)
+        result = judge.evaluate(None, examples, limit=limit)
+        assert result[judge._task.metric_names[0]] == pytest.approx(1.0)
         assert seen == loader.evaluation_rows(100, limit).tolist()
     assert 5 < sum(row < 50 for row in seen) < 25, "of both classes"
 
@@ -387,8 +387,8 @@ def test_classes_are_told_with_their_counts_and_what_is_doubtful(tmp_path):
 def test_of_a_pair_either_text_may_be_empty_or_cut(tmp_path):
     pairs = [("a", ""), ("a", "b"), ("the " * 20, "b"), ("a", "the " * 20)]
     train = [{"premise": a, "hypothesis": b, "label": n % 2} for n, (a, b) in enumerate(pairs)]
-    (said, _) = told_of(tmp_path, "sequence", train, train[:2], text=PAIR)
-    assert said == "train: 0 2, 1 2; 2 cut at the longest row (task.max_length); 1 with an empty text"
+    (printed, _) = told_of(tmp_path, "sequence", train, train[:2], text=PAIR)
+    assert printed == "train: 0 2, 1 2; 2 cut at the longest row (task.max_length); 1 with an empty text"
 
 
 @pytest.mark.parametrize("length", [8, 16])
@@ -396,10 +396,10 @@ def test_words_that_nobody_judges_are_counted(tmp_path, length):
     draw = random.Random(5)
     examples = [draw.choices(WORDS, k=draw.randint(0, 20)) for _ in range(60)]
     records = [{"text": words, "label": [draw.choice("OX") for _ in words]} for words in examples]
-    (said, _) = told_of(tmp_path, "tokens", records, records, length)
-    judged = sum(map(int, re.findall(r" (\d+)", said.split("; ")[0])))
-    cut = int(re.search(r"(\d+) words cut off with their labels", said)[1])
-    empty = int(re.search(r"(\d+) words of which the tokenizer leaves nothing", said)[1])
+    (printed, _) = told_of(tmp_path, "tokens", records, records, length)
+    judged = sum(map(int, re.findall(r" (\d+)", printed.split("; ")[0])))
+    cut = int(re.search(r"(\d+) words cut off with their labels", printed)[1])
+    empty = int(re.search(r"(\d+) words of which the tokenizer leaves nothing", printed)[1])
     assert judged + cut + empty == sum(map(len, examples)) and cut and empty
 
 
@@ -411,9 +411,9 @@ def test_answers_that_no_row_holds_are_counted(tmp_path):
         {"question": question, "context": context, "label": answer}
         for question, answer in zip(questions, answers, strict=True)
     ]
-    (said, _) = told_of(tmp_path, "spans", records, records, text=("question", "context"), stride=2)
+    (printed, _) = told_of(tmp_path, "spans", records, records, text=("question", "context"), stride=2)
     assert re.fullmatch(
-        r"train: 2 questions in \d+ rows; 1 questions cut to half of a row; 1 answers that no row holds whole", said
+        r"train: 2 questions in \d+ rows; 1 questions cut to half of a row; 1 answers that no row holds whole", printed
     )
 
 
@@ -424,19 +424,19 @@ def test_every_format_gives_the_same_rows(tmp_path):
     draw = random.Random(4)
     texts = [f'{n} a "quote and, a comma ' + " ".join(draw.choices(WORDS, k=5)) for n in range(40)]
     records = [{"id": n, "text": text, "label": n % 3} for n, text in enumerate(texts)]
-    found = {}
+    result = {}
     for suffix in ("csv", "tsv", "jsonl", "parquet"):
         path = write(tmp_path / f"{suffix}.{suffix}", records)
-        found[suffix] = read_splits(TaskConfig(train=path, dev_share=0.3))
+        result[suffix] = read_splits(TaskConfig(train=path, dev_share=0.3))
     (tmp_path / "hub").mkdir()
     write(tmp_path / "hub" / "train.jsonl", records)
-    found["hub"] = read_splits(TaskConfig(train=f"hub:{tmp_path / 'hub'}", dev_share=0.3))
+    result["hub"] = read_splits(TaskConfig(train=f"hub:{tmp_path / 'hub'}", dev_share=0.3))
     first, *others = [
         [[(example.texts, example.label) for example in side] for side in (splits.train, splits.dev)]
-        for splits in found.values()
+        for splits in result.values()
     ]
     assert all(other == first for other in others) and len(first[0]) + len(first[1]) == 40
-    assert {splits.label_names for splits in found.values()} == {("0", "1", "2")}
+    assert {splits.label_names for splits in result.values()} == {("0", "1", "2")}
 
 
 def test_tsv_knows_no_quotes(tmp_path):
@@ -492,12 +492,12 @@ def test_labels_mean_the_same_in_every_format(tmp_path, kind):
     draw = random.Random(kind)
     labels = [*values, *draw.choices(values, k=20)]
     records = [{"text": f"text {n}", "label": label} for n, label in enumerate(labels)]
-    found = []
+    result = []
     for suffix in ("csv", "tsv", "jsonl", "parquet"):
         path = write(tmp_path / f"a.{suffix}", records)
         splits = read_splits(TaskConfig(train=path, dev=path, label_names=names or ()))
-        found.append((splits.label_names, [example.label for example in splits.dev]))
-    assert all(other == found[0] for other in found) and set(found[0][1]) == set(range(len(found[0][0])))
+        result.append((splits.label_names, [example.label for example in splits.dev]))
+    assert all(other == result[0] for other in result) and set(result[0][1]) == set(range(len(result[0][0])))
     # What judges may come in another format than what trains, and write its numbers in another way.
     ways = (
         [[], [float], [int]] if all(type(label) in (int, float) and label == int(label) for label in values) else [[]]
@@ -507,7 +507,7 @@ def test_labels_mean_the_same_in_every_format(tmp_path, kind):
         for train, dev in itertools.permutations(("csv", "jsonl", "parquet"), 2):
             train, dev = write(tmp_path / f"a.{train}", records), write(tmp_path / f"dev.{dev}", others)
             splits = read_splits(TaskConfig(train=train, dev=dev, label_names=names or ()))
-            assert (splits.label_names, [example.label for example in splits.dev]) == found[0]
+            assert (splits.label_names, [example.label for example in splits.dev]) == result[0]
 
 
 def test_a_number_is_one_number_in_every_format(tmp_path):

@@ -100,14 +100,14 @@ def test_texts_get_the_ids_of_transformers(tmp_path, kind, seed):
         assert [each.ids for each in encodings(ours, texts, max_length=length)] == theirs(texts, **cut)["input_ids"]
         pairs = list(zip(texts, others, strict=True))
         expected = theirs(texts, others, **cut)
-        found = list(encodings(ours, pairs, max_length=length))
-        assert [each.ids for each in found] == expected["input_ids"]
-        assert [each.type_ids for each in found] == expected["token_type_ids"]
+        result = list(encodings(ours, pairs, max_length=length))
+        assert [each.ids for each in result] == expected["input_ids"]
+        assert [each.type_ids for each in result] == expected["token_type_ids"]
         words = [text.split(" ") for text in texts]
         expected = theirs(words, is_split_into_words=True, **cut)
-        found = list(encodings(ours, words, max_length=length, words=True))
-        assert [each.ids for each in found] == expected["input_ids"]
-        assert [each.word_ids for each in found] == [expected.word_ids(row) for row in range(len(texts))]
+        result = list(encodings(ours, words, max_length=length, words=True))
+        assert [each.ids for each in result] == expected["input_ids"]
+        assert [each.word_ids for each in result] == [expected.word_ids(row) for row in range(len(texts))]
     asked = [Example("line", pair, (Answer(0, ""),)) for pair in zip(texts, others, strict=True)]
     table = span_table(ours, asked, max_length=512, stride=0)
     rows = [row[:length].tolist() for row, length in zip(table.input_ids, table.lengths, strict=True)]
@@ -124,13 +124,13 @@ def test_no_text_can_name_a_token_that_rows_are_built_with(tmp_path):
     text = "[E1] cat [SEP] the [MASK][/E1] [PAD] [CLS] [UNK]"
     apart = text.replace("[E1]", "@").replace("[/E1]", "#").replace("[", "[ ").replace("]", " ]")
     expected = AutoTokenizer.from_pretrained(folder)(apart.replace("@", "[E1]").replace("#", "[/E1]"))["input_ids"]
-    [found] = encodings(load_tokenizer(folder), [text], max_length=99)
-    assert found.ids == expected and len(WORDS) in expected
+    [result] = encodings(load_tokenizer(folder), [text], max_length=99)
+    assert result.ids == expected and len(WORDS) in expected
     split = {"split_special_tokens": True}
     folder = vocabulary_folder(tmp_path / "two", added_tokens=added, special_tokens_map=marks, tokenizer_config=split)
-    [found] = encodings(load_tokenizer(folder), [text], max_length=99)
-    assert found.ids == AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
-    assert max(found.ids) < len(WORDS)
+    [result] = encodings(load_tokenizer(folder), [text], max_length=99)
+    assert result.ids == AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
+    assert max(result.ids) < len(WORDS)
 
 
 def special_in_the_file_alone(folder: Path) -> Path:
@@ -195,8 +195,8 @@ def test_odd_folders_prepare_the_ids_of_transformers(tmp_path):
         config = PrepareConfig((str(tmp_path / "a.txt"),), tokenizer=str(folder), held_out=0, max_unknown=1)
         manifest = prepare(config, rows)
         expected = AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
-        found = np.load(rows / "train" / "input_ids.npy")[0]
-        assert found[: len(expected)].tolist() == expected, folder.name
+        result = np.load(rows / "train" / "input_ids.npy")[0]
+        assert result[: len(expected)].tolist() == expected, folder.name
         assert AutoTokenizer.from_pretrained(rows / "tokenizer")(text)["input_ids"] == expected, folder.name
         assert fingerprint(rows / "tokenizer") == fingerprint(folder) == manifest.tokenizer_fingerprint, folder.name
         assert manifest.vocab_size == len(WORDS) + more, folder.name
@@ -284,8 +284,8 @@ def test_tokenizers_are_compared_as_loaded(tmp_path):
     }.items():
         decoder = {"added_tokens_decoder": {str(len(WORDS)): mark | flags}}
         others[name] = vocabulary_folder(tmp_path / name, tokenizer_config=decoder)
-    found = {name: fingerprint(folder) for name, folder in {"plain": plain, **others}.items()}
-    assert len(set(found.values())) == len(found), found
+    result = {name: fingerprint(folder) for name, folder in {"plain": plain, **others}.items()}
+    assert len(set(result.values())) == len(result), result
     assert not any(same_tokenizer(plain, folder) for folder in others.values())
 
 

@@ -249,9 +249,9 @@ def test_patience_counts_from_the_best_that_can_be_had(workshop, tmp_path, score
     assert "the run ends after step 8" in capsys.readouterr().out
     at_step(6, terminate)
     assert train(workshop, tmp_path / "run", *settings) == 75
-    for said in ("the run ends after step 8", "nothing is left to train"):
+    for printed in ("the run ends after step 8", "nothing is left to train"):
         assert train(workshop, tmp_path / "run", *settings) == 0
-        assert said in capsys.readouterr().out
+        assert printed in capsys.readouterr().out
     assert saved_steps(tmp_path / "run") == saved_steps(tmp_path / "unbroken") == [4, 8]
 
 
@@ -268,8 +268,8 @@ def test_where_the_best_is_damaged_the_next_best_is_kept(workshop, tmp_path, sco
     assert "Checkpoint 3 in" in capsys.readouterr().err
     assert saved_steps(run) == [3, 9, 12]
     with contextlib.closing(Checkpoints(run / "checkpoints")) as checkpoints:
-        found, problems = checkpoints.best_valid()
-        assert found == 9 and len(problems) == 1
+        result, problems = checkpoints.best_valid()
+        assert result == 9 and len(problems) == 1
 
 
 # What it holds
@@ -475,17 +475,17 @@ def test_a_machine_that_fails_is_told_from_a_mistake(workshop, tmp_path, failing
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         (["train.accumulation=1"], "set train.accumulation=2 (it is 1)"),
         (["train.accumulation=2"], "already takes one row after the other; spread"),
         (["train.accumulation=2", "mesh.tensor=2"], "set train.accumulation=4 (it is 2)"),
     ],
 )
-def test_too_little_memory_is_said_with_what_helps(workshop, tmp_path, failing, capsys, settings, said):
+def test_too_little_memory_is_said_with_what_helps(workshop, tmp_path, failing, capsys, settings, message):
     failing(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"))
     assert train(workshop, tmp_path / "run", "train.tensorboard=false", *settings) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 # Started again
@@ -554,10 +554,10 @@ def test_a_finished_run_keeps_what_it_has(finished_run, workshop, tmp_path, caps
         return {name: digest for name, digest in file_hashes(run).items() if not name.startswith("tensorboard")}
 
     before, numbers = kept(), run_numbers(run)
-    found = command.train(load(workshop / "run.toml"), run)
+    result = command.train(load(workshop / "run.toml"), run)
     assert kept() == before
     # Who calls it gets the numbers all the same, and who reads along is told.
-    assert {name: found[name] for name in ("mlm", "kl", "agreement")} == pytest.approx(
+    assert {name: result[name] for name in ("mlm", "kl", "agreement")} == pytest.approx(
         {name: numbers[-1][name] for name in ("mlm", "kl", "agreement")}, rel=1e-6
     )
     shown = capsys.readouterr().out

@@ -52,10 +52,10 @@ def test_thirty_steps_as_pytorch_does_them(tmp_path):
     state, step, clipped = init_state(jax.random.key(0), config, params=params["student"]), jax.jit(train_step), 0
     for number, (ids, mask, labels) in enumerate(padded_batches()):
         state, metrics = step(state, params["teacher"], Batch.from_padded(ids, mask, labels))
-        found = {name: float(metrics[name].value()) for name in expected[number]}
+        result = {name: float(metrics[name].value()) for name in expected[number]}
         for name, value in expected[number].items():
-            assert found[name] == pytest.approx(value, rel=1e-4), f"{name} at step {number}"
-        clipped += found["gradient_norm"] > config.optimizer.clip
+            assert result[name] == pytest.approx(value, rel=1e-4), f"{name} at step {number}"
+        clipped += result["gradient_norm"] > config.optimizer.clip
     assert clipped > 0, "the clip never acted, so it was not tested"
     last = theirs["student"].distilbert.transformer.layer[1].attention.q_lin.weight.detach().numpy()
     ours = np.asarray(state.params["layers"]["query"]["kernel"][1]).reshape(32, 32).T
