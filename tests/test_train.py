@@ -21,7 +21,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import LENGTH, RUN_STEPS, file_hashes, random_params, run_numbers, same_leaves, write_sentences
+from conftest import LENGTH, RUN_STEPS, XLA, file_hashes, random_params, run_numbers, same_leaves, write_sentences
 
 from distil_jax import cli
 from distil_jax.config.load import load
@@ -704,7 +704,7 @@ def test_compiled_programs_are_kept_where_it_is_asked(workshop, tmp_path):
     command_line = [sys.executable, "-m", "distil_jax", "train", str(workshop / "run.toml")]
     settings = ("train.steps=1", f"compute.cache={tmp_path / 'kept'}", "train.tensorboard=false", "mesh.data=1")
     flags = [flag for setting in settings for flag in ("--set", setting)]
-    environment |= {"XLA_FLAGS": "", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    environment |= {"XLA_FLAGS": XLA, "JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}
     done = subprocess.run(
         [*command_line, "--output", str(tmp_path / "run"), *flags],
         env=environment,
