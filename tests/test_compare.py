@@ -45,9 +45,9 @@ def test_names_are_told_apart(capsys, tmp_path):
     ("words", "message"),
     [
         (["--distil", "a"], "--distil names a, but the students are b, b-distilled."),
-        (["--distil"], "b-distilled is where b learns from the teacher"),
+        (["--distil"], "b-distilled is the folder of b with a teacher"),
         (["--set", "seed=1"], "compare sets seed of every run itself"),
-        (["--set", "loss.soft=0.9"], "loss.soft is of students with a teacher: add --distil."),
+        (["--set", "loss.soft=0.9"], "loss.soft needs students with a teacher: add --distil."),
         (["--seeds", "0", "-1"], "A seed must be from 0 to 4,294,967,295, not -1."),
         (["--seeds", "1", "1"], "Each seed may be named once"),
     ],

@@ -183,8 +183,8 @@ def test_what_libtpu_says_of_too_little_memory_is_understood(message, gib):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--topology", "v5e"], "'v5e' is no topology"),
-        (["--sweep", "v5e:2x2,0*v5e:2x4"], "'0*v5e:2x4' is no topology"),
+        (["--topology", "v5e"], "'v5e' is not a topology"),
+        (["--sweep", "v5e:2x2,0*v5e:2x4"], "'0*v5e:2x4' is not a topology"),
         (["--sequence-length", "4096"], "longer than the 128 positions"),
         (["--set", "teacher.path=nowhere/to/be/found"], "nowhere/to/be/found"),
     ],

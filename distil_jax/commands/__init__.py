@@ -1,1 +1,1 @@
-"""The verbs, one file each: arguments, then one call."""
+"""The verbs of the command line, one file each: its arguments, then one call."""

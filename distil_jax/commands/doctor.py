@@ -1,4 +1,4 @@
-"""`distil-jax doctor [RUN]`: whether the machine computes, and whether all that a run needs is whole."""
+"""`distil-jax doctor [RUN]`: checks that the machine works, and that the files of a run are complete."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Prints a line for everything that was looked at.
+    """Prints one line per check.
 
     Raises:
-      InputError: something is wrong; its line says what to do.
+      InputError: a check failed; its line says what to do.
     """
     processes.connect()
     examine(user_path(arguments.run) if arguments.run is not None else None)

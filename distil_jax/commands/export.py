@@ -1,4 +1,4 @@
-"""`distil-jax export`: a run's student as a folder that `transformers` opens, with a card that holds its numbers."""
+"""`distil-jax export`: writes the student of a run as a model folder for `transformers`, with a model card."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from distil_jax.workflows.export import export
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `distil-jax export`."""
-    parser.add_argument("model", help="a run folder, or a model folder to write anew")
-    parser.add_argument("output", help="the folder to write; must not exist, or be empty")
-    parser.add_argument("--step", type=int, help="of a run folder: this checkpoint, not the newest")
-    parser.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="of the numbers on disk")
+    parser.add_argument("model", help="a run folder, or a model folder to write again")
+    parser.add_argument("output", help="the folder to write; it must not exist, or be empty")
+    parser.add_argument("--step", type=int, help="export this checkpoint of a run folder (default: the newest)")
+    parser.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="of the saved parameters")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Writes the folder and says how to open it."""
+    """Writes the folder and prints how to open it."""
     model, output = open_model(arguments.model, arguments.step), user_path(arguments.output)
     export(model, output, dtype=arguments.dtype)
     print(f"Wrote {output}. Open it with")

@@ -1,4 +1,4 @@
-"""`distil-jax finetune`: from a trained encoder to a model for a task, with a fine-tuned teacher or without."""
+"""`distil-jax finetune`: fine-tunes an encoder on a task, with or without a fine-tuned teacher."""
 
 from __future__ import annotations
 
@@ -16,25 +16,26 @@ from distil_jax.workflows.finetune import finetune
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `distil-jax finetune`."""
-    parser.add_argument("model", help="the encoder: a model folder, a run folder or a hub id")
+    parser.add_argument("model", help="the encoder to start from: a model folder, a run folder or a hub id")
     parser.add_argument("--task", required=True, help="a name in configs/tasks (sst2, mrpc, squad, ...) or a TOML file")
     parser.add_argument(
-        "--teacher", default="", help="a model that was fine-tuned on the task: its logits are targets too"
+        "--teacher", default="", help="a model fine-tuned on the task, whose logits become soft targets"
     )
     parser.add_argument(
-        "--output", required=True, metavar="FOLDER", help="the run folder; the model will be FOLDER/model"
+        "--output", required=True, metavar="FOLDER", help="the run folder; the model is written to FOLDER/model"
     )
     parser.add_argument(
         "--set", metavar="KEY=VALUE", action="append", default=[], help="override a config key: --set task.train=my.csv"
     )
-    parser.add_argument("--print-config", action="store_true", help="print the whole configuration and stop")
+    parser.add_argument("--print-config", action="store_true", help="print the complete configuration and exit")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Fine-tunes, and prints what the best checkpoint reaches."""
-    named = [quoted("model.path", arguments.model)]
-    named += [quoted("teacher.path", arguments.teacher)] if arguments.teacher else []
-    config = load_task(arguments.task, [*named, *arguments.set])
+    """Fine-tunes a model and prints the metrics of its best checkpoint, or prints the configuration."""
+    overrides = [quoted("model.path", arguments.model)]
+    if arguments.teacher:
+        overrides.append(quoted("teacher.path", arguments.teacher))
+    config = load_task(arguments.task, [*overrides, *arguments.set])
     if arguments.print_config:
         print(tomli_w.dumps(to_dict(config)), end="")
         return

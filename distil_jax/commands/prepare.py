@@ -1,4 +1,4 @@
-"""`distil-jax prepare`: text in, a folder of packed rows out."""
+"""`distil-jax prepare`: turns text into a folder of packed rows of tokens."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "sources",
         nargs="+",
         help="text, JSONL, CSV or Parquet files, also compressed (.gz, .bz2, .xz), folders or globs of them, "
-        "hub:NAME[:CONFIG[:SPLIT]] for a data set of the Hugging Face hub, or the word docstrings: English from the "
-        "docstrings of installed packages",
+        "hub:NAME[:CONFIG[:SPLIT]] for a data set of the Hugging Face hub, or the word docstrings for the English "
+        "docstrings of the installed packages",
     )
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="what to write; must be new or empty")
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="the folder to write; must be new or empty")
     vocabulary = parser.add_mutually_exclusive_group(required=True)
-    vocabulary.add_argument("--tokenizer", default="", metavar="FOLDER", help="or hub id; the teacher's own")
+    vocabulary.add_argument("--tokenizer", default="", metavar="FOLDER", help="or hub id of the teacher's tokenizer")
     vocabulary.add_argument(
         "--train-tokenizer",
         dest="train_vocabulary",
@@ -32,13 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     defaults = {field.name: field.default for field in fields(PrepareConfig)}
     for flag, choices, text in (
-        ("--sequence-length", None, "tokens a row"),
-        ("--held-out", None, "share of the documents that is not trained on"),
-        ("--document", ("block", "file", "line"), "of a text file: lines between blank lines, a file, a line"),
-        ("--sequence", ("line", "document"), "tokenise each line, or the lines of a document, as one"),
-        ("--text-field", None, "the field of JSONL, CSV, Parquet and hub records that holds the text"),
+        ("--sequence-length", None, "tokens per row"),
+        ("--held-out", None, "share of the documents to hold out from training"),
+        ("--document", ("block", "file", "line"), "what to take as a document of a text file; blank lines end a block"),
+        ("--sequence", ("line", "document"), "what to tokenise as one sequence: a line, or a whole document"),
+        ("--text-field", None, "the field with the text in JSONL, CSV, Parquet and hub records"),
         ("--min-tokens", None, "drop shorter sequences; [CLS] and [SEP] count"),
-        ("--max-unknown", None, "drop sequences with this share of unknown words"),
+        ("--max-unknown", None, "drop sequences with this share of unknown words or more"),
     ):
         default = defaults[flag.removeprefix("--").replace("-", "_")]
         text += " (default: %(default)s)"
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Prepares the rows and prints what became of the text."""
+    """Prepares the rows and prints a summary of the counts."""
     values = {field.name: getattr(arguments, field.name) for field in fields(PrepareConfig)}
     values |= {"sources": tuple(map(expand_home, arguments.sources)), "tokenizer": expand_home(arguments.tokenizer)}
     output = user_path(arguments.output)

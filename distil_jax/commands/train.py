@@ -1,4 +1,4 @@
-"""`distil-jax train`: from a config to a trained student in a run folder; started again, it goes on."""
+"""`distil-jax train`: trains a student in a run folder, or resumes the run in it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from distil_jax.workflows.train import train
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `distil-jax train`."""
-    parser.add_argument("config", help="a TOML file; see configs/")
+    parser.add_argument("config", help="a TOML file, or the name of a preset in configs/")
     parser.add_argument("--output", metavar="FOLDER", help="the run folder (default: runs/NAME_OF_CONFIG)")
     parser.add_argument(
         "--set", metavar="KEY=VALUE", action="append", default=[], help="override a config key: --set train.steps=100"
@@ -25,13 +25,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume-step",
         type=int,
         metavar="STEP",
-        help="go on from this checkpoint and no other; later ones are set aside (default: the newest valid one)",
+        help="resume from this checkpoint and set later ones aside (default: the newest valid one)",
     )
-    parser.add_argument("--print-config", action="store_true", help="print the whole configuration and stop")
+    parser.add_argument("--print-config", action="store_true", help="print the complete configuration and exit")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Trains, or prints the configuration that would be used."""
+    """Trains a student, or prints the configuration."""
     config = load(arguments.config, arguments.set)
     if arguments.print_config:
         print(tomli_w.dumps(to_dict(config)), end="")

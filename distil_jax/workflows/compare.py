@@ -1,4 +1,4 @@
-"""Fine-tunes a teacher and its students on tasks, and measures what they keep of it and what they save."""
+"""Compares students with their teacher: fine-tunes all of them on tasks, and measures their size and speed."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from distil_jax.config.task import FinetuneConfig
 from distil_jax.evaluation.baseline import baseline_scores
 from distil_jax.evaluation.speed import encoder_seconds
 from distil_jax.models.encoder import count_parameters
-from distil_jax.reporting.comparison import Comparison
+from distil_jax.reporting.comparison import Comparison, into_card, tables, write
+from distil_jax.runtime import processes
 from distil_jax.runtime.program import keep_compiled
 from distil_jax.runtime.run_folder import Model, open_model
 from distil_jax.schema import InputError, expand_home, quoted, require, user_path
 from distil_jax.workflows.finetune import finetune
 
-_LENGTH = 128  # tokens a row of the timings, or as many positions as the smallest model has
+_LENGTH = 128  # tokens per row when timing, if every model has that many positions
 _BASELINE = "TF-IDF + linear"
 _DISTILLED = " + its logits"
 
@@ -35,54 +36,55 @@ def compare(
     overrides: Sequence[str] = (),
     distil: Sequence[str] = (),
     baseline: bool = False,
+    cards: bool = False,
 ) -> Comparison:
-    """Fine-tunes every model on every task with every seed, and measures the encoders.
+    """Fine-tunes every model on every task with every seed, times the encoders, and prints and writes the tables.
 
     Args:
-      models: paths by name; the first is the teacher.
-      tasks: names or TOML files.
-      seeds: one run each.
-      output: gets TASK/MODEL/SEED, run folders; those that are finished are not run again.
-      overrides: of every run's configuration.
-      distil: names of models that are also fine-tuned with the fine-tuned teacher of the same seed.
-      baseline: adds a linear model of TF-IDF.
+      models: name -> path; the first is the teacher.
+      tasks: names in configs/tasks, or TOML files.
+      seeds: one run per seed, model and task.
+      output: the folder for the runs, TASK/MODEL/SEED, and for compare.md, compare.json and compare.png. Runs that are
+        already finished there are not repeated.
+      overrides: `section.key=value` for every run; those of [loss] and [teacher] apply to runs with a teacher.
+      distil: names of students that are also fine-tuned with the fine-tuned teacher of the same seed.
+      baseline: whether to add a linear model on TF-IDF features, on classification and regression tasks.
+      cards: whether to add the tables to README.md in those of the models that are folders.
 
     Raises:
-      InputError: a model or a task that cannot be used; runs that were finished before stay.
+      InputError: a model, task or setting that cannot be used. Runs that were already finished stay.
     """
     _check(models, tasks, seeds, overrides, distil)
     require(output.is_dir() or not output.exists(), f"{output} is a file: name a folder for the runs.")
-    teacher, names = next(iter(models)), {Path(task).stem: task for task in tasks}
+    teacher, task_files = next(iter(models)), {Path(task).stem: task for task in tasks}
     opened = {name: open_model(path) for name, path in models.items()}
-    plain = [override for override in overrides if not _of_a_teacher(override)]
+    without_teacher = [override for override in overrides if not _needs_teacher(override)]
     start = quoted("model.path", models[teacher])
-    configs = {name: load_task(task, [start, *plain]) for name, task in names.items()}
+    configs = {task: load_task(file, [start, *without_teacher]) for task, file in task_files.items()}
     keep_compiled(next(iter(configs.values())).compute, output)
     scores: dict[str, dict[str, list[float]]] = {}
     for task, config in configs.items():
-        linear = {}
-        if baseline and config.task.kind in (
-            "sequence",
-            "regression",
-        ):  # first, because what it refuses should be refused before hours of training
+        baseline_row = {}
+        # The baseline comes first, so that it refuses bad input before hours of training.
+        if baseline and config.task.kind in ("sequence", "regression"):
             print(f"\n== {task}: {_BASELINE}", flush=True)
-            linear[_BASELINE] = [baseline_scores(config.task)[config.task.metric_names[0]]] * len(seeds)
+            baseline_row[_BASELINE] = [baseline_scores(config.task)[config.task.metric_names[0]]] * len(seeds)
         scores[task] = {}
         for name, path in models.items():
-            of_task = replace(config, model=replace(config.model, path=str(path)))
-            scores[task][name] = [_score(of_task, seed, output / task / name / str(seed)) for seed in seeds]
+            run_config = replace(config, model=replace(config.model, path=str(path)))
+            scores[task][name] = [_score(run_config, seed, output / task / name / str(seed)) for seed in seeds]
         for name in distil:
             distilled = []
             for seed in seeds:
-                path = output / task / teacher / str(seed) / "model"
-                paths = [quoted("model.path", models[name]), quoted("teacher.path", path)]
-                of_task = load_task(names[task], [*paths, *overrides])
-                distilled.append(_score(of_task, seed, output / task / f"{name}-distilled" / str(seed)))
+                tuned_teacher = output / task / teacher / str(seed) / "model"
+                paths = [quoted("model.path", models[name]), quoted("teacher.path", tuned_teacher)]
+                run_config = load_task(task_files[task], [*paths, *overrides])
+                distilled.append(_score(run_config, seed, output / task / f"{name}-distilled" / str(seed)))
             scores[task][name + _DISTILLED] = distilled
-        scores[task] |= linear
-        jax.clear_caches()  # compiled programs of one task are of no use for the next, and hold memory
+        scores[task] |= baseline_row
+        jax.clear_caches()  # the next task cannot use this task's compiled programs, which hold memory
     length = min(_LENGTH, *(model.config.max_positions for model in opened.values()))
-    return Comparison(
+    comparison = Comparison(
         scores=scores,
         metrics={task: config.task.metric_names[0] for task, config in configs.items()},
         examples={task: "test" if config.task.test else "dev" for task, config in configs.items()},
@@ -90,6 +92,21 @@ def compare(
         seeds=seeds,
         length=length,
     )
+    _report(comparison, output, list(models.values()) if cards else [])
+    return comparison
+
+
+def _report(comparison: Comparison, output: Path, folders: Sequence[str]) -> None:
+    """Prints the tables, and writes them to `output` and to the model cards in `folders`."""
+    lines = tables(comparison)
+    print("\n".join(["", *lines]))
+    if processes.is_first():
+        write(comparison, lines, output)
+        for folder in folders:
+            card = user_path(folder) / "README.md"
+            if card.is_file():
+                into_card(card, lines)
+    print(f"\nWrote {output / 'compare.md'}, {output / 'compare.json'} and {output / 'compare.png'}.")
 
 
 def _check(
@@ -99,57 +116,63 @@ def _check(
     overrides: Sequence[str],
     distil: Sequence[str],
 ) -> None:
-    """Refuses models, tasks or settings that could not be told apart, or would be ignored."""
+    """Refuses names that are not unique, and settings that would be ignored."""
     check_seeds(*seeds)
     require(len(set(seeds)) == len(seeds) > 0, f"Each seed may be named once, but they are {seeds}.")
-    same = len({Path(task).stem for task in tasks}) < len(tasks)
-    require(not same, "Two of the tasks have the same name, so a table could not tell them apart.")
+    unique = len({Path(task).stem for task in tasks}) == len(tasks)
+    require(unique, "Two of the tasks have the same name, so the table could not tell them apart.")
     _, *students = models
     for name in distil:
         require(name in students, f"--distil names {name}, but the students are {', '.join(students) or 'none'}.")
-        taken = f"{name}-distilled"
-        require(taken not in models, f"{taken} is where {name} learns from the teacher: give that model another name.")
+        folder = f"{name}-distilled"
+        require(folder not in models, f"{folder} is the folder of {name} with a teacher: give that model another name.")
     for override in overrides:
         key = override.partition("=")[0].strip()
-        ours = key in ("seed", "model.path", "teacher.path")
-        require(not ours, f"compare sets {key} of every run itself: leave it out of --set.")
-        require(distil or not _of_a_teacher(override), f"{key} is of students with a teacher: add --distil.")
+        reserved = key in ("seed", "model.path", "teacher.path")
+        require(not reserved, f"compare sets {key} of every run itself: leave it out of --set.")
+        require(distil or not _needs_teacher(override), f"{key} needs students with a teacher: add --distil.")
 
 
-def _of_a_teacher(override: str) -> bool:
+def _needs_teacher(override: str) -> bool:
     return override.strip().startswith(("loss.", "teacher."))
 
 
-def named(models: Sequence[str]) -> dict[str, str]:
-    """Name -> path; the names head the tables and name folders."""
-    named = {}
+def models_by_name(models: Sequence[str]) -> dict[str, str]:
+    """Name -> path of models given as PATH or NAME=PATH; by default a model has the name of its folder.
+
+    Raises:
+      InputError: two models have the same name, or a name that cannot be one of a folder.
+    """
+    paths = {}
     for model in models:
         name, separator, path = model.partition("=")
         name, path = (name, path) if separator else (user_path(model).resolve().name, model)
         if not re.fullmatch(r"[\w.-]+", name) or name.startswith("."):
             raise InputError(f"{name!r} cannot name a model: write NAME=PATH, with letters, digits, - and . in NAME.")
-        if name in named:
+        if name in paths:
             raise InputError(f"Two models are called {name}: write NAME=PATH to tell them apart.")
-        named[name] = expand_home(path)
-    return named
+        paths[name] = expand_home(path)
+    return paths
 
 
 def _score(config: FinetuneConfig, seed: int, folder: Path) -> float:
+    """Fine-tunes one model; returns the task's first metric, on the test examples if there are any, else on dev."""
     print(f"\n== {folder}", flush=True)
     metrics = finetune(replace(config, seed=seed), folder)
     return metrics.get("test", metrics["dev"])[config.task.metric_names[0]]
 
 
 def _sizes(models: dict[str, Model], length: int) -> dict[str, dict[str, float]]:
-    one = encoder_seconds(models, rows=1, length=length)
-    many = encoder_seconds(models, rows=32, length=length)
+    """By model: parameters of the encoder, their bytes, seconds for one row, and tokens per second for 32 rows."""
+    seconds_of_1 = encoder_seconds(models, rows=1, length=length)
+    seconds_of_32 = encoder_seconds(models, rows=32, length=length)
     sizes = {}
     for name, model in models.items():
         parameters = count_parameters(replace(model.config, mlm_head=False, pooler=False))
         sizes[name] = {
             "parameters": parameters,
             "bytes": 4 * parameters,
-            "latency": one[name],
-            "throughput": 32 * length / many[name],
+            "latency": seconds_of_1[name],
+            "throughput": 32 * length / seconds_of_32[name],
         }
     return sizes
