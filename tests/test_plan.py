@@ -148,7 +148,7 @@ def test_a_sweep_is_a_table_and_a_picture(compiled_as, capsys, tmp_path):
             lambda job: 8 if job.config.mesh.fsdp == 4 else 17,
             "--set mesh.data=-1 --set mesh.fsdp=4 --set mesh.tensor=1.",
         ),
-        (lambda job: 17, "take more or larger chips."),
+        (lambda job: 17, "use more or larger chips."),
     ],
     ids=["smaller micro-batches", "remat", "fsdp", "nothing"],
 )

@@ -373,7 +373,7 @@ def test_a_token_type_row_that_the_student_begins_without_is_said(workshop):
         return command.compile_run(assemble(load(workshop / "run.toml", settings))).description
 
     assert "token-type row" not in about()
-    assert "token-type row, because sinusoidal positions cannot take it in" in about("student.positions=sinusoidal")
+    assert "token-type row, because sinusoidal positions cannot absorb it" in about("student.positions=sinusoidal")
     assert "token-type row, because fold_token_types is false" in about("student.fold_token_types=false")
     assert "token-type row" not in about("student.positions=sinusoidal", "student.token_types=2")
 

@@ -1,1 +1,1 @@
-"""Whole jobs, one file each; the verbs of the command line call them, and so may Python code."""
+"""Whole jobs, one file each, for the verbs of the command line and for Python code to call."""

@@ -1,7 +1,8 @@
-"""The whole path on this machine in minutes, from an embedded teacher, without a network.
+"""The demonstration: distils a small student on this machine in minutes, without a network.
 
-Text that every installation has (the docstrings of its packages), the small BERT that comes with the package, a
-student of half its layers trained with and without that teacher from the same beginning, and one table.
+The text is the docstrings of the installed packages, and the teacher is the small BERT that comes with this package. A
+student with half of its layers is trained twice from the same start, with and without the teacher, and one table
+compares all models.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ _COLUMNS = (
     "held-out text", "parameters", "size", "MLM loss", "accuracy", "perplexity", "agreement", "tokens/s", "trained in",
 )  # fmt: skip
 _NOTE = (
-    "Agreement: how often a model's first choice at a masked word is the teacher's. Tokens/s: the encoder alone, "
+    "Agreement: how often a model's first choice at a masked token is the teacher's. Tokens/s: the encoder alone, "
     "32 rows of 128 tokens at a time. Both students took the same steps on the same rows and masks."
 )
 
@@ -50,73 +51,46 @@ _NOTE = (
 def demo(
     output: Path, *, seeds: Sequence[int] = (0,), overrides: Sequence[str] = (), text: PrepareConfig = TEXT
 ) -> dict[str, list[dict[str, float]]]:
-    """Prepares, trains students with and without the teacher, judges all models, writes report and exported student.
+    """Prepares the text, trains a student with and without the teacher, evaluates all models and writes a report.
+
+    A second call resumes what the first one began.
 
     Args:
-      output: gets rows/, distilled-SEED/, undistilled-SEED/, student/, report.md, report.html and curves.png.
-      seeds: of the order of the rows and the masks; each trains both students once.
-      overrides: of the student's configuration.
+      output: the folder for rows/, distilled-SEED/, undistilled-SEED/, student/, report.md, report.html, curves.png.
+      seeds: both students are trained once per seed, which decides the order of the rows and the masks.
+      overrides: `section.key=value`, for the student's configuration.
       text: what to prepare.
 
     Returns:
-      The held-out metrics by model, one for each seed.
+      Held-out metrics by model, one dictionary per seed where the seed matters.
 
     Raises:
-      InputError: as `prepare_rows` and `train`, or an override of what the demonstration sets itself.
+      InputError: as `prepare_rows` and `train`, or an override of a key that the demonstration sets itself.
     """
-    began = time.monotonic()
+    start = time.monotonic()
     check_seeds(*seeds)
     require(len(set(seeds)) == len(seeds) > 0, f"Each seed may be named once, but they are {list(seeds)}.")
     for override in overrides:
         key = override.partition("=")[0].strip()
-        ours = key in ("seed", "teacher.path", "data.path")
-        require(not ours, f"demo sets {key} itself: leave it out of --set (--seeds names the seeds).")
+        reserved = key in ("seed", "teacher.path", "data.path")
+        require(not reserved, f"demo sets {key} itself: leave it out of --set (--seeds names the seeds).")
     rows = output / "rows"
-    left = unfinished(rows)  # of earlier calls that were killed while they prepared the rows
-    if output.exists() and not (output.is_dir() and (rows.exists() or set(left).issuperset(output.iterdir()))):
+    drafts = set(unfinished(rows))  # of earlier calls that were killed while they prepared the rows
+    if output.exists() and not (output.is_dir() and (rows.exists() or drafts.issuperset(output.iterdir()))):
         raise InputError(f"{output} holds something other than a demonstration: name a new folder with --output.")
     if not rows.exists():
-        _title("Text, from the docstrings of the installed packages")
+        _title("Preparing text: the docstrings of the installed packages")
         print(prepare_rows(text, rows))
     config = load("demo_student", [f"teacher.path={EMBEDDED_TEACHER}", f"data.path={rows}", *overrides])
     undistilled = replace(config, loss=replace(config.loss, kl=0.0, cosine=0.0, mse=0.0))
     for seed in seeds:
-        _title(f"Seed {seed}: a student of half the teacher's layers, with the teacher")
+        _title(f"Seed {seed}: training a student with half of the teacher's layers, with the teacher")
         train(replace(config, seed=seed), output / f"distilled-{seed}")
-        _title(f"Seed {seed}: the same student from the same beginning, without the teacher")
+        _title(f"Seed {seed}: training the same student from the same start, without the teacher")
         train(replace(undistilled, seed=seed), output / f"undistilled-{seed}")
-    _title("What it was good for")
-    return _judge(output, seeds, began, config.train.eval_rows)
-
-
-def _judge(output: Path, seeds: Sequence[int], began: float, limit: int) -> dict[str, list[dict[str, float]]]:
-    teacher, student = open_model(EMBEDDED_TEACHER), open_model(output / f"distilled-{seeds[0]}")
-    runs = {name: [output / f"{name}-{seed}" for seed in seeds] for name in ("distilled", "undistilled")}
-    lines = {name: [read_metrics(folder) for folder in folders] for name, folders in runs.items()}
-    held_out = {name: [[each for each in run if each["kind"] == "held_out"] for run in lines[name]] for name in lines}
-    metrics = {
-        "teacher": [evaluate(teacher, output / "rows", limit=limit) | {"agreement": 1.0}],
-        "student, untrained": [held_out["distilled"][0][0]],
-        "student, distilled": [evaluations[-1] for evaluations in held_out["distilled"]],
-        "student, no teacher": [evaluations[-1] for evaluations in held_out["undistilled"]],
-    }
-    trained = {"student, distilled": lines["distilled"], "student, no teacher": lines["undistilled"]}
-    seconds = {name: [history(run).step_seconds for run in trained.get(name, ())] for name in metrics}
-    length = teacher.config.max_positions
-    seconds_of = encoder_seconds({"teacher": teacher, "student": student}, rows=32, length=length)
-    speeds = [32 * length / seconds_of["teacher"], *[32 * length / seconds_of["student"]] * 3]
-    rows = [
-        _row(name, (teacher if name == "teacher" else student).config, metrics[name], speed, seconds[name])
-        for name, speed in zip(metrics, speeds, strict=True)
-    ]
-    note = _NOTE + (f" Mean ± standard deviation over {len(seeds)} seeds." if len(seeds) > 1 else "")
-    head, gaps = [Table(_COLUMNS, rows), Paragraph(note)], compare(teacher, student, _EXAMPLES)
-    print(to_markdown([*head, *gaps]), end="")
-    if not (output / "student").exists():
-        export(student, output / "student")
-    shown = {"distilled": runs["distilled"][0], "without the teacher": runs["undistilled"][0]}
-    report = write_report(shown, output, title="A student distilled on this machine", head=head, gaps=gaps)
-    print(f"\nAll of it took {(time.monotonic() - began) / 60:.1f} minutes. The page is {report}, its curves are")
+    _title("Comparing the models")
+    metrics = _report(output, seeds, config.train.eval_rows)
+    print(f"\nAll of it took {(time.monotonic() - start) / 60:.1f} minutes. The report is {output / 'report.md'} with")
     print(f"{output / 'curves.png'}; {output / 'report.html'} shows both in a browser, and {output / 'student'} is the")
     print("student as a folder that transformers opens.")
     print("\nNext, your own BERT (a folder or a hub id) on your own text:")
@@ -126,18 +100,52 @@ def _judge(output: Path, seeds: Sequence[int], began: float, limit: int) -> dict
     return metrics
 
 
+def _report(output: Path, seeds: Sequence[int], limit: int) -> dict[str, list[dict[str, float]]]:
+    """Evaluates and times all models, prints the table, writes the report, and exports the distilled student."""
+    teacher, student = open_model(EMBEDDED_TEACHER), open_model(output / f"distilled-{seeds[0]}")
+    runs = {name: [output / f"{name}-{seed}" for seed in seeds] for name in ("distilled", "undistilled")}
+    lines = {name: [read_metrics(folder) for folder in folders] for name, folders in runs.items()}
+    held_out = {
+        name: [[line for line in run_lines if line["kind"] == "held_out"] for run_lines in lines[name]]
+        for name in lines
+    }
+    metrics = {
+        "teacher": [evaluate(teacher, output / "rows", limit=limit) | {"agreement": 1.0}],
+        "student, untrained": [held_out["distilled"][0][0]],
+        "student, distilled": [evaluations[-1] for evaluations in held_out["distilled"]],
+        "student, no teacher": [evaluations[-1] for evaluations in held_out["undistilled"]],
+    }
+    trained = {"student, distilled": lines["distilled"], "student, no teacher": lines["undistilled"]}
+    length = teacher.config.max_positions
+    seconds = encoder_seconds({"teacher": teacher, "student": student}, rows=32, length=length)
+    rows = []
+    for name, by_seed in metrics.items():
+        kind, model = ("teacher", teacher) if name == "teacher" else ("student", student)
+        training_seconds = [history(run_lines).step_seconds for run_lines in trained.get(name, ())]
+        rows.append(_row(name, model.config, by_seed, 32 * length / seconds[kind], training_seconds))
+    note = _NOTE + (f" Mean ± standard deviation over {len(seeds)} seeds." if len(seeds) > 1 else "")
+    head, gaps = [Table(_COLUMNS, rows), Paragraph(note)], compare(teacher, student, _EXAMPLES)
+    print(to_markdown([*head, *gaps]), end="")
+    if not (output / "student").exists():
+        export(student, output / "student")
+    shown = {"distilled": runs["distilled"][0], "without the teacher": runs["undistilled"][0]}
+    write_report(shown, output, title="A student distilled on this machine", head=head, gaps=gaps)
+    return metrics
+
+
 def _row(
     name: str, model: ModelConfig, metrics: list[dict[str, float]], speed: float, seconds: list[float]
 ) -> list[str]:
+    """One row of the table; `metrics` and the training time `seconds` have one item per seed, `speed` is tokens/s."""
     parameters = count_parameters(model)
     return [
         name,
         f"{parameters:,}",
         f"{4 * parameters / 1e6:.1f} MB",
-        mean_and_spread([each["mlm"] for each in metrics], 3),
-        mean_and_spread([100 * each["accuracy"] for each in metrics], 1, " %"),
-        mean_and_spread([each["perplexity"] for each in metrics], 1),
-        mean_and_spread([100 * each["agreement"] for each in metrics], 1, " %"),
+        mean_and_spread([of_seed["mlm"] for of_seed in metrics], 3),
+        mean_and_spread([100 * of_seed["accuracy"] for of_seed in metrics], 1, " %"),
+        mean_and_spread([of_seed["perplexity"] for of_seed in metrics], 1),
+        mean_and_spread([100 * of_seed["agreement"] for of_seed in metrics], 1, " %"),
         f"{speed:,.0f}",
         mean_and_spread(seconds, 0, " s"),
     ]

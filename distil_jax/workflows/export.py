@@ -1,11 +1,11 @@
-"""Writes a model as a folder that `transformers` opens, with a card that holds its numbers."""
+"""Writes a model as a folder that `transformers` opens, with a model card."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from distil_jax.io import huggingface
-from distil_jax.reporting.card import model_card as made_card
+from distil_jax.reporting.card import model_card
 from distil_jax.runtime.run_folder import Model
 
 
@@ -14,11 +14,11 @@ def export(model: Model, output: str | Path, *, dtype: str = "float32", card: st
 
     Args:
       model: from `open_model`.
-      output: must be new or empty; it appears whole or not at all.
-      dtype: "float32" or "float16", on disk.
-      card: the text of the model card; None: made from the run.
+      output: the folder to write, which must be new or empty; it is written completely or not at all.
+      dtype: "float32" or "float16", for the parameters on disk.
+      card: the text of the model card; None: `model_card` writes it.
     """
-    options = {"tokenizer": model.tokenizer, "card": card or made_card(model), "dtype": dtype}
+    options = {"tokenizer": model.tokenizer, "card": card or model_card(model), "dtype": dtype}
     if model.head is None:
         huggingface.save(output, model.config, model.params, **options)
     else:

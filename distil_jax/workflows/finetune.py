@@ -1,4 +1,4 @@
-"""Fine-tunes an encoder on a task, with a fine-tuned teacher or without."""
+"""Fine-tunes an encoder on a task, with or without a fine-tuned teacher."""
 
 from __future__ import annotations
 
@@ -58,14 +58,14 @@ def finetune(config: FinetuneConfig, workdir: str | Path) -> dict[str, dict[str,
 
     Args:
       config: of the run.
-      workdir: gets what a training run has, and at the end `model/`, the checkpoint of the evaluation that was best on
-        the dev examples (a tie goes to the earlier one), and `scores.json`.
+      workdir: a run folder. At the end it also has the best checkpoint as `model/`, and its metrics in `scores.json`.
+        The best checkpoint is that of the best evaluation on the dev examples; a tie goes to the earlier one.
 
     Returns:
-      The metrics of that checkpoint on "dev" and, where there are such examples, on "test".
+      The metrics of that checkpoint on "dev" and, if there are test examples, on "test".
 
     Raises:
-      As `run_program`.
+      As `run_program`; and InputError if `model/` already holds another checkpoint.
     """
     workdir = user_path(workdir)
     compiled = cache(lambda: compile_task(config))
@@ -73,19 +73,21 @@ def finetune(config: FinetuneConfig, workdir: str | Path) -> dict[str, dict[str,
     program, evaluator, data = compiled()
     with contextlib.closing(Checkpoints(workdir / "checkpoints")) as checkpoints:
         best = choose_best_checkpoint(checkpoints)
-        _check_delivered(workdir, best)
-        if better := _lost_step(workdir, program, checkpoints):
-            print(f"Step {better} was better, but its checkpoint is not there any more: this is step {best}.")
-        judged = {"step": best, "task": to_dict(program.config.task), "judged": data.judged}
-        if metrics := _judged_before(workdir, judged):
+        _check_exported(workdir, best)
+        better = _lost_step(workdir, program, checkpoints)
+        if better:
+            print(f"Step {better} was better, but its checkpoint no longer exists, so step {best} is used.")
+        evaluated = {"step": best, "task": to_dict(program.config.task), "judged": data.judged}
+        metrics = _earlier_metrics(workdir, evaluated)
+        if metrics:
             return metrics
         step, shardings = program.step_config, program.first_state.sharding.params
         params = restore_params(checkpoints, best, step.student, step.head, shardings)
         metadata = checkpoints.metadata(best)
     metrics = evaluator.evaluate_splits(params, data)
-    params = multihost_utils.process_allgather(params, tiled=True)  # with several processes, each has a part of them
+    params = multihost_utils.process_allgather(params, tiled=True)  # every process holds only a part of them
     if processes.is_first():
-        write_whole(workdir / "scores.json", json.dumps(judged | metrics, indent=1) + "\n")
+        write_whole(workdir / "scores.json", json.dumps(evaluated | metrics, indent=1) + "\n")
         model = Model(
             step.student, params, workdir / "tokenizer", head=step.head, run=workdir, step=best, metadata=metadata
         )
@@ -97,44 +99,44 @@ def finetune(config: FinetuneConfig, workdir: str | Path) -> dict[str, dict[str,
     return metrics
 
 
-def _check_delivered(workdir: Path, best: int) -> None:
-    """Refuses to write the metrics of one checkpoint beside the model of another."""
-    written = workdir / "scores.json"
-    if (workdir / "model").exists() and written.exists():
-        before = json.loads(written.read_text(encoding="utf-8"))["step"]
+def _check_exported(workdir: Path, best: int) -> None:
+    """Refuses to write the metrics of one checkpoint next to the model of another."""
+    scores = workdir / "scores.json"
+    if (workdir / "model").exists() and scores.exists():
+        exported = json.loads(scores.read_text(encoding="utf-8"))["step"]
         require(
-            before == best,
-            f"{workdir / 'model'} is the checkpoint of step {before}, and now that of step {best} is the best that is "
-            f"whole: keep that folder as it is, or move it away to have the model of step {best} there.",
+            exported == best,
+            f"{workdir / 'model'} is the checkpoint of step {exported}, but the best valid checkpoint is now that of "
+            f"step {best}: keep that folder as it is, or move it away to get the model of step {best}.",
         )
 
 
 def _lost_step(workdir: Path, program: Program, checkpoints: Checkpoints) -> int | None:
     """The step of the best evaluation if it was better than every remaining checkpoint; otherwise None."""
-    lines, best = read_metrics(workdir), checkpoints.best()[1]
-    better = [
-        line
-        for line in lines
-        if line["kind"] == "held_out" and line["step"] and program.evaluator.criterion(line) < best
-    ]
-    return min(better, key=program.evaluator.criterion)["step"] if better else None
+    criterion, best = program.evaluator.criterion, checkpoints.best()[1]
+    evaluations = [line for line in read_metrics(workdir) if line["kind"] == "held_out" and line["step"]]
+    better = [line for line in evaluations if criterion(line) < best]
+    return min(better, key=criterion)["step"] if better else None
 
 
-def _judged_before(workdir: Path, judged: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """The metrics in scores.json, if they are of the same checkpoint and examples; otherwise {}."""
-    written = workdir / "scores.json"
-    if not written.exists() or not (workdir / "model").exists():
+def _earlier_metrics(workdir: Path, evaluated: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """The metrics in scores.json if they are those of the same checkpoint, task and examples; otherwise {}."""
+    path = workdir / "scores.json"
+    if not path.exists() or not (workdir / "model").exists():
         return {}
-    scores = json.loads(written.read_text(encoding="utf-8"))
-    same = json.loads(json.dumps(judged)).items() <= scores.items()
+    scores = json.loads(path.read_text(encoding="utf-8"))
+    same = json.loads(json.dumps(evaluated)).items() <= scores.items()  # through JSON: tuples become lists
     return {split: scores[split] for split in ("dev", "test") if split in scores} if same else {}
 
 
 def compile_task(config: FinetuneConfig) -> tuple[Program, TaskEvaluator, TaskData]:
-    """Reads models and examples, checks that they fit each other, and compiles the run.
+    """Reads models and examples, checks that they fit each other, and makes the program of the run.
+
+    Returns:
+      The program, the evaluator for all examples of the task, and the examples.
 
     Raises:
-      InputError: anything that is missing, or does not fit.
+      InputError: something is missing, or does not fit.
     """
     _check_settings(config)
     start = open_model(config.model.path)
@@ -149,7 +151,7 @@ def compile_task(config: FinetuneConfig) -> tuple[Program, TaskEvaluator, TaskDa
     if teacher is not None:
         _check_teacher(teacher, head, start)
         teacher_config = with_compute(head.encoder(teacher.config), teacher_compute(config.teacher, compute))
-    asked, config = config.task.max_length, _resolved(config, data, head, compute.dtype, length)
+    max_length, config = config.task.max_length, _resolved(config, data, head, compute.dtype, length)
     mesh = make_mesh(config.mesh)
     check_batch(config.train, len(data.train), mesh)
     step = StepConfig(student=student, teacher=teacher_config, optimizer=config.optimizer, head=head, task=config.loss)
@@ -159,7 +161,7 @@ def compile_task(config: FinetuneConfig) -> tuple[Program, TaskEvaluator, TaskDa
         identity["teacher"] = huggingface.fingerprint(teacher.params)
         teacher_params = cast_teacher(step.teacher, teacher.params)
     shapes, teacher_params = put_teacher(teacher_params, config.teacher, step, mesh)
-    first = with_fresh_head(jax.random.key(config.seed), student, head, start.params)
+    params = with_fresh_head(jax.random.key(config.seed), student, head, start.params)
     state_shapes, batch_rows = abstract_state(step), config.train.batch_rows
     evaluator = TaskEvaluator(config.task, step, mesh, data.label_names, batch_rows // step.accumulation)
 
@@ -170,32 +172,33 @@ def compile_task(config: FinetuneConfig) -> tuple[Program, TaskEvaluator, TaskDa
         tokenizer=start.tokenizer,
         data={"examples": len(data.train), "dev": len(data.dev), "test": len(data.test) if data.test else 0}
         | {"counts": {split: dict(counts) for split, counts in data.counts.items()}},
-        description=f"{summarize(data)}\n" + _describe(config, step, attention, data, mesh, asked),
+        description=f"{summarize(data)}\n" + _describe(config, step, attention, data, mesh, max_length),
         mesh=mesh,
         step=jit_step(train_step, mesh, state_shapes, shapes),
         teacher_params=teacher_params,
         step_arguments=(),
         stream=BatchStream(lambda: data.train, mesh, batch_rows, config.seed),
         evaluator=DevEvaluator(evaluator, data.dev, config.train.eval_rows, config.task.metric_names[0]),
-        first_state=FirstState(step, config.seed, first, shardings_of(state_shapes, mesh)),
+        first_state=FirstState(step, config.seed, params, shardings_of(state_shapes, mesh)),
     )
     return program, evaluator, data
 
 
 def _check_settings(config: FinetuneConfig) -> None:
-    """Refuses what would be ignored."""
+    """Refuses settings that would be ignored."""
     require(
         config.task.kind != "spans" or config.train.eval_rows == 0,
-        "train.eval_rows cannot be of spans, an example of which may have several rows: leave it at 0, which is all.",
+        "train.eval_rows cannot be used with spans, where an example may have several rows: leave it at 0, for all.",
     )
     require(
         not config.teacher.path or config.loss.needs_teacher,
-        "teacher.path names a teacher, and loss.soft = 0 leaves nothing to learn from it: set loss.soft above 0, or "
+        "teacher.path names a teacher, but loss.soft = 0, so nothing is learned from it: set loss.soft above 0, or "
         "leave the teacher out.",
     )
 
 
 def _check_teacher(teacher: Model, head: HeadConfig, start: Model) -> None:
+    """Refuses a teacher without a head for this task, or with another tokenizer."""
     path = teacher.tokenizer
     require(
         teacher.head is not None,
@@ -204,12 +207,12 @@ def _check_teacher(teacher: Model, head: HeadConfig, start: Model) -> None:
     check_head(teacher.head, head, f"The teacher {path}")
     if not tokenizers_agree(path, start.tokenizer):
         raise InputError(
-            f"The teacher {path} and the model {start.tokenizer} have different tokenizers: both need one."
+            f"The teacher {path} and the model {start.tokenizer} have different tokenizers: they must have the same one."
         )
 
 
 def _resolved(config: FinetuneConfig, data: TaskData, head: HeadConfig, dtype: str, length: int) -> FinetuneConfig:
-    """The config with every choice that depended on examples, models or machine written out."""
+    """The config with every choice filled in that depended on examples, models or machine."""
     steps, schedule = schedule_of(config.train, config.optimizer, len(data.train))
     every = config.train.eval_every or max(1, round(len(data.train) / config.train.batch_rows))
     return replace(
@@ -229,13 +232,16 @@ def _resolved(config: FinetuneConfig, data: TaskData, head: HeadConfig, dtype: s
     )
 
 
-def _describe(config: FinetuneConfig, step: StepConfig, attention: str, data: TaskData, mesh: Mesh, asked: int) -> str:
-    test = f", {len(data.test):,} to test" if data.test else ""
-    examples = f"{len(data.train):,} examples to train on, {len(data.dev):,} to choose by{test}"
+def _describe(
+    config: FinetuneConfig, step: StepConfig, attention: str, data: TaskData, mesh: Mesh, max_length: int
+) -> str:
+    """What is printed when the run starts; `max_length` is what the user set."""
+    test = f", {len(data.test):,} test examples" if data.test else ""
+    examples = f"{len(data.train):,} training examples, {len(data.dev):,} dev examples{test}"
     length = config.task.max_length
-    shorter = f"; task.max_length is {length}, because the models have no more positions, and not {asked}"
+    shorter = f"; task.max_length is {length} instead of {max_length}, because the models have no more positions"
     steps = f"{config.train.steps:,} steps of {config.train.batch_rows:,}"
     return (
-        f"{describe_models(step, attention)}\n{examples}{shorter if length < asked else ''}; {steps}"
+        f"{describe_models(step, attention)}\n{examples}{shorter if length < max_length else ''}; {steps}"
         f"{describe_micro_batches(config.train, step, mesh, length)}"
     )

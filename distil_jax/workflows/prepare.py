@@ -1,4 +1,4 @@
-"""Prepares rows while showing progress, and sums up what became of the text."""
+"""Prepares rows of tokens, shows progress meanwhile, and summarises the counts."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from distil_jax.data.corpus import FOLDER_SUFFIXES, size_in_bytes
 from distil_jax.data.manifest import Manifest
 from distil_jax.data.prepare import PrepareConfig, Progress, prepare
 
-LOG_SECONDS = 30.0  # between progress lines where there is no terminal
+LOG_SECONDS = 30.0  # between progress lines if stderr is not a terminal
 
 
 def prepare_rows(config: PrepareConfig, output: str | Path) -> str:
-    """Prepares the rows, shows progress, and returns a summary of what became of the text."""
+    """Prepares the rows, shows progress, and returns `summary` of the counts."""
     start = time.monotonic()
     with _progress(config) as progress:
         manifest = prepare(config, output, progress=progress)
@@ -28,7 +28,7 @@ def prepare_rows(config: PrepareConfig, output: str | Path) -> str:
 
 @contextmanager
 def _progress(config: PrepareConfig) -> Iterator[Progress]:
-    """A progress bar on a terminal, occasional lines elsewhere."""
+    """Yields a function that shows the counts: in a bar on a terminal, otherwise as an occasional line on stderr."""
     if "docstrings" in config.sources:
         print("Reading the docstrings of installed packages, which takes half a minute or more ...", file=sys.stderr)
     if config.train_vocabulary:
@@ -49,7 +49,7 @@ def _progress(config: PrepareConfig) -> Iterator[Progress]:
 
 
 def summary(manifest: Manifest, seconds: float) -> str:
-    """A summary of what became of the text, one line for each kind of count."""
+    """How much text was kept, cut, dropped and skipped, as one line per kind of count."""
     count = Counter(manifest.counts)
     train, held_out, length = manifest.train, manifest.held_out, manifest.sequence_length
     filled = count["tokens"] / ((train.rows + held_out.rows) * length)
@@ -68,7 +68,7 @@ def summary(manifest: Manifest, seconds: float) -> str:
 
 
 def _rare_counts(count: Counter[str]) -> list[str]:
-    """Lines for counts that are usually 0, where they are not."""
+    """Lines for counts that are usually 0, if they are not."""
     others = f"other suffixes than {', '.join(FOLDER_SUFFIXES)}, or hidden"
     rare = (
         ("left out", "left_out_files", f"files of the folders ({others})"),

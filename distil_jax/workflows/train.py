@@ -1,4 +1,4 @@
-"""Distils a student: from a config to a run folder with checkpoints; called again, it resumes."""
+"""Trains a student, with or without a teacher, in a run folder, or resumes the run in it."""
 
 from __future__ import annotations
 
@@ -28,18 +28,20 @@ def train(config: Config, workdir: str | Path, *, resume_step: int | None = None
     """Trains a student, or resumes the run in `workdir`.
 
     Args:
-      config: of the run; when it resumes, only settings that change no number may differ.
-      workdir, resume_step: as for `run_program`, which also says what is returned and raised.
+      config: of the run; on resume, only settings that do not affect the result may differ.
+      workdir, resume_step: as for `run_program`.
+
+    Returns and raises what `run_program` does.
     """
     return run_program(lambda: compile_run(assemble(config)), workdir, resume_step=resume_step)
 
 
 def compile_run(parts: Parts) -> Program:
-    """Puts the models on the mesh and makes the jitted steps, which XLA compiles at their first call."""
+    """Puts the models on the mesh and makes the jitted steps, which XLA compiles when they are first called."""
     config, manifest = parts.config, parts.manifest
     mesh, state_shapes = make_mesh(config.mesh), abstract_state(parts.step)
     shapes, teacher_params = put_teacher(parts.teacher_params, config.teacher, parts.step, mesh)
-    # Nothing below may keep `parts`: its models would stay in the host's memory as long as the run lasts.
+    # Nothing below may keep a reference to `parts`: its models would stay in the host's memory for the whole run.
     train_rows, held_out_rows = (partial(open_rows, config.data.path, split) for split in ("train", "held_out"))
     batch_rows = config.train.batch_rows
     return Program(
@@ -79,18 +81,18 @@ def _describe(parts: Parts, mesh: Mesh) -> str:
     config, manifest = parts.config.train, parts.manifest
     row_tokens = manifest.train.tokens / manifest.train.rows
     row_sequences = manifest.train.sequences / manifest.train.rows
-    pieces = describe_micro_batches(config, parts.step, mesh, manifest.sequence_length)
+    micro_batches = describe_micro_batches(config, parts.step, mesh, manifest.sequence_length)
     return (
         f"{describe_models(parts.step, parts.attention)}\n{config.steps:,} steps of {config.batch_rows:,} rows (about "
         f"{config.batch_rows * row_sequences:,.0f} sequences, {config.batch_rows * row_tokens:,.0f} tokens)"
-        f"{pieces}{_describe_fold(parts)}"
+        f"{micro_batches}{_describe_fold(parts)}"
     )
 
 
 def _describe_fold(parts: Parts) -> str:
-    """A note if the student begins without the teacher's token-type row."""
+    """A note if the student starts without the teacher's token-type row; otherwise an empty text."""
     student, teacher = parts.config.student, parts.step.teacher
     if student.init != "teacher" or student.token_types or student.fold_token_types or not teacher.token_types:
         return ""
-    why = "sinusoidal positions cannot take it in" if student.positions == "sinusoidal" else "fold_token_types is false"
-    return f"; the student begins without the teacher's token-type row, because {why}"
+    why = "sinusoidal positions cannot absorb it" if student.positions == "sinusoidal" else "fold_token_types is false"
+    return f"; the student starts without the teacher's token-type row, because {why}"
