@@ -220,9 +220,9 @@ def test_pytorchs_process_does_not_outlive_ours(tmp_path):
 
 
 def test_pytorchs_process_may_fail():
-    with peers.pytorch() as make, pytest.raises(MachineFailed, match="was ended from outside"):
+    with peers.pytorch() as make, pytest.raises(MachineFailed, match="PyTorch's process was killed"):
         make.args[0].submit(os._exit, 9)
-        make("Peer")
+        make("TorchStep")
 
 
 def test_it_runs_where_none_of_the_edge_libraries_is_installed(tmp_path):
@@ -266,15 +266,15 @@ assert not set({EDGES}) & set(sys.modules)
         ([*SMALL_STEP, "--steps", "1"], "--steps must be at least 2, not 1."),
         ([*SMALL_STEP, "--batch-rows", "0"], "--batch-rows must be at least 1, not 0."),
         ([*SMALL_STEP, "--batch-rows", "12"], "train.batch_rows 12 does not divide into 8 equal pieces"),
-        ([*SMALL_STEP, "--length", "65"], "Rows of 65 are longer than the 64 positions of the shape"),
-        ([*SMALL_STEP, "--dropout", "0.1;0"], "--dropout takes numbers with commas between, not '0.1;0'."),
+        ([*SMALL_STEP, "--length", "65"], "Rows of 65 are longer than the model's 64 positions"),
+        ([*SMALL_STEP, "--dropout", "0.1;0"], "--dropout takes numbers separated by commas, not '0.1;0'."),
         ([*SMALL_STEP, "--set", "loss.chunks=3"], "did you mean loss.chunk?"),
-        ([*SMALL_STEP, "--peer", "torch,jax"], "There is no peer 'jax' here: choose of torch:eager, torch:compile"),
-        ([*SMALL_STEP, "--peer", "torch", "--set", "loss.mse=1.0"], "The peers know a DistilBERT student"),
+        ([*SMALL_STEP, "--peer", "torch,jax"], "There is no peer 'jax' here: choose from torch:eager, torch:compile"),
+        ([*SMALL_STEP, "--peer", "torch", "--set", "loss.mse=1.0"], "Peers implement a DistilBERT student"),
         ([*SMALL_STEP, "--rows", "nowhere"], "nowhere"),
         ([*SMALL_STEP, "--output", "no/such/folder/x.json"], "--output takes a file in an existing folder."),
-        ([*SMALL_LOSS, "--tokens", "20"], "--tokens 20 is no whole number of rows of 16 (--length)."),
-        (["inference", "--shape", "tiny", "--lengths", "65"], "the shape has 64 positions"),
+        ([*SMALL_LOSS, "--tokens", "20"], "--tokens 20 is not a multiple of --length 16."),
+        (["inference", "--shape", "tiny", "--lengths", "65"], "the model has 64 positions"),
         (["inference", "--shape", "tiny", "--peer", "torch:fused"], "There is no peer 'torch:fused' here"),
         (["data", "--text", "x.txt"], "--text and --tokenizer go together"),
         (["table", "nowhere.json"], "Cannot read nowhere.json"),
@@ -298,11 +298,11 @@ def test_rows_that_do_not_fit_the_flags_are_refused(workshop, capsys):
 def test_a_file_that_is_no_record_is_refused(tmp_path, capsys):
     (tmp_path / "x.json").write_text(json.dumps({"measurement": "step"}))
     assert cli.main(["bench", "table", str(tmp_path / "x.json")]) == 2
-    assert "holds no results" in capsys.readouterr().err
+    assert "has no results in it" in capsys.readouterr().err
 
 
 def test_the_kept_results_can_be_shown(capsys):
-    kept = sorted(record.KEPT.glob("*.json"))
+    kept = sorted(record.RESULTS.glob("*.json"))
     assert cli.main(["bench", "table"]) == (0 if kept else 2)
     output = capsys.readouterr()
-    assert output.out.count("`distil-jax bench ") == len(kept) and ("No results are kept" in output.err) == (not kept)
+    assert output.out.count("`distil-jax bench ") == len(kept) and ("There are no results" in output.err) == (not kept)

@@ -207,7 +207,7 @@ def _check_teacher(teacher: Model, head: HeadConfig, start: Model) -> None:
     check_head(teacher.head, head, f"The teacher {path}")
     if not tokenizers_agree(path, start.tokenizer):
         raise InputError(
-            f"The teacher {path} and the model {start.tokenizer} have different tokenizers: they must have the same one."
+            f"The teacher {path} and the model {start.tokenizer} have different tokenizers: they must share one."
         )
 
 

@@ -1,4 +1,4 @@
-"""`distil-jax bench inference`: the encoders without vocabulary head, teacher against student, JAX against PyTorch."""
+"""`distil-jax bench inference`: latency of the encoders without MLM head, teacher and student, JAX and PyTorch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 from distil_jax.commands.bench import peers, timing
 from distil_jax.commands.bench.peers import OURS
 from distil_jax.commands.bench.step import random_params
-from distil_jax.commands.bench.timing import Measured, Timed
+from distil_jax.commands.bench.timing import Measurement, TimedCall
 from distil_jax.config.model import ModelConfig
 from distil_jax.config.run import ComputeConfig, MeshConfig, StudentConfig
 from distil_jax.config.step import StepConfig
@@ -28,47 +28,46 @@ from distil_jax.training.sharding import make_mesh
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `distil-jax bench inference`."""
-    peers.add_shape(parser)
-    parser.add_argument("--batches", default="1,32", metavar="LIST", help="rows of a call (default: %(default)s)")
-    parser.add_argument("--lengths", default="32,128", metavar="LIST", help="of a row (default: %(default)s)")
-    parser.add_argument("--calls", type=int, default=20, help="of each encoder in a round (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="of all encoders, alternating (default: %(default)s)")
-    parser.add_argument("--peer", metavar="LIST", help="torch: the same encoders in PyTorch")
+    peers.add_model_flags(parser)
+    parser.add_argument("--batches", default="1,32", metavar="LIST", help="rows per call (default: %(default)s)")
+    parser.add_argument("--lengths", default="32,128", metavar="LIST", help="tokens per row (default: %(default)s)")
+    parser.add_argument("--calls", type=int, default=20, help="of each encoder per round (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="in each, all encoders take turns (default: %(default)s)")
+    parser.add_argument("--peer", metavar="LIST", help="torch, to measure the same encoders in PyTorch")
 
 
-def run(arguments: argparse.Namespace) -> Measured:
-    """A line for each batch, length and library; one device computes.
+def run(arguments: argparse.Namespace) -> Measurement:
+    """Measures one line per batch size, length and library, on one device.
 
     Raises:
-      InputError: numbers that are none, rows longer than the shape's, or a peer that cannot run here.
+      InputError: a flag that is not a number, rows longer than the model's positions, or a peer that cannot run here.
     """
-    timing.positive(calls=arguments.calls, rounds=arguments.rounds)
-    beside = peers.read(arguments.peer, ("eager",))
+    timing.require_positive(calls=arguments.calls, rounds=arguments.rounds)
+    with_torch = peers.parse_peers(arguments.peer, ("eager",))
     shape, compute = peers.shape_model(arguments.shape), resolve_compute(ComputeConfig(dtype=arguments.dtype))
     student = with_compute(student_model(StudentConfig(), shape, shape.vocab_size), compute)
-    both, one = StepConfig(student, with_compute(shape, compute)), make_mesh(MeshConfig(), jax.devices()[:1])
+    both, mesh = StepConfig(student, with_compute(shape, compute)), make_mesh(MeshConfig(), jax.devices()[:1])
     lines = []
-    for batch in timing.numbers("--batches", arguments.batches, int):
-        for length in timing.numbers("--lengths", arguments.lengths, int):
-            timing.positive(batches=batch, lengths=length)
-            require(
-                length <= shape.max_positions, f"--lengths {length}: the shape has {shape.max_positions} positions."
-            )
-            step, _ = resolve_attention(both, "auto", one, length)
+    for batch in timing.parse_list("--batches", arguments.batches, int):
+        for length in timing.parse_list("--lengths", arguments.lengths, int):
+            timing.require_positive(batches=batch, lengths=length)
+            most = shape.max_positions
+            require(length <= most, f"--lengths {length} is too long: the model has {most} positions.")
+            step, _ = resolve_attention(both, "auto", mesh, length)
             models = {"teacher": step.teacher, "student": step.student}
             calls = {(OURS, name): encoder(model, batch, length) for name, model in models.items()}
             with peers.pytorch() as make:
-                if beside:
+                if with_torch:
                     calls |= {("torch", name): make("encoder", model, batch, length) for name, model in models.items()}
                 milliseconds = timing.medians(calls, times=arguments.calls, rounds=arguments.rounds)
             lines += [{"batch": batch, "length": length} | line for line in _lines(milliseconds)]
-    return Measured(lines)
+    return Measurement(lines)
 
 
-def encoder(model: ModelConfig, batch: int, length: int) -> Timed:
-    """A call that sends full rows [batch, length] through the encoder; random parameters in the compute dtype.
+def encoder(model: ModelConfig, batch: int, length: int) -> TimedCall:
+    """A call that runs the encoder on full rows [batch, length], with random parameters in the compute dtype.
 
-    Where layers are unrolled, on CPUs, each has arrays of its own.
+    If the layers are unrolled, as on CPUs, each layer has its own arrays.
     """
     model = replace(model, mlm_head=False)
     params = jax.jit(partial(random_params, model))(jax.random.key(0))
@@ -77,7 +76,7 @@ def encoder(model: ModelConfig, batch: int, length: int) -> Timed:
     ids = np.random.default_rng(0).integers(5, model.vocab_size, (batch, length))
     rows = jax.device_put(Batch.from_padded(ids, np.ones_like(ids), ids))
     encode = jax.jit(lambda params, rows: MaskedLm(model).apply({"params": params}, rows).hidden)
-    return Timed(lambda: jax.block_until_ready(encode(params, rows)))
+    return TimedCall(lambda: jax.block_until_ready(encode(params, rows)))
 
 
 def _lines(milliseconds: Mapping[tuple[str, str], list[float]]) -> list[dict[str, Any]]:

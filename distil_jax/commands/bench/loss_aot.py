@@ -1,6 +1,7 @@
-"""`python -m distil_jax.commands.bench.loss_aot TOPOLOGY` reads a `Job` as JSON and prints what libtpu plans for it.
+"""Compiles the losses for a TPU and prints the memory that libtpu plans, as JSON.
 
-A process of its own, as for `distil-jax plan`: libtpu wants the environment to itself.
+Run it as `python -m distil_jax.commands.bench.loss_aot TOPOLOGY`, with a `Job` as JSON on stdin. It is a separate
+process, as for `distil-jax plan`, because libtpu needs its own environment variables.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from distil_jax.schema import build
 
 
 def temporaries(job: Job, topology: str) -> dict[str, float]:
-    """Bytes by kind of loss, on one chip; of what does not fit, what the compiler says that it wanted."""
+    """Bytes of temporaries on one chip, by kind of loss; if they do not fit, the compiler's error says how many."""
     device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
-    place = jax.sharding.SingleDeviceSharding(device)
+    sharding = jax.sharding.SingleDeviceSharding(device)
     shapes = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         jax.eval_shape(partial(inputs, job)),
     )
     bytes_of = {}

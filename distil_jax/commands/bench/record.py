@@ -1,4 +1,4 @@
-"""The record of a measurement: one JSON file, complete in itself, and a Markdown table of it."""
+"""The record of a measurement: a JSON file with all that is needed to repeat it, and its Markdown table."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from typing import Any
 import jax
 
 from distil_jax import __version__
-from distil_jax.commands.bench.timing import Measured
+from distil_jax.commands.bench.timing import Measurement
 from distil_jax.files import write_whole
 from distil_jax.reporting import markdown
 from distil_jax.schema import InputError, require, user_path
 
-KEPT = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent / "results"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "libtpu", "torch", "transformers", "tokenizers")
 _KEYS = {"measurement", "command", "date", "machine", "versions", "settings", "products", "lines"}
-_NO_SETTING = ("measurement", "output")
+_NOT_SETTINGS = ("measurement", "output")
 _GIB = 2**30
 
 
-def record(arguments: argparse.Namespace, measured: Measured, load: float) -> dict[str, Any]:
-    """The results with everything needed to judge and repeat them, as plain values.
+def record(arguments: argparse.Namespace, measurement: Measurement, load: float) -> dict[str, Any]:
+    """The results with everything that is needed to interpret and repeat them, as plain values.
 
     Args:
       arguments: of the command line.
-      measured: its results.
-      load: processes that were running before it began, on average: on a machine that is not idle, libraries that
-        let their threads wait for each other lose the most.
+      measurement: the results.
+      load: the machine's load average before the measurement. On a busy machine, libraries whose threads wait for each
+        other lose the most.
     """
     return {
         "measurement": arguments.measurement,
@@ -43,47 +43,47 @@ def record(arguments: argparse.Namespace, measured: Measured, load: float) -> di
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "machine": machine() | {"load_before": load},
         "versions": {"distil_jax": __version__, "python": platform.python_version(), **_versions()},
-        "settings": {name: value for name, value in vars(arguments).items() if name not in _NO_SETTING},
-        "products": measured.products,
-        "lines": measured.lines,
+        "settings": {name: value for name, value in vars(arguments).items() if name not in _NOT_SETTINGS},
+        "products": measurement.products,
+        "lines": measurement.lines,
     }
 
 
 def command_line(arguments: argparse.Namespace) -> str:
-    """The command with every flag written out, so that it means the same when defaults have changed."""
+    """The command with all flags written out, so that later changes of defaults do not affect it."""
     words = ["distil-jax", "bench", arguments.measurement]
     for name, value in vars(arguments).items():
-        if name not in _NO_SETTING and value not in (None, [], ""):
-            for each in value if isinstance(value, list) else [value]:
-                words += [f"--{name.replace('_', '-')}", str(each)]
+        if name not in _NOT_SETTINGS and value not in (None, [], ""):
+            for item in value if isinstance(value, list) else [value]:
+                words += [f"--{name.replace('_', '-')}", str(item)]
     return shlex.join(words)
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores, memory, and the devices that JAX sees."""
-    cpu, listing = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
-    if listing.exists():
-        names = [line.partition(": ")[2] for line in listing.read_text().splitlines() if line.startswith("model name")]
+    """The processor, its cores and memory in bytes, and the devices that JAX sees."""
+    cpu, cpuinfo = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.partition(": ")[2] for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         cpu = names[0] if names else cpu
     device = jax.devices()[0].device_kind
     return {"cpu": cpu, "cores": os.cpu_count(), "memory": memory(), "device": device, "devices": jax.device_count()}
 
 
 def memory() -> int:
-    """Bytes of the host's memory."""
+    """The size of the host's memory, in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _versions() -> dict[str, str]:
-    installed = {each.metadata["Name"].lower(): each.version for each in metadata.distributions()}
+    installed = {package.metadata["Name"].lower(): package.version for package in metadata.distributions()}
     return {name: installed[name] for name in _PACKAGES if name in installed}
 
 
 def check_output(path: str | None) -> None:
-    """Refuses a file that cannot be written, before hours are spent on what belongs into it.
+    """Checks that the file for the results can be written, before hours of measuring.
 
     Raises:
-      InputError: it cannot.
+      InputError: it cannot be written.
     """
     if path is not None:
         file = user_path(path)
@@ -100,7 +100,7 @@ def read(path: str | Path) -> dict[str, Any]:
     """Reads what `write` wrote.
 
     Raises:
-      InputError: another file, or none.
+      InputError: the file cannot be read, or has something else in it.
     """
     path = user_path(path)
     try:
@@ -110,27 +110,27 @@ def read(path: str | Path) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(f"{path} is not JSON ({error}): name a file that `bench --output` wrote.") from error
     known = isinstance(values, dict) and values.keys() == _KEYS
-    require(known, f"{path} holds no results: name a file that `bench --output` wrote.")
+    require(known, f"{path} has no results in it: name a file that `bench --output` wrote.")
     return values
 
 
 def show(values: dict[str, Any]) -> str:
-    """A record as Markdown: where, with what and how it was measured, then the numbers."""
+    """A record as Markdown: the command, the machine, versions and date, then the table."""
     host, versions = values["machine"], values["versions"]
-    where = f"{host['cpu']}, {host['cores']} cores, {host['memory'] / _GIB:.0f} GiB, load {host['load_before']:.1f}"
+    hardware = f"{host['cpu']}, {host['cores']} cores, {host['memory'] / _GIB:.0f} GiB, load {host['load_before']:.1f}"
     if host["device"] != "cpu":
-        where += f", {host['devices']} x {host['device']}"
-    using = ", ".join(f"{name} {versions[name]}" for name in ("jax", "torch", "transformers") if name in versions)
+        hardware += f", {host['devices']} x {host['device']}"
+    software = ", ".join(f"{name} {versions[name]}" for name in ("jax", "torch", "transformers") if name in versions)
     rates = ", ".join(f"{name} {rate:.3g} TFLOP/s" for name, rate in values["products"].items())
-    floor = f" Matrix products alone: {rates}." if rates else ""
-    head = [f"`{values['command']}`", "", f"{where}; {using}; {values['date']}.{floor}", ""]
+    matmuls = f" Matrix products alone: {rates}." if rates else ""
+    head = [f"`{values['command']}`", "", f"{hardware}; {software}; {values['date']}.{matmuls}", ""]
     return "\n".join(head + table(values["lines"]))
 
 
 def table(lines: Sequence[dict[str, Any]]) -> list[str]:
-    """Markdown with a column for each key, in order; lists are left out, and columns without any number.
+    """A Markdown table with a column per key; lists and empty columns are left out.
 
-    A key's lowest and highest stand in brackets beside it.
+    The lowest and highest of a key are not columns, but in brackets after its median.
     """
     keys = dict.fromkeys(key for line in lines for key in line if not key.endswith(("_lowest", "_highest")))
     columns = {key.replace("_", " "): [_cell(line, key) for line in lines] for key in keys}
@@ -142,7 +142,9 @@ def _cell(line: dict[str, Any], key: str) -> str:
     def text(value: Any) -> str:
         if isinstance(value, float):
             return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-        return "" if value is None or isinstance(value, list) else f"{value:,}" if isinstance(value, int) else value
+        if isinstance(value, int):
+            return f"{value:,}"
+        return "" if value is None or isinstance(value, list) else value
 
-    shown, lowest = text(line.get(key)), line.get(f"{key}_lowest")
-    return shown if lowest is None else f"{shown} ({text(lowest)} to {text(line[f'{key}_highest'])})"
+    median, lowest = text(line.get(key)), line.get(f"{key}_lowest")
+    return median if lowest is None else f"{median} ({text(lowest)} to {text(line[f'{key}_highest'])})"

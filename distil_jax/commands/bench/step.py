@@ -1,4 +1,4 @@
-"""`distil-jax bench step`: the whole train step, teacher to student, as `train` runs it, alone or beside PyTorch's."""
+"""`distil-jax bench step`: the train step of teacher and student as `train` runs it, alone or next to PyTorch's."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from distil_jax.commands.bench import batching, peers, timing
-from distil_jax.commands.bench.peers import OURS, Elsewhere
-from distil_jax.commands.bench.timing import Block, Measured, Timed
+from distil_jax.commands.bench.peers import OURS, Remote
+from distil_jax.commands.bench.timing import Block, Measurement, TimedCall
 from distil_jax.config.model import ModelConfig
 from distil_jax.config.run import Config
 from distil_jax.config.step import StepConfig
@@ -34,76 +34,77 @@ from distil_jax.training.sharding import lower_step, make_mesh, put_rows, shard_
 from distil_jax.training.state import abstract_state, init_state
 from distil_jax.training.step import mask_and_train_step
 
-_SPECIAL = 5  # the first ids, which synthetic rows leave out; [MASK] is the last of them
-_SYNTHETIC_BATCHES = 8  # different ones; they come round again
+_SPECIAL = 5  # number of special tokens, the first ids; random rows have none of them; [MASK] is the last one
+_RANDOM_BATCHES = 8  # different ones, repeated
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `distil-jax bench step`."""
-    peers.add_shape(parser)
-    parser.add_argument("--batch-rows", type=int, default=8, help="rows of a step (default: %(default)s)")
-    parser.add_argument("--length", type=int, help="of a row (default: of --rows, or 128)")
-    parser.add_argument("--accumulation", type=int, default=0, help="micro-batches a step (default: as train does)")
+    peers.add_model_flags(parser)
+    parser.add_argument("--batch-rows", type=int, default=8, help="rows per step (default: %(default)s)")
+    parser.add_argument("--length", type=int, help="tokens per row (default: as in --rows, or 128)")
+    parser.add_argument("--accumulation", type=int, default=0, help="micro-batches per step (default: as in train)")
     parser.add_argument("--dropout", default="0.1", metavar="LIST", help="rates, one after the other (default: 0.1)")
-    parser.add_argument("--steps", type=int, default=10, help="in a block that is timed (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="blocks of each side, alternating (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=10, help="per timed block (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="blocks per library, in turns (default: %(default)s)")
     parser.add_argument("--rows", metavar="FOLDER", help="prepared rows (default: full rows of random ids)")
-    parser.add_argument("--peer", metavar="LIST", help="torch:eager, torch:compile, torch:fused, with commas between")
+    parser.add_argument("--peer", metavar="LIST", help="of torch:eager, torch:compile and torch:fused")
     parser.add_argument(
         "--peer-batching",
         choices=("buckets", "random"),
         default="buckets",
-        help="how a peer pads the sequences of --rows: in buckets of length as the original, or at random",
+        help="how a peer batches the sequences of --rows: in buckets of similar length, as the original, or at random",
     )
     parser.add_argument(
-        "--peer-chunk", type=int, default=0, help="positions of torch:fused at a time (default: loss.chunk, as ours)"
+        "--peer-chunk", type=int, default=0, help="positions per chunk of torch:fused (default: loss.chunk, as ours)"
     )
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override a config key")
 
 
-def run(arguments: argparse.Namespace) -> Measured:
-    """Measures every dropout rate, all sides in alternation; a line for each rate and side.
+def run(arguments: argparse.Namespace) -> Measurement:
+    """Measures one line per dropout rate and library; with one rate, the libraries take turns.
 
     Raises:
-      InputError: settings that do not go together, or a peer that cannot run here.
+      InputError: settings that do not fit together, or a peer that cannot run here.
     """
-    timing.positive(batch_rows=arguments.batch_rows, rounds=arguments.rounds)
+    timing.require_positive(batch_rows=arguments.batch_rows, rounds=arguments.rounds)
     require(arguments.steps >= 2, f"--steps must be at least 2, not {arguments.steps}.")
-    variants = peers.read(arguments.peer, ("eager", "compile", "fused"))
-    works = {rate: read_work(arguments, rate) for rate in timing.numbers("--dropout", arguments.dropout, float)}
+    variants = peers.parse_peers(arguments.peer, ("eager", "compile", "fused"))
+    works = {rate: read_work(arguments, rate) for rate in timing.parse_list("--dropout", arguments.dropout, float)}
     first = next(iter(works.values()))
-    makers = {OURS: timing.products}
-    student, pieces = first.step.student, first.step.accumulation * shard_count(first.mesh)
-    rows = first.batch_rows * first.length // pieces
+    makers = {OURS: timing.matmuls}
+    student, micro_batches = first.step.student, first.step.accumulation * shard_count(first.mesh)
+    tokens = first.batch_rows * first.length // micro_batches
     with peers.pytorch() as make:
         if variants:
             _check_comparable(first)
-            makers["torch"] = partial(make, "products")
-        products = timing.product_rates(makers, rows, student.hidden_size, student.intermediate_size, student.dtype)
+            makers["torch"] = partial(make, "matmuls")
+        rates = timing.matmul_rates(makers, tokens, student.hidden_size, student.intermediate_size, student.dtype)
     lines = []
-    for rate, work in works.items():
-        # A process for every rate: what other settings compiled counts towards a limit of PyTorch's.
-        with contextlib.closing(Ours(work)) as ours, peers.pytorch() as make:
-            sides: dict[str, Ours | Elsewhere] = {OURS: ours}
+    for dropout, work in works.items():
+        # PyTorch limits how often a process may recompile a function, so every rate gets a process of its own.
+        with contextlib.closing(JaxStep(work)) as ours, peers.pytorch() as make:
+            sides: dict[str, JaxStep | Remote] = {OURS: ours}
             if variants:
                 loss = replace(work.step.loss, chunk=arguments.peer_chunk or work.step.loss.chunk)
                 step, rounds = replace(work.step, loss=loss), _peer_rounds(work, arguments.peer_batching)
-                sides |= {f"torch:{variant}": make("Peer", variant, step, rounds) for variant in variants}
-            lines += [{"dropout": rate} | line for line in _measure(work, sides, products[OURS])]
-    return Measured(lines, products)
+                sides |= {f"torch:{variant}": make("TorchStep", variant, step, rounds) for variant in variants}
+            lines += [{"dropout": dropout} | line for line in _measure(work, sides, rates[OURS])]
+    return Measurement(lines, rates)
 
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """The work that every side does.
+    """The work that every library does.
 
     Attributes:
-      config: as a run's would be.
+      config: like the config of a run.
       step: what the step is compiled from.
+      mesh: where our own step runs.
       table: the rows.
       weights: [V], see `masking_weights`.
-      length: positions in a row.
-      steps, rounds: steps of a block, and blocks of a side.
+      length: positions per row.
+      steps, rounds: steps per block, and blocks per library.
     """
 
     config: Config
@@ -121,13 +122,13 @@ class Work:
 
 
 def read_work(arguments: argparse.Namespace, dropout: float) -> Work:
-    """From flags to a step by way of a run's config, any key of which can be overridden.
+    """Makes the work from the flags, through the config of a run, every key of which can be overridden.
 
     Raises:
-      InputError: an unknown key, rows that the shape cannot read, parts that do not fit each other.
+      InputError: an unknown key, rows that do not fit the model, or settings that do not fit together.
     """
     values: dict[str, Any] = {
-        "teacher": {"path": arguments.shape},  # nothing is read from there: it says that there is a teacher
+        "teacher": {"path": arguments.shape},  # not read; a path only means that there is a teacher
         "student": {"hidden_dropout": dropout, "attention_dropout": dropout},
         "optimizer": {"steps": 100_000},
         "train": {"batch_rows": arguments.batch_rows, "steps": 1, "accumulation": arguments.accumulation},
@@ -141,8 +142,8 @@ def read_work(arguments: argparse.Namespace, dropout: float) -> Work:
     teacher = assemble.with_compute(shape, assemble.teacher_compute(config.teacher, compute))
     table, weights, mask_id = _rows(arguments, config, student)
     length, mesh = table.input_ids.shape[1], make_mesh(config.mesh)
-    most = min(student.max_positions, teacher.max_positions)
-    require(length <= most, f"Rows of {length} are longer than the {most} positions of the shape: take shorter ones.")
+    longest = min(student.max_positions, teacher.max_positions)
+    require(length <= longest, f"Rows of {length} are longer than the model's {longest} positions: use shorter ones.")
     step = StepConfig(
         student=student,
         teacher=teacher if config.teacher.path else None,
@@ -156,20 +157,20 @@ def read_work(arguments: argparse.Namespace, dropout: float) -> Work:
 
 
 def _rows(arguments: argparse.Namespace, config: Config, student: ModelConfig) -> tuple[RowTable, np.ndarray, int]:
-    """The rows, how readily each id is masked, and the id of [MASK]."""
+    """The rows, the masking weight of every id [V], and the id of [MASK]."""
     if arguments.rows:
         manifest = read_manifest(arguments.rows)
         length, ids = manifest.sequence_length, manifest.vocab_size
         require(
             arguments.length in (None, length), f"The rows of {arguments.rows} are {length} long: leave --length out."
         )
-        known = f"The rows have {ids} ids, and the shape {student.vocab_size}: choose a larger one."
-        require(ids <= student.vocab_size, known)
+        fits = ids <= student.vocab_size
+        require(fits, f"The rows have {ids} ids, but the model has {student.vocab_size}: choose a larger --shape.")
         weights = assemble.token_weights(arguments.rows, manifest, student, smoothing=config.masking.smoothing)
         return open_rows(arguments.rows), weights, manifest.mask_id
     length = 128 if arguments.length is None else arguments.length
-    timing.positive(length=length)
-    shape = (_SYNTHETIC_BATCHES * config.train.batch_rows, length)
+    timing.require_positive(length=length)
+    shape = (_RANDOM_BATCHES * config.train.batch_rows, length)
     ids_NxL = np.random.default_rng(0).integers(_SPECIAL, student.vocab_size, shape, np.int32)
     ids_V = np.arange(student.padded_vocab_size)
     weights = ((ids_V >= _SPECIAL) & (ids_V < student.vocab_size)).astype(np.float32)
@@ -177,21 +178,22 @@ def _rows(arguments: argparse.Namespace, config: Config, student: ModelConfig) -
 
 
 def _check_comparable(work: Work) -> None:
-    """Refuses what the peers do not know, so that nothing but the same work is ever compared."""
+    """Refuses settings that the peers do not implement, so that all libraries do the same work."""
     loss = work.step.loss
     terms = min(loss.kl, loss.mlm, loss.cosine) > 0 and loss.mse == 0
     require(
         terms and loss.soft_positions == "all" and work.step.teacher is not None and work.step.student.token_types == 0,
-        "The peers know a DistilBERT student with a teacher, and the terms kl, mlm and cosine at all positions: "
-        "leave --peer or the other settings out.",
+        "Peers implement a DistilBERT student with a teacher, and the terms kl, mlm and cosine at all positions: leave "
+        "out --peer or the other settings.",
     )
 
 
 def _peer_rounds(work: Work, peer_batching: str) -> list[list[list[batching.Padded]]]:
-    """The sequences of the rows that our own side trains on: optimiser steps of micro-batches, dealt out to rounds."""
+    """The sequences that our own step trains on, by round, optimiser step and micro-batch."""
     accumulation, seed = work.step.accumulation, work.config.seed
     steps = work.rounds * work.steps
-    sequences = list(batching.unpack(work.table.gather(indices_at(work.table, 0, steps * work.batch_rows, seed=seed))))
+    rows = work.table.gather(indices_at(work.table, 0, steps * work.batch_rows, seed=seed))
+    sequences = list(batching.unpack(rows))
     micro_batches = batching.masked_batches(
         sequences,
         size=max(1, round(len(sequences) / (steps * accumulation))),
@@ -202,14 +204,14 @@ def _peer_rounds(work: Work, peer_batching: str) -> list[list[list[batching.Padd
         seed=seed,
     )
     updates = [micro_batches[start : start + accumulation] for start in range(0, len(micro_batches), accumulation)]
-    return [updates[number :: work.rounds] for number in range(work.rounds)]
+    return [updates[index :: work.rounds] for index in range(work.rounds)]
 
 
-class Ours:
-    """`mask_and_train_step` as `jit_step` compiles it, fed as `train` feeds it: by the loader, a thread ahead.
+class JaxStep:
+    """Our own train step, `mask_and_train_step`, compiled and warm, with rows from the loader's thread as in `train`.
 
-    It is compiled ahead of time, by `lower_step`, which shares its settings with `jit_step`: then the compiler says
-    what memory it planned. The parameters are random, because no speed depends on them.
+    It is compiled ahead of time with the settings of `jit_step`, so that the compiler reports how much memory it plans.
+    The parameters are random: the speed does not depend on them.
     """
 
     def __init__(self, work: Work) -> None:
@@ -217,78 +219,80 @@ class Ours:
         step, mesh, state, teacher = work.step, work.mesh, abstract_state(work.step), None
         if step.teacher is not None:
             teacher = assemble.teacher_shapes(work.config.teacher, step.teacher)
-        began = time.perf_counter()
+        start = time.perf_counter()
         lowered = lower_step(mask_and_train_step, mesh, state, teacher, (work.batch_rows, work.length))
         self._step = lowered.compile()
-        self._compile_seconds = time.perf_counter() - began
+        self._compile_seconds = time.perf_counter() - start
         key, self._teacher = jax.random.key(0), None
         self._state = jax.jit(partial(init_state, config=step), out_shardings=shardings_of(state, mesh))(key)
         if teacher is not None:
-            make = partial(random_params, step.teacher)
-            self._teacher = jax.jit(make, out_shardings=shardings_of(teacher, mesh))(key)
-        with contextlib.closing(self._stream()) as warm:
-            self._run(warm, work.steps)
+            make_params = partial(random_params, step.teacher)
+            self._teacher = jax.jit(make_params, out_shardings=shardings_of(teacher, mesh))(key)
+        with contextlib.closing(self._stream()) as rows:
+            self._run(rows, work.steps)  # warms up
         self._rows = self._stream()
 
-    def block(self, number: int) -> Block:
-        """The next steps of the stream, with one wait at the end, whatever the number of the round."""
+    def block(self, _: int) -> Block:
+        """Times the next steps of the stream, with one wait at the end; the index of the round is not needed."""
         return self._run(self._rows, self._work.steps)
 
     def latencies(self) -> list[float]:
-        """Seconds of each of a block's steps, waiting after each."""
-        return Timed(lambda: self._run(self._rows, 1)).seconds(self._work.steps)
+        """The seconds of each step of a block, with a wait after each."""
+        return TimedCall(lambda: self._run(self._rows, 1)).seconds(self._work.steps)
 
     def compile_seconds(self) -> float:
-        """Seconds of XLA's compilation."""
+        """The seconds that XLA took to compile the step."""
         return self._compile_seconds
 
     def peak(self) -> tuple[int, str]:
-        """The most bytes in use on a device, and who says so.
+        """The peak of bytes in use on a device, and the source of that number, "device" or "compiler".
 
-        A device counts from the start of the process. Where it does not count, or something else needed more before,
-        the compiler's plan of this step stands in.
+        Devices count from the start of the process. If they do not count, or an earlier program had the higher peak,
+        it is the memory that the compiler plans for this step.
         """
-        if (peak := _device_peak()) > self._peak_before:
+        peak = _device_peak()
+        if peak > self._peak_before:
             return peak, "device"
         plan = self._step.memory_analysis()
         kept = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
         return kept + plan.temp_size_in_bytes, "compiler"
 
     def close(self) -> None:
-        """Ends the thread that reads ahead."""
+        """Ends the loader's thread."""
         self._rows.close()
 
     def _stream(self) -> Iterator[tuple[Rows, int]]:
-        rows = batches(self._work.table, batch_rows=self._work.batch_rows, seed=self._work.config.seed)
-        return prefetch((put_rows(each, self._work.mesh), int(np.sum(each.segment_ids > 0))) for each in rows)
+        """Batches on the mesh, each with its number of tokens without padding."""
+        stream = batches(self._work.table, batch_rows=self._work.batch_rows, seed=self._work.config.seed)
+        return prefetch((put_rows(rows, self._work.mesh), int(np.sum(rows.segment_ids > 0))) for rows in stream)
 
     def _run(self, rows: Iterator[tuple[Rows, int]], steps: int) -> Block:
-        tokens, waited, began = 0, 0.0, time.perf_counter()
+        tokens, waited, start = 0, 0.0, time.perf_counter()
         for _ in range(steps):
-            asked = time.perf_counter()
-            batch, real = next(rows)
-            waited += time.perf_counter() - asked
+            wait_start = time.perf_counter()
+            batch, batch_tokens = next(rows)
+            waited += time.perf_counter() - wait_start
             self._state, metrics = self._step(self._state, self._teacher, batch, (self._work.weights,), {})
-            tokens += real
+            tokens += batch_tokens
         jax.block_until_ready((self._state, metrics))
         positions = steps * self._work.batch_rows * self._work.length
-        return Block(time.perf_counter() - began, tokens, positions, waited)
+        return Block(time.perf_counter() - start, tokens, positions, waited)
 
 
 def random_params(model: ModelConfig, key: jax.Array) -> Any:
-    """Random parameters in the model's compute dtype, as a teacher's are kept."""
+    """Random parameters in the model's compute dtype, in which a teacher's are stored."""
     return jax.tree.map(lambda leaf: leaf.astype(model.dtype), nn.unbox(init_params(key, model)))
 
 
 def _device_peak() -> int:
-    """The most bytes in use on any device since the process began; 0 where nobody counts."""
+    """The peak of bytes in use on any device since the process started; 0 if the devices do not count."""
     return max((device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices())
 
 
-def _measure(work: Work, sides: dict[str, Ours | Elsewhere], product_rate: float) -> Iterator[dict[str, Any]]:
-    """A line for each side, our own first."""
+def _measure(work: Work, sides: dict[str, JaxStep | Remote], matmul_rate: float) -> Iterator[dict[str, Any]]:
+    """Measures all sides in alternation, and yields a line of results for each, our own first."""
     blocks = timing.alternate({name: side.block for name, side in sides.items()}, work.rounds)
-    rates = {name: [block.tokens / block.seconds for block in of_side] for name, of_side in blocks.items()}
+    rates = {name: [block.tokens / block.seconds for block in by_round] for name, by_round in blocks.items()}
     for name, side in sides.items():
         milliseconds, (peak, source) = 1e3 * np.array(side.latencies()), side.peak()
         ratio = {} if name == OURS else timing.spread("ours_is_faster", rates[OURS], rates[name])
@@ -303,22 +307,22 @@ def _measure(work: Work, sides: dict[str, Ours | Elsewhere], product_rate: float
             "peak_gib": peak and peak / 2**30,
             "peak_said_by": source,
             "compile_s": side.compile_seconds(),
-            **(_efficiency(work, blocks[name], product_rate) if name == OURS else {}),
+            **(_efficiency(work, blocks[name], matmul_rate) if name == OURS else {}),
         }
 
 
-def _efficiency(work: Work, blocks: Sequence[Block], product_rate: float) -> dict[str, Any]:
-    """TFLOP/s of a device by the written formula; beside the data sheet, of bfloat16, and beside bare products."""
+def _efficiency(work: Work, blocks: Sequence[Block], matmul_rate: float) -> dict[str, Any]:
+    """TFLOP/s per device by `step_flops`, as a share of the data sheet's (bfloat16) and of matrix products alone."""
     seconds = float(np.median([block.seconds for block in blocks])) / work.steps
     rate = step_flops(work.step, work.length) * work.batch_rows * work.length / seconds / work.mesh.size / 1e12
     device = jax.devices()[0]
     chip = CHIPS.get(device.device_kind)
-    # Virtual devices share a processor that the bare products have for themselves.
-    alone = work.mesh.size == 1 or device.platform != "cpu"
+    # Virtual CPU devices share the processor, while the matrix products were measured on one of them alone.
+    comparable = work.mesh.size == 1 or device.platform != "cpu"
     return {
         "attention": work.step.student.attention,
         "tflops": rate,
         "mfu": 1e12 * rate / chip.flops if chip and work.step.student.dtype == "bfloat16" else None,
-        "of_bare_products": rate / product_rate if alone else None,
+        "of_bare_products": rate / matmul_rate if comparable else None,
         "data_wait_share": sum(block.waited for block in blocks) / sum(block.seconds for block in blocks),
     }
