@@ -1,18 +1,17 @@
 #!/usr/bin/env bash
-# What each part of the recipe is worth: trains every file of configs/ablation with several seeds on the docstrings of
-# the installed packages, from the embedded teacher, and ends with one table of means and spreads. Started again, it
-# goes on where it was.
+# Measures what each part of the recipe contributes: trains a student with every file of configs/ablation and several
+# seeds, on the docstrings of the installed packages and from the embedded teacher, and writes one table of means and
+# standard deviations. Start it again to resume.
 #
-#   launch/ablation.sh [FOLDER] [ARGUMENTS OF distil-jax train]      FOLDER: where to work (default: ablation)
+#   launch/ablation.sh [FOLDER] [ARGUMENTS OF distil-jax train]      FOLDER: for all files (default: ablation)
 #
-#   DISTIL_SEEDS    the seeds (default: 0 1 2)
+#   DISTIL_SEEDS    the seeds, separated by spaces (default: 0 1 2)
 #   DISTIL_PYTHON, DISTIL_VENV: see environment.sh.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source launch/environment.sh
+# shellcheck source=launch/environment.sh
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-make_environment .
-export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
+start_on_cpu
 folder="${1:-ablation}"
 shift || true
 teacher=distil_jax/teacher

@@ -1,17 +1,21 @@
-# Sourced by train.sh, babysit.sh, tpu.sh, gke.sh and slurm.sh: what they share in reading their arguments and the
-# variables that README.md describes, in quoting, and in knowing how far a run has come.
+# Sourced by train.sh, babysit.sh, tpu.sh, gke.sh and slurm.sh: functions to read arguments and the variables that
+# README.md describes, to quote words, and to find the newest checkpoint.
 # shellcheck shell=bash
 
-ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-# What describes a run, wherever it runs; what tpu.sh and gke.sh hand to the hosts.
+# shellcheck source=launch/environment.sh
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+# The variables that describe a run; tpu.sh and gke.sh pass them on to the hosts.
 RUN_VARIABLES=(DISTIL_CONFIG DISTIL_OUTPUT DISTIL_DATA DISTIL_TEACHER DISTIL_SET DISTIL_EXTRA DISTIL_LOCAL)
+
+# Prints an error message and exits with status 2.
 die() {
   echo "$(basename "$0"): $*" >&2
   exit 2
 }
 
-# Reads --help (the comment at the head of the script), --dry-run, one of the verbs in $1, and what follows a --.
-# Sets DRY_RUN, VERB and REST.
+# read_arguments VERBS ARGUMENTS...: reads --help (which prints the comment at the top of the script), --dry-run, one of
+# VERBS, and everything after a --. Sets DRY_RUN, VERB and REST.
 read_arguments() {
   local known verbs="$1"
   shift
@@ -38,7 +42,7 @@ read_arguments() {
   done
 }
 
-# Prints words so that a bash reads back exactly these, whatever is in them.
+# Prints words in quotes where necessary, so that bash reads exactly these words.
 quoted() {
   local word line=()
   for word in "$@"; do
@@ -48,44 +52,45 @@ quoted() {
   printf '%s\n' "${line[*]}"
 }
 
-# Runs a command, or prints it in a dry run.
+# Runs a command, or only prints it in a dry run.
 run() {
   if [[ -n "$DRY_RUN" ]]; then quoted "$@"; else "$@"; fi
 }
 
+# need NAME...: these variables must be set and not empty.
 need() {
   local name
   for name in "$@"; do [[ -n "${!name:-}" ]] || die "$name is not set; see --help."; done
 }
 
-# need_number NAME LEAST
+# need_number NAME MINIMUM
 need_number() {
   [[ "${!1}" =~ ^[0-9]{1,6}$ ]] && ((10#${!1} >= $2)) && return
   die "$1 must be a whole number of at least $2, not $(quoted "${!1}")."
 }
 
-# need_match NAME PATTERN WHAT: an extended regular expression, and what it stands for in words.
+# need_match NAME PATTERN DESCRIPTION: PATTERN is an extended regular expression.
 need_match() {
   [[ "${!1}" =~ ^($2)$ ]] || die "$1 must be $3, not $(quoted "${!1}")."
 }
 
-# Checks the variables of the run. Sets OVERRIDES, the words of DISTIL_SET.
+# Checks the variables that describe the run. Sets OVERRIDES, the words of DISTIL_SET.
 read_run() {
   local word
   need DISTIL_CONFIG DISTIL_OUTPUT
   DISTIL_EXTRA="${DISTIL_EXTRA:-}" DISTIL_LOCAL="${DISTIL_LOCAL:-}" OVERRIDES=()
   need_match DISTIL_EXTRA "|tpu|cuda12|cuda13" "tpu, cuda12, cuda13 or empty"
   need_match DISTIL_LOCAL "|/.*" "an absolute path"
-  read -r -d '' -a OVERRIDES <<< "${DISTIL_SET:-}" || true # read, so that [0,2,4] is never a pattern for file names
+  read -r -d '' -a OVERRIDES <<< "${DISTIL_SET:-}" || true # unlike word splitting, never takes [0,2,4] as a pattern
   for word in "${OVERRIDES[@]}"; do
     [[ "$word" =~ ^[a-z_.]+= ]] || die "DISTIL_SET takes section.key=value separated by spaces, not $(quoted "$word")."
   done
 }
 
-# A name that Google Cloud and XPK accept.
+# DISTIL_NAME must be a name that Google Cloud and XPK accept.
 need_name() { need_match DISTIL_NAME "[a-z]([-a-z0-9]{0,38}[a-z0-9])?" "up to 40 of a-z, 0-9 and dashes"; }
 
-# Checks the variables of a run on Google Cloud, whose hosts see the bucket at /mnt/DISTIL_BUCKET.
+# Checks the variables of a run on Google Cloud, where the bucket is mounted at /mnt/DISTIL_BUCKET.
 read_google_run() {
   DISTIL_EXTRA="${DISTIL_EXTRA:-tpu}" DISTIL_LOCAL="${DISTIL_LOCAL:-/var/tmp/distil_jax}"
   read_run
@@ -95,10 +100,11 @@ read_google_run() {
     die "DISTIL_OUTPUT must be a folder in /mnt/$DISTIL_BUCKET, not $(quoted "$DISTIL_OUTPUT")."
 }
 
-# Where the bucket has the run folder.
+# Prints the URL of the run folder in the bucket.
 run_in_bucket() { echo "gs://${DISTIL_OUTPUT#/mnt/}"; }
 
-# Prints the command with the variables of the run, and those named before a --, set on the far side of a connection.
+# with_variables NAME... -- COMMAND...: prints a command for another host, which runs COMMAND with the variables of the
+# run and the named ones.
 with_variables() {
   local name words=(env)
   local names=("${RUN_VARIABLES[@]}")
@@ -114,14 +120,14 @@ newest_step() {
 
 newest_checkpoint() { printf '%s\n' "$DISTIL_OUTPUT"/checkpoints/*/manifest.json | newest_step; }
 
-# What other hosts need of this checkout; its environments and runs stay here.
+# Packs the part of this checkout that other hosts need, without environments and runs.
 pack_checkout() {
   run mkdir -p "$ROOT/build"
   run tar -C "$ROOT" --exclude=__pycache__ -czf "$ROOT/build/distil_jax.tar.gz" \
     LICENSE README.md configs distil_jax launch pyproject.toml setup.cfg
 }
 
-# Copies the run folder from the bucket to runs/ where you are, without its checkpoints.
+# Copies the run folder, without its checkpoints, from the bucket to runs/ in the current folder.
 fetch_run() {
   local folder
   folder="runs/$(basename "$DISTIL_OUTPUT")"
@@ -129,14 +135,14 @@ fetch_run() {
   run gcloud storage rsync --recursive '--exclude=.*checkpoints/.*' "$(run_in_bucket)" "$folder"
 }
 
-# The status of a run on several hosts: what a person must mend first, then what is settled by starting again.
+# combined_status STATUS...: prints one status for several hosts. Statuses that need a person have priority over 75.
 combined_status() {
-  local status settled worst=0
-  for settled in 2 3 75; do
+  local status first highest=0
+  for first in 2 3 75; do
     for status in "$@"; do
-      if ((status == settled)); then echo "$settled" && return; fi
+      if ((status == first)); then echo "$first" && return; fi
     done
   done
-  for status in "$@"; do ((status <= worst)) || worst=$status; done
-  echo "$worst"
+  for status in "$@"; do ((status <= highest)) || highest=$status; done
+  echo "$highest"
 }

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The demonstration with three seeds: makes the README's table of distilled against undistilled, with its spread.
+# Runs the demonstration with three seeds, for the README's table of distilled and undistilled students.
 #
 #   launch/demo_seeds.sh [ARGUMENTS OF distil-jax demo]
 set -euo pipefail

@@ -1,28 +1,28 @@
 #!/usr/bin/env bash
-# Trains on TPU slices of a GKE cluster, as an XPK workload (a JobSet underneath). XPK adds this checkout to an image,
-# and every pod makes its environment when it starts.
+# Trains on TPU slices of a GKE cluster, as an XPK workload, which is a JobSet. XPK adds this checkout to an image, and
+# every pod makes its environment when it starts.
 #
 #   launch/gke.sh VERB [--dry-run] [-- MORE FLAGS OF xpk workload create]
 #
 #   create    submits the workload
-#   logs      fetches the run folder, without its checkpoints, into runs/; and what the pods have printed (kubectl must
-#             point at the cluster: gcloud container clusters get-credentials DISTIL_CLUSTER)
+#   logs      copies the run folder, without its checkpoints, to runs/, and prints the output of the pods (kubectl must
+#             use the cluster: gcloud container clusters get-credentials DISTIL_CLUSTER)
 #   delete    deletes the workload; cluster and bucket stay
 #
-# When a pod ends with 75, 4, 1 or a signal (137, 143), the whole workload starts again, at most DISTIL_RETRIES times,
-# whether or not there is a newer checkpoint: for spot machines set it high. 2 and 3 end the workload.
+# When a pod ends with 75, 4, 1 or a signal (137, 143), the whole workload restarts, at most DISTIL_RETRIES times in
+# all, so set it high for spot machines. 2 and 3 end the workload.
 #
-#   DISTIL_PROJECT, DISTIL_ZONE, DISTIL_CLUSTER    where (needed)
-#   DISTIL_NAME           what to call the workload (needed)
+#   DISTIL_PROJECT, DISTIL_ZONE, DISTIL_CLUSTER    where to run (required)
+#   DISTIL_NAME           name of the workload (required)
 #   DISTIL_BUCKET         a Cloud Storage bucket with hierarchical namespace, attached to the cluster as an XPK storage
-#                         of the same name at /mnt/DISTIL_BUCKET; see README.md (needed, but not to delete)
+#                         of the same name at /mnt/DISTIL_BUCKET; see README.md (required, except for delete)
 #   DISTIL_ACCELERATOR    type and size of a slice (v5litepod-16)
-#   DISTIL_SLICES         how many slices (1)
-#   DISTIL_IMAGE          the image to add this checkout to; it has Python 3.11 or newer (python:3.12)
-#   DISTIL_RETRIES        how many new starts in all (5)
+#   DISTIL_SLICES         number of slices (1)
+#   DISTIL_IMAGE          the image to add this checkout to, with Python 3.11 or newer (python:3.12)
+#   DISTIL_RETRIES        restarts in total (5)
 #   DISTIL_CONFIG, DISTIL_OUTPUT, DISTIL_DATA, DISTIL_TEACHER, DISTIL_SET, DISTIL_EXTRA, DISTIL_LOCAL: see train.sh.
-#                         Paths are those of the pods: DISTIL_OUTPUT is in /mnt/DISTIL_BUCKET. DISTIL_EXTRA is tpu and
-#                         DISTIL_LOCAL is /var/tmp/distil_jax unless they are set.
+#                         Paths are those in the pods: DISTIL_OUTPUT is in /mnt/DISTIL_BUCKET. The default of
+#                         DISTIL_EXTRA is tpu, and that of DISTIL_LOCAL is /var/tmp/distil_jax.
 set -euo pipefail
 # shellcheck source=launch/contract.sh
 source "$(dirname "${BASH_SOURCE[0]}")/contract.sh"
@@ -41,8 +41,8 @@ case "$VERB" in
     DISTIL_IMAGE="${DISTIL_IMAGE:-python:3.12}" DISTIL_RETRIES="${DISTIL_RETRIES:-5}"
     need_number DISTIL_SLICES 1
     need_number DISTIL_RETRIES 0
-    # XPK's shell starts the command in a subshell and passes SIGTERM on to that: exec puts train.sh in its place.
-    # Kubernetes reads $(NAME) in a command; $$( stands for the two characters themselves.
+    # XPK sends SIGTERM to the subshell in which it runs the command, so exec replaces that by train.sh.
+    # Kubernetes expands $(NAME) in a command, unless it is written as $$(NAME).
     command="exec $(with_variables -- launch/train.sh)"
     command="${command//\$(/\$\$(}"
     pack_checkout

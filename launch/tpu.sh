@@ -1,41 +1,42 @@
 #!/usr/bin/env bash
-# Trains on Cloud TPU VMs made through queued resources: one slice or several, on demand or spot.
+# Trains on Cloud TPU VMs, made as queued resources: one or several slices, on demand or spot.
 #
 #   launch/tpu.sh VERB [--dry-run] [-- MORE FLAGS OF gcloud compute tpus queued-resources create]
 #
-#   create     asks for the machines and waits for them; asks anew where they were preempted
-#   setup      on every host: this checkout, its environment, the bucket, copies of rows and teacher on its own disk
-#   run        trains on all hosts, shows what they print, and ends with one status for all of them (see README.md)
+#   create     requests the machines and waits for them; requests them again if they were preempted
+#   setup      copies this checkout to every host, makes its environment there, mounts the bucket, and copies rows and
+#              teacher to the host's own disk
+#   run        trains on all hosts, prints their output, and ends with one combined status (see README.md)
 #   attempt    create, setup, run
-#   babysit    attempts until the run is done, as babysit.sh does; starts again after preemptions
-#   stop       has the hosts save and stop; the `run` that is waiting for them then ends with status 75
-#   logs       fetches the run folder, without its checkpoints, into runs/; and the last lines of every host
-#   delete     gives the machines back; the bucket stays
+#   babysit    repeats attempt until the run is done, like babysit.sh; also after preemptions
+#   stop       makes the hosts save and stop; the `run` that waits for them then ends with status 75
+#   logs       copies the run folder, without its checkpoints, to runs/, and prints the last lines of every host
+#   delete     deletes the machines; the bucket stays
 #
-#   DISTIL_PROJECT, DISTIL_ZONE    where (needed)
-#   DISTIL_NAME           what to call the machines (needed)
-#   DISTIL_BUCKET         a Cloud Storage bucket with hierarchical namespace; every host sees it at /mnt/DISTIL_BUCKET
-#                         (needed, but not to create, stop and delete)
+#   DISTIL_PROJECT, DISTIL_ZONE    where to run (required)
+#   DISTIL_NAME           name of the machines (required)
+#   DISTIL_BUCKET         a Cloud Storage bucket with hierarchical namespace, mounted on every host at
+#                         /mnt/DISTIL_BUCKET (required, except for create, stop and delete)
 #   DISTIL_ACCELERATOR    type and size of a slice (v5litepod-16: four hosts with four chips each)
-#   DISTIL_RUNTIME        software version of the hosts, which goes with the type (v2-alpha-tpuv5-lite)
+#   DISTIL_RUNTIME        software version of the hosts, which depends on the type (v2-alpha-tpuv5-lite)
 #   DISTIL_CAPACITY       on-demand or spot (on-demand)
-#   DISTIL_SLICES         how many slices (1); all together up to 64 hosts, more than that gcloud does not start at once
+#   DISTIL_SLICES         number of slices (1); together at most 64 hosts, because gcloud connects to no more at once
 #   DISTIL_CONFIG, DISTIL_OUTPUT, DISTIL_DATA, DISTIL_TEACHER, DISTIL_SET, DISTIL_EXTRA, DISTIL_LOCAL: see train.sh.
-#                         Paths are those of the hosts: DISTIL_OUTPUT is in /mnt/DISTIL_BUCKET. DISTIL_EXTRA is tpu and
-#                         DISTIL_LOCAL is /var/tmp/distil_jax unless they are set.
+#                         Paths are those on the hosts: DISTIL_OUTPUT is in /mnt/DISTIL_BUCKET. The default of
+#                         DISTIL_EXTRA is tpu, and that of DISTIL_LOCAL is /var/tmp/distil_jax.
 #   DISTIL_RETRIES, DISTIL_PAUSE: see babysit.sh
 set -euo pipefail
 # shellcheck source=launch/babysit.sh
 source "$(dirname "${BASH_SOURCE[0]}")/babysit.sh"
 
-# On a host: where the output and the process id of its run are.
+# On a host: the files with the output and the process id of its run.
 HOST_LOG="$HOME/distil_jax.log" HOST_PROCESS="$HOME/distil_jax.pid"
 
 cloud() { run gcloud compute tpus queued-resources "$@" "--project=$DISTIL_PROJECT" "--zone=$DISTIL_ZONE" --quiet; }
 on_hosts() { cloud ssh "$DISTIL_NAME" --node=all --worker=all "--command=$1"; }
 host_command() { on_hosts "cd distil_jax && exec $(with_variables DISTIL_BUCKET -- "$@")"; }
 
-# Prints the state of the machines, or nothing where there are none.
+# Prints the state of the machines, or nothing if there are none.
 state() {
   local problem status=0
   problem="$(mktemp)"
@@ -49,7 +50,8 @@ state() {
   return "$status"
 }
 
-ask() {
+# Requests the machines.
+request() {
   local flags=("--accelerator-type=$DISTIL_ACCELERATOR" "--runtime-version=$DISTIL_RUNTIME")
   if ((DISTIL_SLICES > 1)); then
     flags+=("--node-count=$DISTIL_SLICES" "--node-prefix=$DISTIL_NAME")
@@ -61,20 +63,20 @@ ask() {
 }
 
 create() {
-  local now asked=""
-  if [[ -n "$DRY_RUN" ]]; then state && ask && return; fi
+  local now requested=""
+  if [[ -n "$DRY_RUN" ]]; then state && request && return; fi
   while true; do
     now="$(state)"
     case "$now" in
       ACTIVE) return ;;
       "")
-        ask
-        asked=yes
+        request
+        requested=yes
         ;;
       FAILED | SUSPENDED)
         echo "tpu.sh: $DISTIL_NAME is $now: deleting it." >&2
         cloud delete "$DISTIL_NAME" --force
-        [[ -z "$asked" ]] || exit 4 # they could not be had this time
+        [[ -z "$requested" ]] || exit 4 # this request has failed
         ;;
       *) echo "tpu.sh: $DISTIL_NAME is $now: waiting." >&2 && sleep "$DISTIL_PAUSE" ;;
     esac
@@ -88,11 +90,11 @@ setup() {
   host_command launch/train.sh --setup
 }
 
-# What run does on each host. The training does not hang on the connection: it writes to a file, and we show the file.
+# What run does on each host. The training writes to a file, which we print, so that it survives a lost connection.
 host_run() {
   local status=0
-  host_stop # what an earlier connection may have left behind would keep the chips
-  : > "$HOST_LOG" # here, so that it is there and empty when tail opens it
+  host_stop # a run of an earlier connection may still hold the chips
+  : > "$HOST_LOG" # must exist and be empty when tail opens it
   "$ROOT/launch/train.sh" < /dev/null >> "$HOST_LOG" 2>&1 &
   echo $! > "$HOST_PROCESS"
   tail --lines=+1 --follow --sleep-interval=0.2 --pid=$! "$HOST_LOG" || true
@@ -113,21 +115,21 @@ host_stop() {
   kill -KILL "$process"
 }
 
-shown() { host_command launch/tpu.sh host-run 2>&1 | tee "$1"; }
+run_and_log() { host_command launch/tpu.sh host-run 2>&1 | tee "$1"; }
 stop() { host_command launch/tpu.sh host-stop; }
-stop_hosts() { stop > /dev/null || echo "tpu.sh: could not ask every host to stop." >&2; }
+stop_hosts() { stop > /dev/null || echo "tpu.sh: could not stop every host." >&2; }
 
-# gcloud hands on one exit status at most, so every host prints its own.
+# gcloud returns only one exit status, so every host prints its own.
 train() {
   local log connection=0 statuses status=4
   if [[ -n "$DRY_RUN" ]]; then host_command launch/tpu.sh host-run && return; fi
   log="$(mktemp)"
-  supervise stop_hosts shown "$log" || connection=$?
+  supervise stop_hosts run_and_log "$log" || connection=$?
   mapfile -t statuses < <(grep -oE 'distil_jax: host [^ ]+ ended with status [0-9]+' "$log" | grep -oE '[0-9]+$')
   rm "$log"
   ((${#statuses[@]} == 0)) || status="$(combined_status "${statuses[@]}")"
-  if ((status == 0 && connection)); then status=4; fi # some host was lost and said nothing
-  echo "tpu.sh: the hosts ended with status ${statuses[*]:-unknown}; together $status." >&2
+  if ((status == 0 && connection)); then status=4; fi # a host was lost before it printed its status
+  echo "tpu.sh: the hosts ended with status ${statuses[*]:-unknown}; combined $status." >&2
   return "$status"
 }
 
@@ -139,7 +141,7 @@ read_arguments "create setup run attempt babysit stop logs delete host-run host-
 [[ "$VERB" =~ ^(create|attempt|babysit)$ ]] || ((${#REST[@]} == 0)) || die "nothing goes after -- with $VERB."
 case "$VERB" in
   host-run | host-stop)
-    [[ -z "$DRY_RUN" ]] || die "$VERB has no dry run: look at that of ${VERB#host-}."
+    [[ -z "$DRY_RUN" ]] || die "$VERB has no dry run: use that of ${VERB#host-}."
     "${VERB/-/_}"
     exit
     ;;
@@ -151,7 +153,7 @@ if [[ ! "$VERB" =~ ^(stop|delete)$ ]]; then
   DISTIL_CAPACITY="${DISTIL_CAPACITY:-on-demand}" DISTIL_SLICES="${DISTIL_SLICES:-1}"
   need_match DISTIL_CAPACITY "on-demand|spot" "on-demand or spot"
   need_number DISTIL_SLICES 1
-  read_babysitting
+  read_babysit
 fi
 if [[ ! "$VERB" =~ ^(create|stop|delete)$ ]]; then
   read_google_run

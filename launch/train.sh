@@ -1,34 +1,31 @@
 #!/usr/bin/env bash
-# Trains on this host, in an environment that it makes itself: a CPU, one or more GPUs, or the chips of a TPU VM.
-# One process drives all of them. Started again with the same variables, it goes on from the newest checkpoint.
+# Trains on this host, in an environment that it makes itself. One process uses the CPU, all GPUs, or all chips of a TPU
+# VM. Start it again with the same variables to resume from the newest checkpoint.
 #
 #   launch/train.sh [--dry-run] [--setup]
 #
-#   --dry-run   prints what would run, and does nothing
-#   --setup     mounts the bucket, makes the environment and the local copies, and stops. Where python3 is older than
-#               3.11, it fetches a Python 3.12 with uv.
+#   --dry-run   prints the commands, and runs nothing
+#   --setup     mounts the bucket, makes the environment and the local copies, and exits. If python3 is older than 3.11,
+#               it installs Python 3.12 with uv.
 #
-#   DISTIL_CONFIG    a preset of configs/ or a TOML file (needed)
-#   DISTIL_OUTPUT    the run folder, on storage that all hosts of the run share (needed)
-#   DISTIL_DATA      the folder that `distil-jax prepare` wrote; becomes --set data.path=
-#   DISTIL_TEACHER   a model folder or a hub id; becomes --set teacher.path=
+#   DISTIL_CONFIG    a preset of configs/ or a TOML file (required)
+#   DISTIL_OUTPUT    the run folder, on storage that all hosts of the run share (required)
+#   DISTIL_DATA      the folder that `distil-jax prepare` wrote, for --set data.path=
+#   DISTIL_TEACHER   a model folder or a hub id, for --set teacher.path=
 #   DISTIL_SET       more overrides, section.key=value, separated by spaces
-#   DISTIL_EXTRA     what JAX is to run on: tpu, cuda12, cuda13, or empty for a CPU
-#   DISTIL_LOCAL     a folder on this host's own disk: rows and teacher that are named by an absolute path are copied
-#                    there first, because rows are memory-mapped and shared storage is slow at that (default: no copy)
+#   DISTIL_EXTRA     what JAX runs on: tpu, cuda12, cuda13, or empty for a CPU
+#   DISTIL_LOCAL     a folder on this host's own disk, to which rows and teacher are copied first if their paths are
+#                    absolute. Rows are memory-mapped, which is slow on shared storage. (default: no copies)
 #   DISTIL_BUCKET    a Cloud Storage bucket that --setup mounts at /mnt/DISTIL_BUCKET with gcsfuse (default: none)
 #   DISTIL_COORDINATOR, DISTIL_NUM_PROCESSES, DISTIL_PROCESS_ID
-#                    for several hosts that nothing else introduces to each other: host:port of the first one, how many
-#                    there are, and which one this is, from 0. TPU VMs, GKE and SLURM need none of the three.
+#                    for several hosts: host:port of the first one, the number of hosts, and the index of this one, from
+#                    0. TPU VMs, GKE and SLURM need none of the three, because JAX finds the hosts there.
 #   DISTIL_PYTHON, DISTIL_VENV: see environment.sh
 #
 # Exit status: that of `distil-jax train`; see README.md.
 set -euo pipefail
-LAUNCH="$(dirname "${BASH_SOURCE[0]}")"
 # shellcheck source=launch/contract.sh
-source "$LAUNCH/contract.sh"
-# shellcheck source=launch/environment.sh
-source "$LAUNCH/environment.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/contract.sh"
 
 read_arguments --setup "$@"
 ((${#REST[@]} == 0)) || die "nothing goes after -- here: use DISTIL_SET."
@@ -45,7 +42,7 @@ case "${DISTIL_COORDINATOR:+c}${DISTIL_NUM_PROCESSES:+n}${DISTIL_PROCESS_ID:+i}"
   *) die "DISTIL_COORDINATOR, DISTIL_NUM_PROCESSES and DISTIL_PROCESS_ID go together: set all three or none." ;;
 esac
 
-# copy_folder FROM TO: whole or not at all, and not again while the files that it was copied from are the same.
+# copy_folder FROM TO: copies a folder completely or not at all, and only if its files have changed since the last copy.
 copy_folder() {
   local files
   files="$(cd "$1" && find -L . -type f -printf '%p %s %T@\n' | sort)" || die "cannot read the folder $(quoted "$1")."
@@ -68,13 +65,14 @@ mount_bucket() {
   fi
   ! mountpoint -q "$folder" || return 0
   run sudo install -d -o "$(id -u)" "$folder"
-  # Nothing remembered: what one host has written, the others must see at once.
+  # No metadata cache, because every host must see at once what another one has written.
   run gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 \
     "$DISTIL_BUCKET" "$folder"
 }
 
+# Sets DISTIL_PYTHON to a Python 3.12, which it installs, unless python3 is new enough.
 find_python() {
-  ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || return 0
+  ! is_new_enough python3 || return 0
   run python3 -m pip install --quiet --user uv
   run python3 -m uv python install --quiet 3.12
   [[ -n "$DRY_RUN" ]] || DISTIL_PYTHON="$(python3 -m uv python find 3.12)"
@@ -84,8 +82,7 @@ if [[ "$VERB" == --setup ]]; then
   [[ -z "${DISTIL_BUCKET:-}" ]] || mount_bucket
   [[ -n "${DISTIL_PYTHON:-}" ]] || find_python
 fi
-# The environment's interpreter, as make_environment sets it.
-PYTHON="${DISTIL_VENV:-$ROOT/.venv}/bin/python"
+PYTHON="$(environment_python)" # in a dry run, make_environment does not set it
 run make_environment ".${DISTIL_EXTRA:+[$DISTIL_EXTRA]}"
 data="${DISTIL_DATA:-}" teacher="${DISTIL_TEACHER:-}"
 if [[ -n "$DISTIL_LOCAL" && "$data" == /* ]]; then

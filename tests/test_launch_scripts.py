@@ -328,7 +328,7 @@ REFUSED = [
     ("gke.sh list", GKE, "list is not one of"),
     ("slurm.sh submit", RUN, "DISTIL_GPUS is not set"),
     ("slurm.sh submit", SLURM | {"DISTIL_TIME": "a day"}, "DISTIL_TIME must be a time such as"),
-    ("slurm.sh submit", SLURM | {"DISTIL_COORDINATOR": "h:1"}, "SLURM knows all three"),
+    ("slurm.sh submit", SLURM | {"DISTIL_COORDINATOR": "h:1"}, "SLURM provides all three"),
 ]
 
 
@@ -507,7 +507,7 @@ def test_a_host_that_is_lost_is_a_failure(stage):
     assert stage.run("tpu.sh", "create", **GOOGLE).returncode == 0
     (stage.play / "state").write_text("SUSPENDED\n")
     done = stage.run("tpu.sh", "run", **GOOGLE)
-    assert done.returncode == 4 and "status unknown; together 4" in done.stderr
+    assert done.returncode == 4 and "status unknown; combined 4" in done.stderr
 
 
 def test_a_signal_has_the_hosts_of_a_tpu_save(stage):
@@ -518,7 +518,7 @@ def test_a_signal_has_the_hosts_of_a_tpu_save(stage):
         stage.wait_for(f"host{host}.waits")
     process.send_signal(signal.SIGTERM)
     _, error = process.communicate(timeout=30)
-    assert process.returncode == 75 and "75 75; together 75" in error
+    assert process.returncode == 75 and "75 75; combined 75" in error
     assert stage.lines("host0.signals") == stage.lines("host1.signals") == ["signal"]
 
 
