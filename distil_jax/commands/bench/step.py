@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> Measurement:
-    """Measures one line per dropout rate and library; with one rate, the libraries take turns.
+    """Measures one line per dropout rate and library; for each rate, the libraries take turns.
 
     Raises:
       InputError: settings that do not fit together, or a peer that cannot run here.
