@@ -14,7 +14,7 @@ from distil_jax.config.load import load
 from distil_jax.config.model import ModelConfig
 from distil_jax.config.run import EMBEDDED_TEACHER
 from distil_jax.config.step import StepConfig
-from distil_jax.machines.aot import Compiled, memory_asked
+from distil_jax.machines.aot import Compiled, memory_needed
 from distil_jax.machines.chips import CHIPS
 from distil_jax.machines.flops import step_flops
 from distil_jax.machines.hlo import Program
@@ -99,9 +99,11 @@ def test_the_roof_is_the_slowest_limit():
     base = Compiled(
         "TPU v5 lite", 32, 8, 32, 1, "", 1.0, 4e8, 4e8, 8e8, 1e8, 9e9, True, 1e12, 1e9, {"all-reduce": 1e8}, {}
     )
-    assert roofline(base, 1).roof == "products" and roofline(base, 1).network == 0
-    assert roofline(replace(base, hbm_bytes=1e12), 1).roof == "HBM"
-    assert roofline(replace(base, exchanged={"all-reduce": 4e9}), 1).seconds == 2 * 4e9 / CHIPS["TPU v5 lite"].links
+    assert roofline(base, 1).bottleneck == "compute" and roofline(base, 1).network == 0
+    assert roofline(replace(base, hbm_bytes=1e12), 1).bottleneck == "HBM"
+    assert (
+        roofline(replace(base, collective_bytes={"all-reduce": 4e9}), 1).seconds == 2 * 4e9 / CHIPS["TPU v5 lite"].links
+    )
     # 16 chips a slice reduce first; then 4 chips of a host exchange 2 x 25 MB each, half of it across.
     np.testing.assert_allclose(roofline(base, 2).network, 4 * 2 * 25e6 * 0.5 / 12.5e9)
     assert roofline(replace(base, parameters=4e8 / 16), 2).network == roofline(base, 2).network, "fsdp changes nothing"
@@ -134,7 +136,7 @@ def test_a_sweep_is_a_table_and_a_picture(compiled_as, capsys, tmp_path):
     assert cli.main(command) == 0
     shown = capsys.readouterr().out
     assert re.search(r"\| v5e:2x2 .*20.0 of 16 \|\s+NO \|", shown) and re.search(r"\| 2\*v5e:2x4 .*\|\s+yes \|", shown)
-    assert "No prepared data is named" in shown and "a bound that no run beats" in shown
+    assert "There is no prepared data" in shown and "This is a lower bound, not a prediction" in shown
     assert (tmp_path / "plan.md").read_text().count("| v5e:2x2") == 1
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
 
@@ -177,7 +179,7 @@ def test_what_does_not_fit_is_refused_with_the_smallest_change(compiled_as, caps
     ],
 )
 def test_what_libtpu_says_of_too_little_memory_is_understood(message, gib):
-    assert memory_asked(message) == (gib and gib * GIB)
+    assert memory_needed(message) == (gib and gib * GIB)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +214,7 @@ def test_the_presets_need_neither_data_nor_teacher_at_hand():
     workload = read_workload(load("distilbert_base_multilingual"), tokens=4e9)
     assert workload.step.teacher.vocab_size == 119_547 and workload.step.student.dtype == "bfloat16"
     assert workload.steps == 22_888 and len(workload.assumptions) == 2
-    with pytest.raises(InputError, match="how large the vocabulary is"):
+    with pytest.raises(InputError, match="size of the vocabulary is unknown"):
         read_workload(load("demo_teacher"))
 
 
@@ -222,8 +224,8 @@ def test_the_real_step_compiles_for_a_tpu(capsys):
     assert cli.main([*SMALL, "--topology", "v5e:2x2", "--sequence-length", "128"]) == 0
     shown = dict(re.findall(r"^\| ([^|]*?) +\| +([^|]*?) \|$", capsys.readouterr().out, re.MULTILINE))
     assert shown["chips, hosts"] == "4 x TPU v5 lite, 1" and shown["fits"].startswith("yes")
-    assert abs(float(re.search(r"([\d.]+) of the formula", shown["FLOPs a step and chip"])[1]) - 1) < 0.02
-    kind, megabytes = re.fullmatch(r"\d+ ([a-z-]+), ([\d.]+) MB", shown["exchanged a step and chip"]).groups()
+    assert abs(float(re.search(r"([\d.]+) of the formula", shown["FLOPs per step and chip"])[1]) - 1) < 0.02
+    kind, megabytes = re.fullmatch(r"\d+ ([a-z-]+), ([\d.]+) MB", shown["collectives per step and chip"]).groups()
     parameters = 1_222_528  # the demonstration's student; its vocabulary needs no padding
     assert kind == "all-reduce" and 4 * parameters / 1e6 - 0.1 <= float(megabytes) <= 1.05 * 4 * parameters / 1e6
 

@@ -93,12 +93,13 @@ def test_the_work_is_shared_and_gradients_are_exchanged_once(step_config, studen
     assert alone.flops == step_flops(config, 24) * 64 * 24
     assert shared.flops == alone.flops / 8
     parameters, taught = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (student_params, teacher_params))
-    assert not alone.collectives and set(shared.exchanged) == {"all-reduce"}, "no ids, logits or activations"
-    assert 4 * parameters <= shared.exchanged["all-reduce"] <= 1.05 * 4 * parameters
+    assert not alone.collective_counts
+    assert set(shared.collective_bytes) == {"all-reduce"}, "no ids, logits or activations"
+    assert 4 * parameters <= shared.collective_bytes["all-reduce"] <= 1.05 * 4 * parameters
     assert pieces.flops == alone.flops / 8
-    assert set(pieces.exchanged) <= {"all-reduce", "reduce-scatter", "all-gather"}
-    assert pieces.exchanged["all-gather"] <= 1.05 * 4 * (parameters + taught)
-    assert sum(pieces.exchanged.values()) <= 1.05 * 4 * (2 * parameters + taught)
+    assert set(pieces.collective_bytes) <= {"all-reduce", "reduce-scatter", "all-gather"}
+    assert pieces.collective_bytes["all-gather"] <= 1.05 * 4 * (parameters + taught)
+    assert sum(pieces.collective_bytes.values()) <= 1.05 * 4 * (2 * parameters + taught)
 
 
 def test_a_step_may_have_any_further_arguments():

@@ -1,1 +1,1 @@
-"""What hardware allows: chips, FLOPs, ahead-of-time compilation and rooflines."""
+"""What hardware allows: data sheets of chips, FLOPs, ahead-of-time compilation and rooflines."""

@@ -1,7 +1,7 @@
 """Compiles the real train step for TPUs that are not attached, in a separate process for each topology.
 
-`python -m distil_jax.machines.aot` reads a `Job` as JSON and prints what the compiler says as JSON: libtpu wants
-the environment to itself, and a compiler that aborts must not take the plan with it.
+`python -m distil_jax.machines.aot` reads a `Job` as JSON from stdin and prints a `Compiled` as JSON. It needs a process
+of its own because libtpu is configured by environment variables, and because its compiler may abort the process.
 """
 
 from __future__ import annotations
@@ -30,65 +30,71 @@ from distil_jax.training.sharding import lower_step, make_mesh, shard_count, sha
 from distil_jax.training.state import abstract_state
 from distil_jax.training.step import mask_and_train_step
 
+# Environment variables with which libtpu compiles on a machine without TPUs.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing of a TPU is used, so several plans may compile at once
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no TPU is used, so several processes may compile at once
 }
 
 
 @dataclass(frozen=True)
 class Job:
-    """What to compile, and for which machine."""
+    """A train step to compile and the topology to compile it for."""
 
-    topology: str  # as libtpu names it: "v5e:4x4"
-    slices: int
+    topology: str  # of one slice, as libtpu names it: "v5e:4x4"
+    slices: int  # number of such slices
     step: StepConfig
     config: Config
-    sequence_length: int
+    sequence_length: int  # tokens per row
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """The compiler's numbers for one chip; bytes, FLOPs and counts are those of one optimiser step."""
+    """A compiled train step: its memory on one chip, in bytes, and one chip's costs for one optimiser step."""
 
-    kind: str  # of the chip, as JAX calls it
+    kind: str  # the chip's `device_kind` in JAX
     chips: int
     hosts: int
-    shards: int  # into which the batch is cut
-    accumulation: int
-    attention: str  # which was taken and why
-    seconds: float  # to compile
-    student: float  # bytes of the student's parameters in all
-    parameters: float  # bytes of the student's parameters on a chip
+    shards: int  # number of parts that the batch is split into
+    accumulation: int  # micro-batches per step
+    attention: str  # the chosen implementation, and why
+    seconds: float  # compile time
+    student: float  # bytes of all the student's parameters, over all chips
+    parameters: float  # bytes of the student's parameters on one chip
     optimizer: float
     teacher: float
-    peak: float  # bytes in all, temporaries and batch among them
-    fits: bool
+    peak: float  # bytes on one chip in total, including temporaries and the batch
+    fits: bool  # whether `peak` fits; if not, the costs below are missing
     flops: float = 0.0
-    hbm_bytes: float = 0.0
-    exchanged: dict[str, float] = field(default_factory=dict)  # bytes by kind of collective
-    collectives: dict[str, float] = field(default_factory=dict)  # how many of each kind
+    hbm_bytes: float = 0.0  # read and written
+    collective_bytes: dict[str, float] = field(default_factory=dict)  # by kind of collective
+    collective_counts: dict[str, float] = field(default_factory=dict)  # by kind of collective
 
 
 def compile_for(job: Job) -> Compiled:
-    """Compiles in another process.
+    """Compiles a train step in another process.
 
     Raises:
-      InputError: no such topology, a mesh or a batch that does not fit it, or a compiler that failed otherwise.
+      InputError: libtpu does not know the topology, the mesh or the batch does not fit it, or the compiler failed.
     """
-    return Compiled(**elsewhere("distil_jax.machines.aot", job, job.topology))
+    return Compiled(**run_with_libtpu("distil_jax.machines.aot", job, job.topology))
 
 
-def elsewhere(module: str, job: Any, topology: str) -> dict[str, Any]:
-    """Runs `python -m MODULE TOPOLOGY`, which reads a job (a dataclass) as JSON, and returns the JSON that it prints.
+def run_with_libtpu(module: str, job: Any, topology: str) -> dict[str, Any]:
+    """Runs `python -m MODULE TOPOLOGY` with the environment that libtpu needs, and returns the JSON that it prints.
+
+    Args:
+      module: reads the job as JSON from stdin; ends with status 2 after printing the message of an `InputError`.
+      job: a dataclass.
+      topology: as libtpu names it.
 
     Raises:
-      InputError: its own, with status 2, or whatever else libtpu died of.
+      InputError: the module's own, or the process failed, for example because libtpu aborted it.
     """
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", module, topology],
         input=json.dumps(to_dict(job)),
         env=os.environ | ENVIRONMENT,
@@ -96,29 +102,29 @@ def elsewhere(module: str, job: Any, topology: str) -> dict[str, Any]:
         text=True,
         check=False,
     )
-    lines = done.stdout.splitlines()
-    if done.returncode == 2 and lines:
+    lines = process.stdout.splitlines()
+    if process.returncode == 2 and lines:
         raise InputError(lines[-1])
-    if done.returncode:
-        message = " ".join(done.stderr.split())[-500:]
+    if process.returncode:
+        message = " ".join(process.stderr.split())[-500:]
         raise InputError(
-            f"Compiling for {topology} failed ({message}): try another topology, where libtpu is installed."
+            f"Compiling for {topology} failed ({message}): check that libtpu is installed, or try another topology."
         )
     return json.loads(lines[-1])
 
 
 def _compile_here(job: Job) -> Compiled:
-    """Compiles in this process, whose environment must be that of `compile_for`."""
+    """Compiles a train step in this process, which must have been started with `ENVIRONMENT`."""
     devices = _devices(job)
     if devices[0].device_kind not in CHIPS:
-        raise InputError(f"Nothing is known of the chip {devices[0].device_kind}, only of {', '.join(CHIPS)}.")
+        raise InputError(f"There is no data sheet of the chip {devices[0].device_kind}, only of {', '.join(CHIPS)}.")
     mesh = make_mesh(job.config.mesh, devices)
     step, attention = resolve_step(job.step, job.config, mesh, job.sequence_length)
     state, teacher = abstract_state(step), None
     if step.teacher is not None:
         teacher = teacher_shapes(job.config.teacher, step.teacher)
 
-    def on_chip(abstract: Any) -> float:
+    def bytes_per_chip(abstract: Any) -> float:
         leaves = zip(jax.tree.leaves(nn.unbox(abstract)), jax.tree.leaves(shardings_of(abstract, mesh)), strict=True)
         return float(sum(_bytes(sharding.shard_shape(leaf.shape), leaf.dtype) for leaf, sharding in leaves))
 
@@ -130,16 +136,16 @@ def _compile_here(job: Job) -> Compiled:
         "accumulation": step.accumulation,
         "attention": attention,
         "student": float(sum(_bytes(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(nn.unbox(state.params)))),
-        "parameters": on_chip(state.params),
-        "optimizer": on_chip(state.opt_state),
-        "teacher": on_chip(teacher) if teacher is not None else 0.0,
+        "parameters": bytes_per_chip(state.params),
+        "optimizer": bytes_per_chip(state.opt_state),
+        "teacher": bytes_per_chip(teacher) if teacher is not None else 0.0,
     }
     began = time.monotonic()
     lowered = lower_step(mask_and_train_step, mesh, state, teacher, (job.config.train.batch_rows, job.sequence_length))
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        peak = memory_asked(str(error))
+        peak = memory_needed(str(error))
         if peak is None:
             raise
         return Compiled(**sizes, seconds=time.monotonic() - began, peak=peak, fits=False)
@@ -152,20 +158,21 @@ def _compile_here(job: Job) -> Compiled:
         fits=True,
         flops=costs.flops,
         hbm_bytes=costs.hbm_bytes,
-        exchanged=dict(costs.exchanged),
-        collectives=dict(costs.collectives),
+        collective_bytes=dict(costs.collective_bytes),
+        collective_counts=dict(costs.collective_counts),
     )
 
 
-def memory_asked(message: str) -> float | None:
-    """The bytes of a chip's memory that a program wants, from what libtpu says where it has less; None: another error.
+def memory_needed(message: str) -> float | None:
+    """Reads from an out-of-memory error of libtpu how much memory the program needs on one chip.
 
-    It says so in two ways: of all that is in use, or of the temporaries alone where these are too much already.
+    Returns:
+      Bytes, or None if it is another error. If the temporaries alone do not fit, libtpu reports only their size.
     """
-    asked = re.search(r"(?:Used |temporaries \()([\d.]+)([KMGT])", message)
-    if "RESOURCE_EXHAUSTED" not in message or asked is None:
+    size = re.search(r"(?:Used |temporaries \()([\d.]+)([KMGT])", message)
+    if "RESOURCE_EXHAUSTED" not in message or size is None:
         return None
-    return float(asked[1]) * 1024 ** (1 + "KMGT".index(asked[2]))
+    return float(size[1]) * 1024 ** (1 + "KMGT".index(size[2]))
 
 
 def _bytes(shape: tuple[int, ...], dtype: Any) -> int:

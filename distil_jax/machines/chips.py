@@ -1,4 +1,4 @@
-"""What chips can do, from their makers' data sheets: peaks, not promises."""
+"""Peak rates and memory of accelerators, from their makers' data sheets."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ class Chip:
     """One accelerator.
 
     Attributes:
-      flops: dense bfloat16 FLOP/s (a V100's are float16).
+      flops: peak FLOP/s of dense bfloat16 matmuls (float16 on a V100).
       memory: bytes.
-      bandwidth: bytes/s between the chip and its memory.
-      links: bytes/s that it can send to its neighbours in the slice or the box, over all links.
+      bandwidth: bytes/s between the chip and its memory (HBM).
+      links: bytes/s that the chip can send over all its ICI or NVLink links, within a slice or a machine.
     """
 
     flops: float
@@ -23,7 +23,7 @@ class Chip:
 
 
 _GIB, _TERA, _GIGA = 2**30, 1e12, 1e9
-# By what JAX calls them (`device.device_kind`).
+# By `device.device_kind` in JAX.
 CHIPS = {
     "TPU v4": Chip(275 * _TERA, 32 * _GIB, 1228 * _GIGA, 300 * _GIGA),
     "TPU v5 lite": Chip(197 * _TERA, 16 * _GIB, 819 * _GIGA, 200 * _GIGA),
@@ -34,4 +34,4 @@ CHIPS = {
     "NVIDIA A100-SXM4-80GB": Chip(312 * _TERA, 80 * _GIGA, 2039 * _GIGA, 300 * _GIGA),
     "Tesla V100-SXM2-16GB": Chip(125 * _TERA, 16 * _GIGA, 900 * _GIGA, 150 * _GIGA),
 }
-BETWEEN_SLICES = 12.5 * _GIGA  # bytes/s of a host's network card (100 Gbit/s), where slices meet
+SLICE_NETWORK = 12.5 * _GIGA  # bytes/s per host between slices: a network card of 100 Gbit/s

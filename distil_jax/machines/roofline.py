@@ -1,61 +1,67 @@
-"""How fast a step can be at best: each limit of the machine on its own; the slowest is the roof."""
+"""A lower bound on the time of a step: the longest of its compute, memory and communication times at peak rates."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from distil_jax.machines.aot import Compiled
-from distil_jax.machines.chips import BETWEEN_SLICES, CHIPS, Chip
+from distil_jax.machines.chips import CHIPS, SLICE_NETWORK, Chip
 
 ASSUMPTIONS = (
-    "The step is the real one, compiled by libtpu for that topology; nothing was run.",
-    "FLOPs, traffic and exchanges are counted in the compiled text, loops as often as they run. FLOPs are those of "
-    "matrix products.",
-    "Traffic is what every fusion reads and writes in HBM; what the compiler keeps in the chip's own memory is free.",
-    "Peaks are the makers': products in bfloat16, HBM, links between chips. An all-reduce moves its bytes twice, any "
-    "other exchange once.",
-    f"Slices meet over {BETWEEN_SLICES * 8 / 1e9:.0f} Gbit/s a host, and exchange the gradients alone.",
-    "The step is as long as the slowest of these, as if everything overlapped: a bound that no run beats, not a "
-    "promise. Input, evaluation and checkpoints are left out.",
+    "The real train step was compiled by libtpu for the topology. Nothing was run.",
+    "FLOPs, HBM traffic and collectives are counted in the compiled program, and those in loops once per iteration. "
+    "Only the FLOPs of matrix products count.",
+    "HBM traffic is what each fusion reads from HBM and writes to it. What the compiler keeps in VMEM is free.",
+    "Peak rates are those of the data sheets: bfloat16 matrix products, HBM, links between chips. An all-reduce moves "
+    "its bytes twice, any other collective once.",
+    f"Slices exchange only gradients, over a network of {SLICE_NETWORK * 8 / 1e9:.0f} Gbit/s per host.",
+    "The time of a step is the longest of these times, as if they overlapped perfectly. This is a lower bound, not a "
+    "prediction. Input, evaluation and checkpoints are not included.",
 )
 
 
 @dataclass(frozen=True)
 class Roofline:
-    """Seconds of one step, each as if it were the only limit."""
+    """Seconds that each resource of the machine needs for one step at its peak rate."""
 
-    products: float
-    memory: float
-    links: float
-    network: float
+    compute: float
+    memory: float  # HBM
+    links: float  # within a slice
+    network: float  # between slices
 
     @property
     def seconds(self) -> float:
-        """The roof."""
-        return max(self.products, self.memory, self.links, self.network)
+        """The lower bound on the time of a step."""
+        return max(self.compute, self.memory, self.links, self.network)
 
     @property
-    def roof(self) -> str:
-        """Its name."""
-        named = {"products": self.products, "HBM": self.memory, "links": self.links, "network": self.network}
-        return max(named, key=named.get)
+    def bottleneck(self) -> str:
+        """The resource that needs the most time."""
+        seconds = {"compute": self.compute, "HBM": self.memory, "links": self.links, "network": self.network}
+        return max(seconds, key=seconds.get)
 
 
 def roofline(compiled: Compiled, slices: int) -> Roofline:
-    """The roofline of a compiled step on the chips it was compiled for."""
+    """The roofline of a compiled step on the chips it was compiled for.
+
+    Args:
+      compiled: a step that fits.
+      slices: number of slices.
+    """
     chip = chip_of(compiled)
-    moved = sum((2 if kind == "all-reduce" else 1) * each for kind, each in compiled.exchanged.items())
-    # A slice reduces its gradients first; each of its chips then meets its like with an equal part of them.
+    link_bytes = sum((2 if kind == "all-reduce" else 1) * size for kind, size in compiled.collective_bytes.items())
+    # Gradients are first reduced within each slice. Then each chip all-reduces an equal part of them with the chips at
+    # the same place in the other slices.
     part = compiled.student * slices / compiled.chips
-    across = 2 * part * (slices - 1) / slices * compiled.chips / compiled.hosts
+    network_bytes = 2 * part * (slices - 1) / slices * compiled.chips / compiled.hosts  # per host
     return Roofline(
-        products=compiled.flops / chip.flops,
+        compute=compiled.flops / chip.flops,
         memory=compiled.hbm_bytes / chip.bandwidth,
-        links=moved / chip.links,
-        network=across / BETWEEN_SLICES,
+        links=link_bytes / chip.links,
+        network=network_bytes / SLICE_NETWORK,
     )
 
 
 def chip_of(compiled: Compiled) -> Chip:
-    """The data sheet of the chips."""
+    """The data sheet of the chips that the step was compiled for."""
     return CHIPS[compiled.kind]

@@ -1,4 +1,4 @@
-"""What a run means for the hardware, read from its config."""
+"""A run's workload for the hardware: the step to compile and its number of steps and tokens, from the run's config."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from distil_jax.runtime.assemble import (
 )
 from distil_jax.schema import InputError
 
-# The published teachers of the presets: BERT-base with so many ids. They are planned for without being downloaded.
+# Vocabulary sizes of the published BERT-base teachers in the presets, so that `plan` need not download them.
 _BERT_BASE = {
     "google-bert/bert-base-uncased": 30_522,
     "google-bert/bert-base-cased": 28_996,
@@ -33,15 +33,15 @@ _BERT_BASE = {
 
 @dataclass(frozen=True)
 class Workload:
-    """A run as far as hardware is concerned.
+    """What a run asks of the hardware.
 
     Attributes:
       config: of the run.
-      step: what is compiled; its accumulation is settled by the topology.
+      step: the step to compile; its accumulation is chosen later, for the topology.
       length: positions in a row.
-      row_tokens: real tokens in a row, on average.
-      steps: of the whole run, or None where nothing says how much text there is.
-      assumptions: what was assumed for want of data or teacher, a sentence each.
+      row_tokens: mean number of real tokens in a row, without padding.
+      steps: optimiser steps of the whole run, or None if the amount of text is unknown.
+      assumptions: what was assumed because data or teacher are missing, one sentence each.
     """
 
     config: Config
@@ -52,20 +52,22 @@ class Workload:
     assumptions: tuple[str, ...]
 
     def job(self, topology: str, slices: int) -> Job:
-        """What to compile for a topology."""
+        """The job of compiling the step for a topology."""
         return Job(topology, slices, self.step, self.config, self.length)
 
 
 def read_workload(config: Config, length: int | None = None, tokens: float | None = None) -> Workload:
-    """The workload of a config; without its data or teacher at hand, the published ones are assumed.
+    """Works out the workload of a run.
+
+    If `data.path` is empty, rows are assumed to be full. The presets' published teachers need not be downloaded.
 
     Args:
       config: of the run.
-      length: of a row; None: of the prepared data, or 512 if the student has as many positions.
-      tokens: of the training text; None: of the prepared data, or unknown.
+      length: positions in a row; None: as in the prepared data, or else 512, or as many as the models have if fewer.
+      tokens: in the training text; None: as in the prepared data, or else unknown.
 
     Raises:
-      InputError: a teacher of which nothing is known, or parts that do not fit each other.
+      InputError: the teacher cannot be read, or config, data, teacher and length do not fit each other.
     """
     assumptions = []
     manifest = read_manifest(config.data.path) if config.data.path else None
@@ -83,7 +85,7 @@ def read_workload(config: Config, length: int | None = None, tokens: float | Non
     if manifest is not None:
         row_tokens, rows = manifest.train.tokens / manifest.train.rows, manifest.train.rows
     else:
-        assumptions.append(f"No prepared data is named: rows of {length} tokens, full to the last.")
+        assumptions.append(f"There is no prepared data: rows have {length} tokens, without padding.")
     rows = tokens / row_tokens if tokens else rows
     steps = total_steps(config.train, rows) if rows else config.train.steps or None
     step = StepConfig(
@@ -101,7 +103,7 @@ def _teacher(path: str, assumptions: list[str]) -> ModelConfig | None:
     if not path:
         return None
     if not Path(path).exists() and path in _BERT_BASE:
-        assumptions.append(f"The teacher {path} is not looked at: BERT-base with {_BERT_BASE[path]:,} ids.")
+        assumptions.append(f"The teacher {path} was not read: it is BERT-base with {_BERT_BASE[path]:,} token ids.")
         return ModelConfig(vocab_size=_BERT_BASE[path])
     return _architecture(path)
 
@@ -113,13 +115,15 @@ def _architecture(path: str) -> ModelConfig:
 
 def _student(student: StudentConfig, teacher: ModelConfig | None, manifest: Manifest | None) -> ModelConfig:
     if student.init in ("teacher", "random"):
-        return student_model(student, teacher, _vocabulary(manifest, teacher))
+        return student_model(student, teacher, _vocab_size(manifest, teacher))
     return student_from_folder(local_folder(student.init), _architecture(student.init), student)
 
 
-def _vocabulary(manifest: Manifest | None, teacher: ModelConfig | None) -> int:
+def _vocab_size(manifest: Manifest | None, teacher: ModelConfig | None) -> int:
     if teacher is not None:
         return teacher.vocab_size
     if manifest is None:
-        raise InputError("Neither a teacher nor data says how large the vocabulary is: set data.path or teacher.path.")
+        raise InputError(
+            "The size of the vocabulary is unknown without a teacher or data: set data.path or teacher.path."
+        )
     return manifest.vocab_size

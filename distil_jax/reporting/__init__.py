@@ -1,1 +1,1 @@
-"""What people read: reports, curves, model cards and tables."""
+"""What people read: reports with tables and curves, comparisons, plans and model cards."""

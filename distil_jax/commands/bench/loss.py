@@ -148,6 +148,6 @@ def plan_for_tpu(job: Job, topology: str) -> dict[str, Any]:
     Raises:
       InputError: libtpu is not installed, does not know the topology, or fails otherwise.
     """
-    from distil_jax.machines.aot import elsewhere
+    from distil_jax.machines.aot import run_with_libtpu
 
-    return _memory(elsewhere("distil_jax.commands.bench.loss_aot", job, topology))
+    return _memory(run_with_libtpu("distil_jax.commands.bench.loss_aot", job, topology))

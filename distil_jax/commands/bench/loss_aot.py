@@ -14,7 +14,7 @@ import jax
 from jax.experimental import topologies
 
 from distil_jax.commands.bench.loss import KINDS, Job, gradients, inputs
-from distil_jax.machines.aot import memory_asked
+from distil_jax.machines.aot import memory_needed
 from distil_jax.schema import build
 
 
@@ -31,7 +31,7 @@ def temporaries(job: Job, topology: str) -> dict[str, float]:
         try:
             bytes_of[kind] = jax.jit(gradients(job, kind)).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
         except jax.errors.JaxRuntimeError as error:
-            bytes_of[kind] = memory_asked(str(error))
+            bytes_of[kind] = memory_needed(str(error))
             if bytes_of[kind] is None:
                 raise
     return bytes_of
