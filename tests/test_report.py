@@ -25,7 +25,7 @@ from distil_jax.io.metrics import read_metrics
 from distil_jax.reporting import gaps as examples
 from distil_jax.reporting import report
 from distil_jax.reporting.curves import draw_curves
-from distil_jax.reporting.gaps import held_out_gaps
+from distil_jax.reporting.masked_words import held_out_gaps
 from distil_jax.reporting.history import count, duration, history
 from distil_jax.reporting.markdown import table
 from distil_jax.reporting.page import Code, Curves, Fold, Heading, Paragraph, Table, to_html, to_markdown

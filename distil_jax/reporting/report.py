@@ -9,7 +9,7 @@ from distil_jax.config.run import Config
 from distil_jax.files import write_whole
 from distil_jax.io.metrics import read_metrics
 from distil_jax.reporting.curves import draw_curves
-from distil_jax.reporting.gaps import check_texts, examples
+from distil_jax.reporting.masked_words import check_texts, examples
 from distil_jax.reporting.history import history
 from distil_jax.reporting.page import Block, Heading, Paragraph, to_html, to_markdown
 from distil_jax.reporting.sections import by_seed, details, held_out, over_seeds, summary, throughput

@@ -21,7 +21,7 @@ from distil_jax.evaluation.speed import encoder_seconds
 from distil_jax.files import unfinished
 from distil_jax.io.metrics import read_metrics
 from distil_jax.models.encoder import count_parameters
-from distil_jax.reporting.gaps import compare
+from distil_jax.reporting.masked_words import compare
 from distil_jax.reporting.history import history
 from distil_jax.reporting.markdown import mean_and_spread
 from distil_jax.reporting.page import Paragraph, Table, to_markdown
