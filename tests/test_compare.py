@@ -20,18 +20,18 @@ def test_macro_and_what_is_kept():
     assert "75.0 ± 21.2" in small and "87.5 ± 17.7" in small  # 0.45 / 0.6 and 0.7 / 0.7
     assert next(line for line in lines if line.startswith("| odd")).split("|")[2].strip() == "-"
     assert [line for line in lines if line.startswith("| small")][1].split("|")[-3:-1] == [
-        "        2.00 ",
-        "         3.00 ",
+        "          2.00 ",
+        "           3.00 ",
     ]
 
 
 def test_a_card_holds_the_newest_tables_once(tmp_path):
     card = tmp_path / "README.md"
     card.write_text("# Mine\n\nText.\n")
-    comparison.into_card(card, ["| old |"])
-    comparison.into_card(card, ["| new |"])
+    comparison.add_to_card(card, ["| old |"])
+    comparison.add_to_card(card, ["| new |"])
     text = card.read_text()
-    assert text.startswith("# Mine\n\nText.\n") and text.count("## Compared") == 1
+    assert text.startswith("# Mine\n\nText.\n") and text.count("## Comparison") == 1
     assert "| new |" in text and "old" not in text
 
 

@@ -218,7 +218,7 @@ def test_what_the_text_lost_travels_into_the_card(finished_run, workshop):
         text = model_card(replace(model, metadata=model.metadata | {"data": data | {"counts": counts}}))
         assert [f"1,00{number} " in text for number in range(1, 9)] == [shown] * 8
     older = {name: value for name, value in data.items() if name != "counts"}
-    assert "Of it" not in model_card(replace(model, metadata=model.metadata | {"data": older}))
+    assert "Of the text" not in model_card(replace(model, metadata=model.metadata | {"data": older}))
 
 
 def test_an_older_step_is_exported_with_its_own_numbers(finished_run, tmp_path, capsys):

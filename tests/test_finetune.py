@@ -318,6 +318,6 @@ def test_its_report_shows_the_tasks_own_numbers(finished):
     page, drawn = (finished / "report.md").read_text(), (finished / "report.html").read_text()
     held_out = [line for line in read_metrics(finished) if line["kind"] == "held_out"]
     first, last = (f"{100 * line['accuracy']:.1f} %" for line in (held_out[0], held_out[-1]))
-    assert f"accuracy {first} → {last}" in page.replace("\u00a0", " ") and "Words in gaps" not in page
+    assert f"accuracy {first} → {last}" in page.replace("\u00a0", " ") and "Masked words" not in page
     for title in ("held-out: accuracy", "held-out: f1", "training: loss on the labels"):
         assert title in drawn

@@ -1,4 +1,4 @@
-"""The two pages and the picture of a run: they show what metrics.jsonl says, and what its models put in gaps."""
+"""The two pages and the picture of a run: they show the metrics of metrics.jsonl, and predictions for masked words."""
 
 from __future__ import annotations
 
@@ -22,12 +22,11 @@ from distil_jax.config.run import Config
 from distil_jax.data.tokenizer import load_tokenizer
 from distil_jax.evaluation.fill_mask import fill_mask
 from distil_jax.io.metrics import read_metrics
-from distil_jax.reporting import gaps as examples
-from distil_jax.reporting import report
+from distil_jax.reporting import masked_words, report
 from distil_jax.reporting.curves import draw_curves
-from distil_jax.reporting.masked_words import held_out_gaps
-from distil_jax.reporting.history import count, duration, history
+from distil_jax.reporting.history import format_count, format_duration, history
 from distil_jax.reporting.markdown import table
+from distil_jax.reporting.masked_words import held_out_examples
 from distil_jax.reporting.page import Code, Curves, Fold, Heading, Paragraph, Table, to_html, to_markdown
 from distil_jax.runtime.run_folder import open_model
 from distil_jax.schema import build
@@ -153,18 +152,18 @@ def test_an_unfinished_run_has_a_page_too(run, figures, tmp_path, last):
     assert ("No throughput yet" in page) == (last < 2)
     assert len(panels(figures[0])) == {0: 4, 1: 7, 3: 8}[last]
     assert f"{last} of 12 steps" in page and f"Not finished: {100 * last / 12:.0f} % of the steps" in page
-    assert ("There is no pace yet" in page) == (last < 2)
+    assert ("The time per step is not known yet" in page) == (last < 2)
     assert "No examples: the run has no checkpoint yet." in page
     assert imread(short / "curves.png").std() > 0
 
 
 def test_updates_that_were_left_out_are_told(run, without_curves, tmp_path):
     short = shortened(run, tmp_path / "short", lambda line: line)
-    assert "left out" not in (cli.main(["report", str(short)]) or (short / "report.md").read_text())
+    assert "skipped" not in (cli.main(["report", str(short)]) or (short / "report.md").read_text())
     with (short / "metrics.jsonl").open("a") as lines:
         lines.write('{"step": 7, "kind": "skipped", "loss": null, "rows": [3, 5]}\n')
     assert cli.main(["report", str(short)]) == 0
-    assert "a number was not finite: at the steps 7." in (short / "report.md").read_text()
+    assert "because the loss or a gradient was not finite, at the steps 7." in (short / "report.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -221,7 +220,7 @@ def test_numbers_that_cannot_be_drawn(run, capsys, tmp_path):
     assert cli.main(["report", str(run)]) == 0
     path.write_text(json.dumps({"step": 1, "kind": "skipped", "rows": [1]}) + "\n")
     assert cli.main(["report", str(run)]) == 2
-    assert "no number to draw yet" in capsys.readouterr().err
+    assert "no metrics to draw yet" in capsys.readouterr().err
 
 
 def test_what_is_no_run_is_refused(run, workshop, tmp_path, capsys):
@@ -249,7 +248,7 @@ def test_tables_line_up():
     assert [cell.strip() for cell in lines[3].strip("|").split("|")] == rows[1]
     assert re.fullmatch(r"\|-+\|-+:\|-+:\|", lines[1])  # Markdown: numbers to the right
     assert lines[2].startswith("| a  ") and lines[2].endswith(" 12 |")
-    lines = table(["sentence", "word", "n"], [["a", "b", "1"]], texts=2)
+    lines = table(["sentence", "word", "n"], [["a", "b", "1"]], text_columns=2)
     assert lines[1] == "|----------|------|--:|" and lines[2] == "| a        | b    | 1 |"
 
 
@@ -309,7 +308,7 @@ def test_both_pages_say_the_same(reported):
         if words := " ".join(piece.lstrip("#").split()).strip("- :"):
             assert words in seen.replace("- ", ""), words
     assert reader.seen.count("svg") == 8 and reader.seen.count("table") == 4
-    for heading in ("Held out", "Curves", "Throughput", "Words in gaps", "Details"):
+    for heading in ("Held out", "Curves", "Throughput", "Masked words", "Details"):
         assert f"## {heading}\n" in (reported / "report.md").read_text()
 
 
@@ -348,12 +347,15 @@ def test_the_first_and_the_last_numbers_and_what_the_run_was(reported):
 
 def test_examples_are_those_of_the_models_and_the_mark_is_right(reported, workshop):
     student, teacher = open_model(reported), open_model(workshop / "teacher")
-    gaps = held_out_gaps(workshop / "rows", reported / "tokenizer")
-    assert gaps == held_out_gaps(workshop / "rows", reported / "tokenizer") and len(gaps) == len(dict(gaps)) == 6
-    answers = [fill_mask(model, [text for text, _ in gaps]) for model in (teacher, student)]
-    rows = table_under((reported / "report.md").read_text(), "Words in gaps")
+    examples = held_out_examples(workshop / "rows", reported / "tokenizer")
+    assert (
+        examples == held_out_examples(workshop / "rows", reported / "tokenizer")
+        and len(examples) == len(dict(examples)) == 6
+    )
+    answers = [fill_mask(model, [text for text, _ in examples]) for model in (teacher, student)]
+    rows = table_under((reported / "report.md").read_text(), "Masked words")
     agree = 0
-    for (text, word), theirs, ours, cells in zip(gaps, *answers, rows, strict=True):
+    for (text, word), theirs, ours, cells in zip(examples, *answers, rows, strict=True):
         shown = [
             "\u00a0· ".join(f"{choice}\u00a0{100 * probability:.0f}\u00a0%" for choice, probability in choices)
             for choices in (theirs, ours)
@@ -364,23 +366,23 @@ def test_examples_are_those_of_the_models_and_the_mark_is_right(reported, worksh
     assert f"agree (✓) in {agree} of 6 sentences" in (reported / "report.md").read_text()
 
 
-def test_gaps_are_whole_words_of_the_held_out_text(workshop):
+def test_masked_words_are_whole_words_of_the_held_out_text(workshop):
     rows = workshop / "rows"
     tokenizer = load_tokenizer(rows / "tokenizer")
     ids = np.load(rows / "held_out" / "input_ids.npy")
     held_out = {" ".join(tokenizer.decode(row, skip_special_tokens=True).split()) for row in ids.astype(np.int64)}
-    for text, word in held_out_gaps(rows, rows / "tokenizer"):
+    for text, word in held_out_examples(rows, rows / "tokenizer"):
         assert text.count("[MASK]") == 1 and word.isalpha()
         assert any(text.replace("[MASK]", word) in row for row in held_out), text
 
 
 def test_own_sentences(run, without_curves, monkeypatch):
-    monkeypatch.setattr(examples, "fill_mask", lambda model, texts: [[("|<i>", 0.5)]] * len(texts))
+    monkeypatch.setattr(masked_words, "fill_mask", lambda model, texts: [[("|<i>", 0.5)]] * len(texts))
     text = "the dog [MASK] the <b>cat</b> | and *more*."
     assert cli.main(["report", str(run), "--text", text, "--text", "a [MASK] in the house."]) == 0
-    rows = table_under((run / "report.md").read_text(), "Words in gaps")
+    rows = table_under((run / "report.md").read_text(), "Masked words")
     shown = "\\|\\<i>\u00a050\u00a0%"
-    assert [row[1:] for row in rows] == [[shown, shown, "✓"]] * 2, "and no word that stood there"
+    assert [row[1:] for row in rows] == [[shown, shown, "✓"]] * 2, "and no masked word"
     page = (run / "report.html").read_text()
     assert html.escape(text) in page and text in Reader(page).text and "<i>" not in page and "<b>" not in page
 
@@ -471,12 +473,12 @@ def test_what_the_lines_add_up_to():
         {"step": 22, "kind": "skipped", "loss": float("nan")},
     ]
     told = history(lines)
-    assert (told.done, told.skipped, told.rate, told.tokens_per_step) == (22, [22], 100.0, 100.0)
+    assert (told.steps, told.skipped, told.throughput, told.tokens_per_step) == (22, [22], 100.0, 100.0)
     assert (told.step_seconds, told.compile_seconds, told.seconds) == (30.0, 30.0, 60.0)
     printed = {0.04: "0.0 s", 9.0: "9.0 s", 61: "1 min 01 s", 7260: "2 h 01 min", 90_000: "1 d 1 h"}
-    assert {seconds: duration(seconds) for seconds in printed} == printed
-    assert {duration(seconds) for seconds in (float("nan"), float("inf"), -1.0)} == {"an unknown time"}
-    assert [count(n) for n in (997_893, 1_619_328, 2.5e9)] == ["998,000", "1.62 million", "2.5 billion"]
+    assert {seconds: format_duration(seconds) for seconds in printed} == printed
+    assert {format_duration(seconds) for seconds in (float("nan"), float("inf"), -1.0)} == {"an unknown time"}
+    assert [format_count(n) for n in (997_893, 1_619_328, 2.5e9)] == ["998,000", "1.62 million", "2.5 billion"]
 
 
 def test_runs_that_differ_in_their_seed_alone_are_one_line(finished_run, tmp_path):

@@ -1,4 +1,4 @@
-"""A model's card: what was done, with what, and how well it went, from the run's own files."""
+"""Model cards: how a model was trained, on what data and with what results, from the files of its run."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from distil_jax.config.model import ModelConfig
+from distil_jax.config.run import Config
 from distil_jax.data.summary import data_problems
 from distil_jax.io.metrics import read_metrics
 from distil_jax.models.encoder import count_parameters
@@ -22,64 +23,63 @@ _PIPELINES = {"sequence": "text-classification", "tokens": "token-classification
 def model_card(model: Model) -> str:
     """The text of README.md for an exported model."""
     if model.run is None:
-        return _plain_card(model)
-    return _card(model) if model.head is None else _task_card(model)
+        return _short_card(model)
+    return _language_model_card(model) if model.head is None else _task_card(model)
 
 
-def _card(model: Model) -> str:
-    """The sections of a distilled student's card, from the run's own files."""
-    facts, config = model.metadata, model.run_config
-    data, train = facts["data"], config.train
+def _language_model_card(model: Model) -> str:
+    metadata, config = model.metadata, model.run_config
+    data = metadata["data"]
     lines = [*_front_matter(model), f"# {model.run.resolve().name}", ""]
-    if facts["teacher"]:
-        teacher = build(ModelConfig, facts["teacher"])
+    if metadata["teacher"]:
+        teacher = build(ModelConfig, metadata["teacher"])
         lines += [
             f"A {model.config.num_layers}-layer student ({count_parameters(model.config):,} parameters) of "
             f"`{Path(config.teacher.path).name}` ({teacher.num_layers} layers, {count_parameters(teacher):,} "
-            f"parameters), {_how(config)} with distil_jax {facts['version']}.",
+            f"parameters), {_method(config)} with distil_jax {metadata['version']}.",
         ]
     else:
         lines += [
             f"A {model.config.num_layers}-layer masked language model ({count_parameters(model.config):,} parameters), "
-            f"trained without a teacher with distil_jax {facts['version']}.",
+            f"trained without a teacher with distil_jax {metadata['version']}.",
         ]
-    lines += ["", "## Training", "", *_training(model, data, train.batch_rows), ""]
+    lines += ["", "## Training", "", *_training(model), ""]
     lines += ["## Held-out text", "", *_held_out(model), ""]
     lines += [
         *_text(data),
         "",
         "## Limits",
         "",
-        "A masked language model repeats what its training text and its teacher say, biases included. Licences of the "
-        "text and of the teacher apply to it as they apply to them.",
+        "A masked language model reproduces what its training text and its teacher contain, including their biases. "
+        "The licences of the text and of the teacher also apply to it.",
         "",
     ]
     return "\n".join(lines)
 
 
 def _task_card(model: Model) -> str:
-    """The sections of a fine-tuned model's card."""
-    facts, config = model.metadata, model.run_config
+    metadata, config = model.metadata, model.run_config
     task, loss, optimizer = config.task, config.loss, config.optimizer
-    teacher = (
-        f", with `{_named(config.teacher.path)}` as its teacher (weight {loss.soft:g} at temperature "
-        f"{loss.temperature:g}, {loss.task:g} on the labels)"
-        if facts["teacher"]
-        else ""
-    )
+    teacher = ""
+    if metadata["teacher"]:
+        teacher = (
+            f", with `{_model_name(config.teacher.path)}` as its teacher (weight {loss.soft:g} at temperature "
+            f"{loss.temperature:g}, {loss.task:g} on the labels)"
+        )
+    dev = f"from {_code(task.dev)}" if task.dev else "held out of them by a hash"
     lines = [*_front_matter(model), f"# {model.run.resolve().name}", ""]
     lines += [
         f"`{Path(config.model.path).name}` ({model.config.num_layers} layers, {count_parameters(model.config):,} "
-        f"parameters in the encoder) fine-tuned with distil_jax {facts['version']}{teacher}.",
+        f"parameters in the encoder) fine-tuned with distil_jax {metadata['version']}{teacher}.",
         "",
         "## Task",
         "",
         f"- {task.kind}: {', '.join(map(_code, task.text))} to {_code(task.label)}"
         + (f" ({', '.join(task.label_names[:20])})" if task.label_names else ""),
-        f"- {facts['data']['examples']:,} examples to train on from {_code(task.train)}, {facts['data']['dev']:,} to "
-        f"choose the best checkpoint by{f' from {_code(task.dev)}' if task.dev else ', held out of them by a hash'}",
-        f"- at most {task.max_length} tokens",
-        *_doubtful(facts["data"].get("counts", {})),  # older runs do not know
+        f"- {metadata['data']['examples']:,} examples to train on from {_code(task.train)}; the best checkpoint was "
+        f"chosen on {metadata['data']['dev']:,} examples {dev}",
+        f"- at most {task.max_length} tokens per example",
+        *_data_problems(metadata["data"].get("counts", {})),  # older runs have no counts
         "",
         "## Training",
         "",
@@ -89,22 +89,22 @@ def _task_card(model: Model) -> str:
         f"{model.config.hidden_dropout:g} and {model.head.dropout:g} before the last layer; seed {config.seed}",
         "",
     ]
-    scores = model.run / "scores.json"
-    if scores.exists():
-        judged = json.loads(scores.read_text(encoding="utf-8"))
-        if judged["step"] == model.step:  # scores of another checkpoint are not this model's
-            lines += ["## Scores", "", *_scores(judged), ""]
+    file = model.run / "scores.json"
+    if file.exists():
+        results = json.loads(file.read_text(encoding="utf-8"))
+        if results["step"] == model.step:  # the file may be of another checkpoint
+            lines += ["## Results", "", *_results(results), ""]
     return "\n".join(lines)
 
 
-def _doubtful(counts: dict[str, dict[str, int]]) -> list[str]:
+def _data_problems(counts: dict[str, dict[str, int]]) -> list[str]:
     """A line for each split with examples that were cut, lost or doubtful."""
     problems = {split: ", ".join(data_problems(of_split)) for split, of_split in counts.items()}
     return [f"- {split}: {text}" for split, text in problems.items() if text]
 
 
-def _named(path: str) -> str:
-    """A model's name in its path, where RUN/model and compare's NAME/SEED/model say what it is further up."""
+def _model_name(path: str) -> str:
+    """The folder that names a model: NAME of NAME, of a run's NAME/model, or of compare's NAME/SEED/model."""
     parts = [part for part in Path(path).parts if part != "model" and not part.isdigit()]
     return parts[-1] if parts else path
 
@@ -113,37 +113,36 @@ def _code(text: str) -> str:
     return f"`{text}`"
 
 
-def _scores(judged: dict[str, Any]) -> list[str]:
-    splits = [split for split in ("dev", "test") if split in judged]
+def _results(results: dict[str, Any]) -> list[str]:
+    splits = [split for split in ("dev", "test") if split in results]
     return table(
-        ["examples", *judged["dev"]],
-        [[split, *(f"{number:.4f}" for number in judged[split].values())] for split in splits],
+        ["examples", *results["dev"]],
+        [[split, *(f"{value:.4f}" for value in results[split].values())] for split in splits],
     )
 
 
-def _how(config: Any) -> str:
+def _method(config: Config) -> str:
     if not config.loss.needs_teacher:
         return "started from its layers but trained without it"
     return "distilled"
 
 
-def _training(model: Model, data: dict[str, Any], batch_rows: int) -> list[str]:
-    config = model.run_config
-    loss, optimizer = config.loss, config.optimizer
+def _training(model: Model) -> list[str]:
+    config, data = model.run_config, model.metadata["data"]
+    loss, optimizer, batch_rows = config.loss, config.optimizer, config.train.batch_rows
     weights = ", ".join(f"{name} {weight:g}" for name, weight in Distillation(loss).weights.items())
-    begin = (
-        f"the teacher's layers {', '.join(map(str, config.student.layers))}"
-        if config.student.layers
-        else "random parameters"
-        if config.student.init == "random"
-        else f"`{Path(config.student.init).name}`"
-    )
+    if config.student.layers:
+        start = f"the teacher's layers {', '.join(map(str, config.student.layers))}"
+    elif config.student.init == "random":
+        start = "random parameters"
+    else:
+        start = f"`{Path(config.student.init).name}`"
     tokens = model.step * batch_rows * data["tokens"] / data["rows"]
     return [
-        f"- begins with: {begin}",
+        f"- initialised from: {start}",
         f"- steps: {model.step:,} of {config.train.steps:,}, each of {batch_rows:,} rows of {data['sequence_length']} "
-        f"tokens; about {tokens:,.0f} tokens in all, of a corpus of {data['tokens']:,}",
-        f"- loss: {weights}{f', temperature {loss.temperature:g}' if loss.kl else ''}",
+        f"tokens; about {tokens:,.0f} tokens in all, from a corpus of {data['tokens']:,}",
+        f"- loss weights: {weights}{f', temperature {loss.temperature:g}' if loss.kl else ''}",
         f"- masking: {config.masking.rate:.0%} of the tokens, smoothing {config.masking.smoothing:g}",
         f"- AdamW: learning rate {optimizer.learning_rate:g}, betas {optimizer.beta1:g} and {optimizer.beta2:g}, eps "
         f"{optimizer.eps:g}, weight decay {optimizer.weight_decay:g}, warm-up {optimizer.warmup:.0%}, clip "
@@ -152,59 +151,60 @@ def _training(model: Model, data: dict[str, Any], batch_rows: int) -> list[str]:
 
 
 def _held_out(model: Model) -> list[str]:
-    """The evaluations of the run, first and last up to the exported step, as a table."""
+    """A table of the run's first evaluation and the last one up to the exported step."""
     evaluations = [
         line for line in read_metrics(model.run) if line["kind"] == "held_out" and line["step"] <= model.step
     ]
     if not evaluations:
-        return ["This run has no evaluation up to this step."]
+        return ["This run has no evaluation up to the exported step."]
     names = [name for name in evaluations[-1] if name not in ("step", "kind")]
     rows = [evaluations[0], evaluations[-1]] if len(evaluations) > 1 else evaluations
     cells = [(f"{row['step']:,}", *(f"{row.get(name, math.nan):.4f}" for name in names)) for row in rows]
     return [
-        *table(("step", *names), cells, texts=0),
+        *table(("step", *names), cells, text_columns=0),
         "",
-        "mlm is the cross entropy at the masked positions, kl (temperature 1) and agreement compare with the teacher "
-        "there.",
+        "mlm is the cross entropy at the masked positions. kl (at temperature 1) and agreement compare the student "
+        "with the teacher at these positions.",
     ]
 
 
 def _text(data: dict[str, Any]) -> list[str]:
     sources = ", ".join(f"`{source}`" for source in data["sources"])
     lines = [
-        f"The text: {sources}. Held out by a hash of each document: {data['held_out_tokens']:,} tokens, never trained "
-        "on in this run."
+        f"The text: {sources}. {data['held_out_tokens']:,} tokens of it were held out, chosen by a hash of each "
+        "document, and not trained on in this run."
     ]
-    if lost := _left_out(data.get("counts", {})):  # older runs do not know
-        lines += ["", f"Of it {lost}."]
+    if problems := _text_problems(data.get("counts", {})):  # older runs have no counts
+        lines += ["", f"Of the text, {problems}."]
     if "docstrings" in data["sources"]:
         lines += [
             "",
-            "Docstrings are those of the installed packages: paragraphs of English, each once (two with the same 60 "
-            "first words are one). A document is what stands under one last name (of a function, class or module), "
-            "because numpy, jax.numpy and pandas repeat each other; a paragraph under several names is held out only "
-            "if all of them are, and only if it has at most 60 words: longer ones are cut, and their inner parts "
-            "repeat each other.",
+            "The docstrings are English paragraphs from the installed packages, without duplicates (two paragraphs "
+            "with the same first 60 words count as duplicates). A document is everything under the same last name (of "
+            "a function, class or module), because numpy, jax.numpy and pandas repeat each other. A paragraph under "
+            "several names is held out only if all of them are, and only if it has at most 60 words, because longer "
+            "ones are cut and may repeat each other after the first words.",
         ]
     return lines
 
 
-def _left_out(counts: dict[str, int]) -> str:
-    """A sentence about the text that was left out or cut."""
+def _text_problems(counts: dict[str, int]) -> str:
+    """How much of the text was left out or cut, and why."""
     texts = {
         "cut_sequences": "sequences longer than a row were cut into several",
-        "dropped_short": "sequences were dropped as too short",
-        "dropped_unknown": "sequences were dropped as mostly unknown words",
-        "invalid_lines": "lines were skipped as not UTF-8",
-        "left_out_files": "files of its folders were left out",
-        "empty_files": "files held no text",
+        "dropped_short": "sequences were dropped because they were too short",
+        "dropped_unknown": "sequences were dropped because most of their words were unknown",
+        "invalid_lines": "lines were skipped because they were not UTF-8",
+        "left_out_files": "files in its folders were left out",
+        "empty_files": "files had no text",
         "empty_records": "records were empty",
-        "unnamed_fields": "rows held something in fields without a name, which was left out",
+        "unnamed_fields": "rows had fields without a name, which were left out",
     }
     return ", ".join(f"{counts[name]:,} {text}" for name, text in texts.items() if counts.get(name))
 
 
-def _plain_card(model: Model) -> str:
+def _short_card(model: Model) -> str:
+    """The card of a model that does not come from a run."""
     return "\n".join(
         [*_front_matter(model), f"{count_parameters(model.config):,} parameters. Written by distil_jax.", ""]
     )

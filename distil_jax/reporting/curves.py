@@ -1,4 +1,4 @@
-"""The curves of runs: one panel a number, all in one PNG and each as an SVG for a page."""
+"""Draws the curves of runs: one panel per metric, all together as a PNG and each as an SVG for the HTML page."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from distil_jax.files import whole_file
-from distil_jax.reporting.history import JUDGES, SHARES, short
-from distil_jax.reporting.page import Curves, visible
-from distil_jax.reporting.style import GRID, INK, MUTED, RUNS, VARIABLES
+from distil_jax.reporting.history import PERCENT_METRICS, TASK_METRICS, format_number
+from distil_jax.reporting.page import Curves, printable
+from distil_jax.reporting.style import GRID, INK, MUTED, RUN_STYLES, VARIABLES
 from distil_jax.schema import require
 
 if TYPE_CHECKING:
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Panel:
-    kind: str  # of the lines of metrics.jsonl
-    number: str
+    kind: str  # of the lines in metrics.jsonl that hold the metric
+    metric: str
     title: str
 
 
@@ -37,7 +37,7 @@ PANELS = (
     Panel("held_out", "mlm", "held-out: MLM loss"),
     Panel("held_out", "kl", "held-out: KL to the teacher at T = 1"),
     Panel("held_out", "accuracy", "held-out: accuracy"),
-    *(Panel("held_out", name, f"held-out: {name}") for name in JUDGES if name != "accuracy"),
+    *(Panel("held_out", name, f"held-out: {name}") for name in TASK_METRICS if name != "accuracy"),
     Panel("held_out", "loss", "held-out: loss on the labels"),
     Panel("train", "task", "training: loss on the labels"),
     Panel("train", "soft", "training: distance to the teacher's logits"),
@@ -47,12 +47,12 @@ PANELS = (
     Panel("train", "mse", "training: squared difference of logits"),
     Panel("train", "tokens_per_second", "training: tokens per second"),
 )
-_COLUMNS, _WIDTH, _HEIGHT = 3, 4.2, 2.9  # panels beside each other in the PNG, and the inches of one
+_COLUMNS, _WIDTH, _HEIGHT = 3, 4.2, 2.9  # columns of panels in the PNG, and a panel's width and height in inches
 _TICKS = (1, 2, 2.5, 5, 10)
-_MOST = 1200  # points of a curve
+_MOST_POINTS = 1200  # of one curve
 _SETTINGS = {
     "font.size": 10,
-    "text.parse_math": False,  # a run may be called $x$
+    "text.parse_math": False,  # the name of a run may be $x$
     "text.color": INK,
     "axes.edgecolor": MUTED,
     "axes.linewidth": 0.8,
@@ -65,27 +65,34 @@ _SETTINGS = {
     "grid.linewidth": 0.8,
     "xtick.color": MUTED,
     "ytick.color": MUTED,
-    "svg.fonttype": "none",  # text stays text: sharp, small and found by a search
-    "svg.hashsalt": "distil-jax",  # equal data gives an equal file
+    "svg.fonttype": "none",  # keep text as text, which is sharp, small and searchable
+    "svg.hashsalt": "distil-jax",  # equal data gives equal files
 }
 
 
 def draw_curves(metrics: dict[str, list[dict]], path: Path) -> Curves:
-    """Draws every number that some run has, writes the PNG to `path` and returns the block for a page.
+    """Draws every metric that at least one run has.
+
+    Args:
+      metrics: the lines of metrics.jsonl by name of run.
+      path: of the PNG to write.
+
+    Returns:
+      The block for a page.
 
     Raises:
-      InputError: no number yet.
+      InputError: no run has any of the metrics yet.
     """
     import matplotlib
 
     shown = [panel for panel in PANELS if any(_points(lines, panel) for lines in metrics.values())]
-    require(bool(shown), "There is no number to draw yet: let the run go on to its first evaluation.")
+    require(bool(shown), "There are no metrics to draw yet: wait for the first evaluation of the run.")
     with matplotlib.rc_context(_SETTINGS), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # a run's name in letters that the font lacks
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a run's name may have letters that the font lacks
         _png(metrics, shown, path)
         svgs = tuple(_svg(metrics, panel) for panel in shown)
-    legend = [(_swatch(i), name) for i, name in enumerate(metrics)] if len(metrics) > 1 else []
-    return Curves(path.name, svgs, tuple(legend))
+    legend = tuple((_line_sample(i), name) for i, name in enumerate(metrics)) if len(metrics) > 1 else ()
+    return Curves(path.name, svgs, legend)
 
 
 def _png(metrics: dict[str, list[dict]], shown: Sequence[Panel], path: Path) -> None:
@@ -111,105 +118,115 @@ def _png(metrics: dict[str, list[dict]], shown: Sequence[Panel], path: Path) -> 
 def _legend(figure: Figure, names: list[str]) -> None:
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], label=f"run {i}", **_line(i)) for i in range(len(names))]
+    handles = [Line2D([], [], label=f"run {i}", **_line_style(i)) for i in range(len(names))]
     legend = figure.legend(handles=handles, loc="outside upper left", ncols=min(3, len(names)), frameon=False)
     for text, name in zip(legend.get_texts(), names, strict=True):
-        text.set_text(visible(name))  # set here, where a name that begins with _ is not left out
+        text.set_text(printable(name))  # as the label of a line, a name that begins with _ would be left out
 
 
 def _svg(metrics: dict[str, list[dict]], panel: Panel) -> str:
-    """One panel, in the colours of the page, and without anything that HTML does not need or a policy forbids."""
+    """One panel as an SVG to put into HTML: coloured by the page's CSS variables, without style sheet or metadata."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3.8, 2.75))
-    # Fixed, so that the axes of all panels stand in line.
+    # The position is fixed, so that the axes of all panels line up.
     _draw(figure.add_axes((0.13, 0.17, 0.84, 0.70)), metrics, panel)
-    text = io.StringIO()
-    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    figure.savefig(text, format="svg", transparent=True, metadata=nothing)
-    svg = text.getvalue()
-    size = re.search(r'viewBox="[\d. ]+"', svg)[0]
-    inside = svg[svg.index(">", svg.index("<svg")) + 1 :].strip()
-    inside = re.sub(r"<style.*?</style>", "", inside, count=1, flags=re.DOTALL)  # it would hold for the whole page
-    # Ids are those of one document: the same clip path or marker may stand in another panel with another meaning.
-    own = f"{panel.kind}-{panel.number}-"
-    inside = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{own}", inside)
+    file = io.StringIO()
+    no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(file, format="svg", transparent=True, metadata=no_metadata)
+    svg = file.getvalue()
+    view_box = re.search(r'viewBox="[\d. ]+"', svg)[0]
+    body = svg[svg.index(">", svg.index("<svg")) + 1 :].strip()
+    body = re.sub(r"<style.*?</style>", "", body, count=1, flags=re.DOTALL)  # it would apply to the whole page
+    # Ids must be unique in the page, but panels may use the same id for different clip paths or markers.
+    prefix = f"{panel.kind}-{panel.metric}-"
+    body = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{prefix}", body)
     for colour, variable in VARIABLES.items():
-        inside = inside.replace(colour, f"var(--{variable})")
-    return f'<svg {size} role="img" aria-label="{html.escape(panel.title)}">\n{inside}'
+        body = body.replace(colour, f"var(--{variable})")
+    return f'<svg {view_box} role="img" aria-label="{html.escape(panel.title)}">\n{body}'
 
 
-def _swatch(place: int) -> str:
-    dashes = " ".join(f"{1.8 * length:g}" for length in RUNS[place % len(RUNS)][2])
-    style = f"stroke: var(--run-{place % len(RUNS)}); stroke-width: 3; stroke-dasharray: {dashes or 'none'}"
+def _line_sample(run: int) -> str:
+    """The line of a run (by its index) as an SVG for the legend."""
+    style_number = run % len(RUN_STYLES)
+    dashes = " ".join(f"{1.8 * length:g}" for length in RUN_STYLES[style_number][2])
+    style = f"stroke: var(--run-{style_number}); stroke-width: 3; stroke-dasharray: {dashes or 'none'}"
     return f'<svg viewBox="0 0 36 8" aria-hidden="true"><line x1="0" x2="36" y1="4" y2="4" style="{style}"/></svg>'
 
 
-def _line(place: int, points: int = 0) -> dict:
-    colour, _, dashes = RUNS[place % len(RUNS)]
+def _line_style(run: int, points: int = 0) -> dict:
+    """matplotlib's arguments for the line of a run (by its index) with so many points."""
+    colour, _, dashes = RUN_STYLES[run % len(RUN_STYLES)]
     return {"color": colour, "linestyle": (0, dashes) if dashes else "-", "linewidth": 1.8 if points < 200 else 1.2}
 
 
 def _draw(axis: Axes, metrics: dict[str, list[dict]], panel: Panel) -> None:
     from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
-    drawn = []
-    for place, (name, lines) in enumerate(metrics.items()):
+    values = []
+    for run, (name, lines) in enumerate(metrics.items()):
         if points := _points(lines, panel):
             marked = len(points) == 1 or (panel.kind == "held_out" and len(points) <= 25)
-            style = _line(place, len(points)) | ({"marker": "o", "markersize": 4} if marked else {})
-            axis.plot(*zip(*_thinned(points), strict=True), label=name, **style)
-            drawn += [number for _, number in points if math.isfinite(number)]
+            style = _line_style(run, len(points)) | ({"marker": "o", "markersize": 4} if marked else {})
+            axis.plot(*zip(*_downsampled(points), strict=True), label=name, **style)
+            values += [value for _, value in points if math.isfinite(value)]
     axis.set_title(panel.title, loc="left", fontsize=10, pad=9)
     axis.set_xlabel("step", color=MUTED, fontsize=9, labelpad=1)
     axis.tick_params(labelsize=9, length=0)
-    last = max(line["step"] for lines in metrics.values() for line in lines)  # the same for all panels
+    last = max(line["step"] for lines in metrics.values() for line in lines)  # of all kinds, so all panels share it
     axis.set_xlim(-0.03 * last, 1.03 * last or 1)
     axis.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=_TICKS))
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     axis.yaxis.set_major_locator(MaxNLocator(5, steps=_TICKS))
-    if panel.number in SHARES:
+    if panel.metric in PERCENT_METRICS:
         axis.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
-    if panel.number == "tokens_per_second":
+    if panel.metric == "tokens_per_second":
         axis.yaxis.set_major_formatter(EngFormatter(sep=""))
-    _limit(axis, drawn, share=panel.number in SHARES, from_zero=panel.number == "tokens_per_second")
+    in_percent = panel.metric in PERCENT_METRICS
+    _set_limits(axis, values, cut_outliers=not in_percent, from_zero=panel.metric == "tokens_per_second")
 
 
-def _limit(axis: Axes, values: list[float], *, share: bool, from_zero: bool) -> None:
-    """Limits that a few numbers far from all others, as the first losses are, do not decide; and says what they cut.
+def _set_limits(axis: Axes, values: list[float], *, cut_outliers: bool, from_zero: bool) -> None:
+    """Sets the limits of the y axis.
 
-    What lies further outside the middle 90 % than these are wide is cut off.
+    Args:
+      axis: of a panel.
+      values: all finite values in it.
+      cut_outliers: leave out values that are further from the middle 90 % than the width of these, as the first losses
+        of a run often are. A note in the panel gives the largest or smallest of them.
+      from_zero: start the axis at 0.
     """
     if not values or max(values) == min(values):
         return
     low, high = np.quantile(np.asarray(values, np.float64), [0.05, 0.95])
-    room = high - low
+    width = high - low
     bottom, top = min(values), max(values)
-    if room > 0 and not share:
-        bottom, top = max(bottom, low - room), min(top, high + room)
+    if width > 0 and cut_outliers:
+        bottom, top = max(bottom, low - width), min(top, high + width)
     bottom = min(0.0, bottom) if from_zero else bottom
-    pad = 0.06 * (top - bottom)
-    axis.set_ylim(bottom if from_zero and bottom == 0 else bottom - pad, top + pad)
-    place = {"transform": axis.transAxes, "ha": "right", "fontsize": 8.5, "color": MUTED}
+    margin = 0.06 * (top - bottom)
+    axis.set_ylim(bottom if from_zero and bottom == 0 else bottom - margin, top + margin)
+    style = {"transform": axis.transAxes, "ha": "right", "fontsize": 8.5, "color": MUTED}
     if max(values) > top:
-        axis.text(0.98, 0.97, f"up to {short(max(values), 3)}", va="top", **place)
+        axis.text(0.98, 0.97, f"up to {format_number(max(values), 3)}", va="top", **style)
     if min(values) < bottom:
-        axis.text(0.98, 0.03, f"down to {short(min(values), 3)}", va="bottom", **place)
+        axis.text(0.98, 0.03, f"down to {format_number(min(values), 3)}", va="bottom", **style)
 
 
 def _points(lines: list[dict], panel: Panel) -> list[tuple[float, float]]:
-    points = [line for line in lines if line["kind"] == panel.kind and panel.number in line]
-    return [(line["step"], _drawable(line[panel.number])) for line in points]
+    """The step and the value of every line that has the panel's metric."""
+    lines = [line for line in lines if line["kind"] == panel.kind and panel.metric in line]
+    return [(line["step"], _drawable(line[panel.metric])) for line in lines]
 
 
-def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points, or the means of so many neighbours each where a screen could not show them all."""
-    size = math.ceil(len(points) / _MOST)
+def _downsampled(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points, or if there are more than a screen can show, the means of groups of neighbours."""
+    size = math.ceil(len(points) / _MOST_POINTS)
     if size == 1:
         return points
     return [tuple(np.mean(points[i : i + size], axis=0).tolist()) for i in range(0, len(points), size)]
 
 
-def _drawable(number: float) -> float:
-    """The value, or NaN beyond float32, which only damage can hold and matplotlib cannot draw."""
-    return number if abs(number) < 3.5e38 else math.nan
+def _drawable(value: float) -> float:
+    """The value, or NaN if it exceeds float32: only a damaged file has such values, and matplotlib cannot draw them."""
+    return value if abs(value) < 3.5e38 else math.nan

@@ -1,4 +1,4 @@
-"""Teacher and student side by side: what each puts in the gap of the same sentences."""
+"""Examples for a report: the words that teacher and student predict for a [MASK] in the same sentences."""
 
 from __future__ import annotations
 
@@ -18,15 +18,19 @@ from distil_jax.runtime.run_folder import Model, open_model, read_config
 from distil_jax.schema import InputError, require
 
 _SENTENCES = 6
-_ROWS = 96  # read to find so many sentences
-_FEWEST, _MOST = 5, 24  # tokens of a sentence; longer ones are cut after a whole word
+_ROWS = 96  # rows in which they are looked for
+_FEWEST, _MOST = 5, 24  # tokens in a sentence; longer ones are cut after a whole word
 
 
 def check_texts(run: Path, texts: Sequence[str]) -> None:
-    """Refuses a text of the user's own without exactly one gap.
+    """Checks the user's own sentences.
+
+    Args:
+      run: a run folder.
+      texts: sentences.
 
     Raises:
-      InputError: says which.
+      InputError: one of them does not have exactly one [MASK].
     """
     if texts:
         mask = load_tokenizer(run / "tokenizer").mask_token
@@ -34,12 +38,12 @@ def check_texts(run: Path, texts: Sequence[str]) -> None:
             require(text.count(mask) == 1, f"--text {text!r} needs exactly one {mask}.")
 
 
-def examples(run: Path, texts: Sequence[str] = ()) -> list[Block]:
-    """The table for a run's newest checkpoint and its teacher, or one line that says why there is none.
+def masked_word_examples(run: Path, texts: Sequence[str] = ()) -> list[Block]:
+    """The table for a run's newest checkpoint and its teacher, or a line that says why it is missing.
 
     Args:
-      run: a run folder; what it was trained on and with may have gone since.
-      texts: with one gap each; none: sentences of the run's own held-out rows.
+      run: a run folder. Its data and its teacher may have been moved or deleted.
+      texts: sentences with one [MASK] each; if there are none, they come from the run's held-out rows.
     """
     try:
         if not (run / "checkpoints").is_dir():
@@ -49,103 +53,121 @@ def examples(run: Path, texts: Sequence[str] = ()) -> list[Block]:
         words = [""] * len(texts)
         if not texts:
             check_tokenizer(student.tokenizer, student.config, config.data.path, read_manifest(config.data.path))
-            texts, words = zip(*held_out_gaps(config.data.path, student.tokenizer), strict=True)
-        return compare(teacher, student, texts, words)
+            texts, words = zip(*held_out_examples(config.data.path, student.tokenizer), strict=True)
+        return prediction_table(teacher, student, texts, words)
     except (InputError, OSError) as error:
         return [Paragraph(f"No examples: {error}")]
 
 
-def compare(teacher: Model | None, student: Model, texts: Sequence[str], words: Sequence[str] = ()) -> list[Block]:
-    """The words that both models put in the gap of each text, and whether their first choices agree.
+def prediction_table(
+    teacher: Model | None, student: Model, texts: Sequence[str], words: Sequence[str] = ()
+) -> list[Block]:
+    """A table of the words that both models predict for the [MASK] of each text, and whether their first choices agree.
 
     Args:
-      teacher: or None, and the student stands alone.
-      student: of the same tokenizer.
-      texts: with one gap each.
-      words: that stood there, "" where that is not known.
+      teacher: None for a table of the student alone.
+      student: a model with the teacher's tokenizer.
+      texts: sentences with one [MASK] each.
+      words: the masked words; "" for those that are unknown.
 
     Raises:
-      InputError: see `fill_mask`.
+      InputError: as `fill_mask`.
     """
     models = {"teacher": teacher, "student": student} if teacher else {"student": student}
-    answers = {name: fill_mask(model, list(texts)) for name, model in models.items()}
+    predictions = {name: fill_mask(model, list(texts)) for name, model in models.items()}
+    first_choices = {name: [best[0][0] for best in of_model] for name, of_model in predictions.items()}
     columns = {"sentence": list(texts)}
     if any(words):
-        columns["the word"] = list(words)
-    columns |= {name: [_choices(choices) for choices in of_model] for name, of_model in answers.items()}
-    firsts = {name: [choices[0][0] for choices in of_model] for name, of_model in answers.items()}
+        columns["masked word"] = list(words)
+    for name, of_model in predictions.items():
+        columns[name] = [_describe(best) for best in of_model]
     notes = []
     if teacher:
-        same = [first == second for first, second in zip(firsts["teacher"], firsts["student"], strict=True)]
+        same = [ours == theirs for ours, theirs in zip(first_choices["student"], first_choices["teacher"], strict=True)]
         columns["agree"] = ["✓" if agree else "–" for agree in same]
         notes.append(f"The first choices agree (✓) in {sum(same)} of {len(same)} sentences.")
     if any(words):
-        right = [f"{sum(map(str.__eq__, choices, words))} of the {name}'s" for name, choices in firsts.items()]
-        notes.append(f"The word that stood there is the first choice in {' and '.join(right)} answers.")
+        correct = {
+            name: sum(choice == word for choice, word in zip(choices, words, strict=True))
+            for name, choices in first_choices.items()
+        }
+        counts = " and ".join(f"{number} of the {name}'s" for name, number in correct.items())
+        notes.append(f"The masked word is the first choice in {counts} predictions.")
     rows = list(zip(*columns.values(), strict=True))
-    return [Table(tuple(columns), rows, texts=len(columns)), *([Paragraph(" ".join(notes))] if notes else [])]
+    return [Table(tuple(columns), rows, text_columns=len(columns)), *([Paragraph(" ".join(notes))] if notes else [])]
 
 
-def held_out_gaps(data: str | Path, tokenizer: Path, *, seed: int = 0) -> list[tuple[str, str]]:
-    """Sentences of the held-out rows with one word masked, and that word: always the same ones for the same rows.
+def held_out_examples(data: str | Path, tokenizer: Path, *, seed: int = 0) -> list[tuple[str, str]]:
+    """Sentences of the held-out rows with one word masked, and that word; the same ones for the same rows and seed.
 
-    A word is a token of letters that no `##` piece follows; a sentence is the beginning of a sequence, short ones
-    first, and reads back as the very tokens that it is shown for.
+    The masked word is one token with a letter in it, and no `##` token follows. A sentence is the beginning of a
+    sequence; short sequences come first. Tokenising the sentence gives back the tokens that it was decoded from.
+
+    Args:
+      data: a folder of prepared rows.
+      tokenizer: a folder with tokenizer files.
+      seed: of the random choice.
 
     Raises:
-      InputError: no rows there, or none with such a sentence.
+      InputError: there are no held-out rows, or none of them has such a sentence.
     """
     table, tokens = open_rows(data, "held_out"), load_tokenizer(tokenizer)
-    draw = np.random.default_rng(seed)
-    rows = table.gather(np.sort(draw.permutation(len(table))[:_ROWS]))
-    starts = (rows.segment_ids != 0) & (positions(rows.segment_ids) == 0)
+    generator = np.random.default_rng(seed)
+    rows = table.gather(np.sort(generator.permutation(len(table))[:_ROWS]))
+    starts_BxL = (rows.segment_ids != 0) & (positions(rows.segment_ids) == 0)
     sequences = []
-    for ids_L, segments_L, starts_L in zip(rows.input_ids, rows.segment_ids, starts, strict=True):
+    for ids_L, segments_L, starts_L in zip(rows.input_ids, rows.segment_ids, starts_BxL, strict=True):
         in_row = [ids_L[segments_L == segments_L[start]].tolist() for start in np.flatnonzero(starts_L)]
-        sequences += [in_row[i] for i in draw.permutation(len(in_row))[:2]]  # few of a row: its texts are neighbours
-    draw.shuffle(sequences)
-    texts: dict[str, str] = {}
+        # Two of a row at most, because neighbours in a row are often from the same text.
+        sequences += [in_row[i] for i in generator.permutation(len(in_row))[:2]]
+    generator.shuffle(sequences)
+    examples: dict[str, str] = {}
     for ids in sorted(sequences, key=lambda ids: len(ids) > _MOST + 2):
-        if len(texts) < _SENTENCES and (gap := _gap(tokens, ids, draw)):
-            texts.setdefault(*gap)
-    require(bool(texts), f"no held-out sentence of {data} reads as a few whole words.")
-    return list(texts.items())
+        if len(examples) == _SENTENCES:
+            break
+        if example := _mask_word(tokens, ids, generator):
+            examples.setdefault(*example)
+    require(bool(examples), f"no held-out sentence of {data} reads as a few whole words.")
+    return list(examples.items())
 
 
-def _gap(tokens, ids: list[int], draw: np.random.Generator) -> tuple[str, str] | None:
-    special = set(special_ids(tokens))
-    ids = [i for i in ids if i not in (tokens.cls_token_id, tokens.sep_token_id)]
-    pieces = [*tokens.convert_ids_to_tokens(ids[: _MOST + 1]), ""][: _MOST + 1]
-    end = max((i for i, piece in enumerate(pieces) if i <= min(len(ids), _MOST) and not _inner(piece)), default=0)
+def _mask_word(tokenizer, ids: list[int], generator: np.random.Generator) -> tuple[str, str] | None:
+    """The beginning of a sequence with a random word masked, and the word; None if it is not suitable."""
+    special = set(special_ids(tokenizer))
+    ids = [i for i in ids if i not in (tokenizer.cls_token_id, tokenizer.sep_token_id)]
+    pieces = [*tokenizer.convert_ids_to_tokens(ids[: _MOST + 1]), ""][: _MOST + 1]
+    ends = [i for i, piece in enumerate(pieces) if i <= min(len(ids), _MOST) and not _continues(piece)]
+    end = max(ends, default=0)  # the sentence ends before this token, which begins a new word
     words = [
         i
         for i in range(end)
         if ids[i] not in special
         and any(map(str.isalpha, pieces[i]))
-        and not _inner(pieces[i])
-        and not _inner(pieces[i + 1])
+        and not _continues(pieces[i])
+        and not _continues(pieces[i + 1])
     ]
     if end < _FEWEST or not words:
         return None
-    place = int(draw.choice(words))
-    masked = [*ids[:place], tokens.mask_token_id, *ids[place + 1 : end]]
-    text = tokens.decode(masked)
-    if tokens(text, add_special_tokens=False)["input_ids"] != masked or tokens.unk_token_id in masked:
+    position = int(generator.choice(words))
+    masked = [*ids[:position], tokenizer.mask_token_id, *ids[position + 1 : end]]
+    text = tokenizer.decode(masked)
+    if tokenizer(text, add_special_tokens=False)["input_ids"] != masked or tokenizer.unk_token_id in masked:
         return None
-    return text, tokens.decode([ids[place]])
+    return text, tokenizer.decode([ids[position]])
 
 
-def _inner(piece: str) -> bool:
+def _continues(piece: str) -> bool:
+    """Whether a WordPiece token continues the word before it."""
     return piece.startswith("##")
 
 
-def _choices(choices: list[tuple[str, float]]) -> str:
-    return "\u00a0· ".join(f"{word}\u00a0{100 * probability:.0f}\u00a0%" for word, probability in choices)
+def _describe(predictions: list[tuple[str, float]]) -> str:
+    return "\u00a0· ".join(f"{word}\u00a0{100 * probability:.0f}\u00a0%" for word, probability in predictions)
 
 
 def _teacher(path: str, student: Model) -> Model:
-    """The teacher at `path`, if it is still the one that the student learnt from."""
+    """Opens the teacher at `path`, and checks that it is still the one that the student was trained with."""
     teacher = open_model(path)
     if huggingface.fingerprint(teacher.params) != student.metadata["identity"].get("teacher"):
-        raise InputError(f"{path} holds another teacher than the run began with.")
+        raise InputError(f"{path} holds another teacher than the one that the run was trained with.")
     return teacher

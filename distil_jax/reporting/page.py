@@ -1,7 +1,7 @@
-"""A page described once, as a list of blocks, and written twice: as Markdown and as one HTML file.
+"""Pages as lists of blocks, which can be written as Markdown and as a single HTML file.
 
-Every text in a block is plain: names of runs and words of anybody's text may hold anything, and both writers escape
-them. The one thing that HTML takes as it is are the pictures, which `curves.py` draws without any such text in them.
+All text in blocks is plain text. It may hold any characters, because names of runs and words of the data do, so both
+writers escape it. Only the SVGs of `Curves` go into the HTML as they are; `curves.py` puts no such text into them.
 """
 
 from __future__ import annotations
@@ -24,24 +24,26 @@ class Heading:
 @dataclass(frozen=True)
 class Paragraph:
     text: str
-    lead: str = ""  # in bold, before it
+    lead: str = ""  # text in bold before it
 
 
 @dataclass(frozen=True)
 class Table:
     head: tuple[str, ...]
     rows: Sequence[Sequence[str]]
-    texts: int = 1  # so many columns hold text, the others numbers; where more than one does, a phone stacks them
+    # How many columns, from the left, hold text; the others hold numbers. With more than one, a narrow screen shows the
+    # cells of a row below each other.
+    text_columns: int = 1
 
 
 @dataclass(frozen=True)
 class Curves:
-    """The same panels as one file for Markdown and one by one for HTML, where they wrap as the screen asks.
+    """Curves: one image with all panels for Markdown, and single panels for HTML, which wrap to the screen's width.
 
     Attributes:
-      file: a picture beside the page.
-      panels: SVG, safe to stand in HTML.
-      legend: a drawn line (SVG) and the name of each run; empty where there is only one.
+      file: name of an image in the page's folder.
+      panels: SVGs that are safe in HTML.
+      legend: for each run, a line sample (SVG) and the run's name; empty if there is only one run.
     """
 
     file: str
@@ -57,7 +59,7 @@ class Code:
 
 @dataclass(frozen=True)
 class Fold:
-    """Details that few want to read: closed until they are clicked on."""
+    """A section that is collapsed until it is clicked."""
 
     summary: str
     blocks: Sequence[Block]
@@ -67,12 +69,12 @@ Block = Heading | Paragraph | Table | Curves | Code | Fold
 
 
 def to_markdown(blocks: Sequence[Block]) -> str:
-    """The page as GitHub's Markdown, which reads well as it is too."""
+    """The page as GitHub-flavoured Markdown."""
     return "\n\n".join(map(_markdown, blocks)) + "\n"
 
 
 def to_html(title: str, blocks: Sequence[Block]) -> str:
-    """The page as one file that asks for nothing from anywhere, which its policy makes the browser enforce."""
+    """The page as one HTML file. It loads nothing else, which its content security policy enforces."""
     policy = "default-src 'none'; style-src 'unsafe-inline'"
     return "\n".join(
         [
@@ -83,7 +85,7 @@ def to_html(title: str, blocks: Sequence[Block]) -> str:
             f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             '<meta name="color-scheme" content="light dark">',
-            f"<title>{_escaped(title)}</title>",
+            f"<title>{_escape_html(title)}</title>",
             f"<style>\n{CSS}</style>",
             "</head>",
             "<body>",
@@ -97,20 +99,21 @@ def to_html(title: str, blocks: Sequence[Block]) -> str:
     )
 
 
-def visible(text: str) -> str:
-    """The text with every control character written out: none may move a cursor, turn the line or end it."""
-    kept = "\u00a0\u200c\u200d"  # the space that does not break, and what joins letters in Persian and Hindi
+def printable(text: str) -> str:
+    """The text with control characters written as escapes, so that they cannot move a cursor or end a line."""
+    kept = "\u00a0\u200c\u200d"  # the no-break space, and the joiners that Persian and Hindi need
     return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
 
 
 def _markdown(block: Block) -> str:
     match block:
         case Heading(text, level):
-            return f"{'#' * level} {_literal(text)}"
+            return f"{'#' * level} {_escape_markdown(text)}"
         case Paragraph(text, lead):
-            return (f"**{_literal(lead)}** " if lead else "") + _literal(text)
-        case Table(head, rows, texts):
-            return "\n".join(table(_literals(head), [_literals(row) for row in rows], texts=texts))
+            return (f"**{_escape_markdown(lead)}** " if lead else "") + _escape_markdown(text)
+        case Table(head, rows, text_columns):
+            cells = [[_escape_markdown(cell) for cell in row] for row in (head, *rows)]
+            return "\n".join(table(cells[0], cells[1:], text_columns=text_columns))
         case Curves(file):
             return f"![curves]({file})"
         case Code(language, text):
@@ -119,54 +122,48 @@ def _markdown(block: Block) -> str:
             return f"{fence}{language}\n{text}{fence}"
         case Fold(summary, blocks):
             inner = "\n\n".join(map(_markdown, blocks))
-            return f"<details><summary>{_escaped(summary)}</summary>\n\n{inner}\n\n</details>"
+            return f"<details><summary>{_escape_html(summary)}</summary>\n\n{inner}\n\n</details>"
 
 
-def _literals(cells: Sequence[str]) -> list[str]:
-    return [_literal(cell) for cell in cells]
-
-
-def _literal(text: str) -> str:
-    """Text that Markdown shows as it is. [MASK] and snake_case stay readable: alone they mean nothing to Markdown."""
-    text = re.sub(r"[\\`*<|~$]|(?<![^\W_])_|_(?![^\W_])|&(?=#?\w+;)", r"\\\g<0>", visible(text))
+def _escape_markdown(text: str) -> str:
+    """Escapes text so that Markdown shows it unchanged; [MASK] and snake_case need no escapes."""
+    text = re.sub(r"[\\`*<|~$]|(?<![^\W_])_|_(?![^\W_])|&(?=#?\w+;)", r"\\\g<0>", printable(text))
     return text.replace("](", r"]\(").replace("][", r"]\[")
 
 
 def _html(block: Block) -> str:
     match block:
         case Heading(text, level):
-            return f"<h{level}>{_escaped(text)}</h{level}>"
+            return f"<h{level}>{_escape_html(text)}</h{level}>"
         case Paragraph(text, lead):
-            return f"<p>{f'<strong>{_escaped(lead)}</strong> ' if lead else ''}{_escaped(text)}</p>"
+            return f"<p>{f'<strong>{_escape_html(lead)}</strong> ' if lead else ''}{_escape_html(text)}</p>"
         case Table():
             return _html_table(block)
         case Curves(_, panels, legend):
-            names = "\n".join(f"<li>{line}<span>{_escaped(name)}</span></li>" for line, name in legend)
+            names = "\n".join(f"<li>{line}<span>{_escape_html(name)}</span></li>" for line, name in legend)
             figures = "\n".join(f"<figure>{panel}</figure>" for panel in panels)
-            return (
-                f'<ul class="legend">\n{names}\n</ul>\n' if names else ""
-            ) + f'<div class="curves">\n{figures}\n</div>'
+            list_of_runs = f'<ul class="legend">\n{names}\n</ul>\n' if names else ""
+            return f'{list_of_runs}<div class="curves">\n{figures}\n</div>'
         case Code(_, text):
-            # Of the characters that are not visible, a listing needs its line ends.
-            lines = "\n".join(map(_escaped, text.split("\n")))
+            lines = "\n".join(map(_escape_html, text.split("\n")))  # escaped line by line, to keep the line ends
             return f"<pre><code>{lines}</code></pre>"
         case Fold(summary, blocks):
             inner = "\n".join(map(_html, blocks))
-            return f"<details>\n<summary>{_escaped(summary)}</summary>\n{inner}\n</details>"
+            return f"<details>\n<summary>{_escape_html(summary)}</summary>\n{inner}\n</details>"
 
 
 def _html_table(block: Table) -> str:
-    names = [_escaped(name) for name in block.head]
+    names = [_escape_html(name) for name in block.head]
 
-    def kind(column: int) -> str:
-        return ' dir="auto"' if column < block.texts else ' class="number"'
+    def attribute(column: int) -> str:
+        return ' dir="auto"' if column < block.text_columns else ' class="number"'
 
-    head = "".join(f"<th{kind(i)}>{name}</th>" for i, name in enumerate(names))
+    head = "".join(f"<th{attribute(i)}>{name}</th>" for i, name in enumerate(names))
     rows = [
-        "".join(f'<td{kind(i)} data-name="{names[i]}">{_escaped(cell)}</td>' for i, cell in enumerate(row))
+        "".join(f'<td{attribute(i)} data-name="{names[i]}">{_escape_html(cell)}</td>' for i, cell in enumerate(row))
         for row in block.rows
     ]
-    style = ' class="texts"' if block.texts > 1 else ""
+    style = ' class="texts"' if block.text_columns > 1 else ""
     return "\n".join(
         [
             f'<div class="wide"><table{style}>',
@@ -179,5 +176,5 @@ def _html_table(block: Table) -> str:
     )
 
 
-def _escaped(text: str) -> str:
-    return html.escape(visible(text))
+def _escape_html(text: str) -> str:
+    return html.escape(printable(text))

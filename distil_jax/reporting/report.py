@@ -1,4 +1,4 @@
-"""The report of a run: report.md, report.html and curves.png."""
+"""Writes the report of one or more runs: report.md, report.html and curves.png."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from distil_jax.config.run import Config
 from distil_jax.files import write_whole
 from distil_jax.io.metrics import read_metrics
 from distil_jax.reporting.curves import draw_curves
-from distil_jax.reporting.masked_words import check_texts, examples
 from distil_jax.reporting.history import history
+from distil_jax.reporting.masked_words import check_texts, masked_word_examples
 from distil_jax.reporting.page import Block, Heading, Paragraph, to_html, to_markdown
 from distil_jax.reporting.sections import by_seed, details, held_out, over_seeds, summary, throughput
 from distil_jax.runtime.run_folder import is_run, read_config
@@ -23,40 +23,39 @@ def write_report(
     *,
     title: str = "",
     head: Sequence[Block] = (),
-    gaps: Sequence[Block] | None = None,
+    examples: Sequence[Block] | None = None,
     texts: Sequence[str] = (),
 ) -> Path:
     """Writes `curves.png`, `report.md` and `report.html` into `output`, and returns the path of report.md.
 
     Args:
-      runs: run folders by the name they are shown under.
-      output: a folder.
-      title: of the page.
-      head: stands before the curves.
-      gaps: what models put in gaps; None: `examples` of the first run.
-      texts: for these; none: sentences of the held-out rows.
+      runs: run folders, by the names under which they are shown.
+      output: an existing folder.
+      title: of the page; default: the names of the runs.
+      head: blocks to put before the held-out results and the curves.
+      examples: what the models predict for masked words; None: `masked_word_examples` of the first run.
+      texts: sentences for these; none: sentences of the held-out rows.
 
     Raises:
-      InputError: a folder that is no run, or has no numbers yet; a text without exactly one gap.
+      InputError: a folder is not a run or has no metrics yet, or a text does not have exactly one [MASK].
     """
     metrics = {}
     for name, folder in runs.items():
         metrics[name] = read_metrics(folder) if is_run(folder) else []
         if not metrics[name]:
-            raise InputError(f"{folder} is not a run with numbers in it: name what `distil-jax train` wrote.")
+            raise InputError(f"{folder} is not a run with metrics: name a folder that `distil-jax train` wrote.")
     first = next(iter(runs.values()))
     check_texts(first, texts)
     histories = {name: history(lines) for name, lines in metrics.items()}
     configs = {name: read_config(folder) for name, folder in runs.items()}
     title = title or ", ".join(runs)
-    together = by_seed(configs)
-    repeated, results = len(together) < len(runs), held_out(histories)
-    if repeated:  # each is shown by its first run, and judged by all of them
-        results = over_seeds({name: [histories[each] for each in names] for name, names in together.items()})
-        title = ", ".join(together) if title == ", ".join(runs) else title
-        firsts = {name: names[0] for name, names in together.items()}
+    groups = by_seed(configs)
+    repeated, results = len(groups) < len(runs), held_out(histories)
+    if repeated:  # results are of all runs of a group, everything else of its first run
+        results = over_seeds({name: [histories[run] for run in group] for name, group in groups.items()})
+        title = ", ".join(groups) if title == ", ".join(runs) else title
         metrics, histories, configs, runs = (
-            {name: values[first] for name, first in firsts.items()} for values in (metrics, histories, configs, runs)
+            {name: values[group[0]] for name, group in groups.items()} for values in (metrics, histories, configs, runs)
         )
     curves = draw_curves(metrics, output / "curves.png")
     blocks = [Heading(title, 1)]
@@ -64,10 +63,10 @@ def write_report(
         blocks += summary(folder, histories[name], configs[name], lead=f"{name}:" if len(runs) > 1 else "")
     blocks += [*head, Heading("Held out"), results, Heading("Curves"), curves]
     if repeated:
-        blocks += [Paragraph("Of each, the run with its first seed.")]
+        blocks += [Paragraph("For each configuration, the curves show the run of its first seed.")]
     blocks += [Heading("Throughput"), *throughput(histories)]
-    if isinstance(next(iter(configs.values())), Config):  # a task's model has no words to put in a gap
-        blocks += [Heading("Words in gaps"), *(examples(first, texts) if gaps is None else gaps)]
+    if isinstance(next(iter(configs.values())), Config):  # a fine-tuned model has no MLM head
+        blocks += [Heading("Masked words"), *(masked_word_examples(first, texts) if examples is None else examples)]
     for name in runs:
         blocks += [Heading(name if len(runs) > 1 else "Details"), *details(histories[name], configs[name])]
     write_whole(output / "report.html", to_html(title, blocks))

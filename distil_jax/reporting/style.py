@@ -1,10 +1,10 @@
-"""How a page and its curves look: one palette for paper, for screens and for screens at night."""
+"""The style of a report: one palette for the HTML page and the curves, on paper, light and dark screens."""
 
 from __future__ import annotations
 
-# A run's colour on white and on black, and its dashes (points on, points off). The colours are those that colour-blind
-# eyes tell apart (Okabe and Ito, 2008), lighter on black; the dashes serve print without colours.
-RUNS = (
+# The line style of each run: its colour on a light and on a dark background, and its dashes (points on, points off).
+# Colour-blind people can tell these colours apart (Okabe and Ito, 2008). The dashes tell runs apart in black and white.
+RUN_STYLES = (
     ("#0072b2", "#5cb0f2", ()),
     ("#d55e00", "#ff8f4d", (6, 2)),
     ("#009e73", "#33cc9f", (2, 1.5)),
@@ -12,19 +12,23 @@ RUNS = (
     ("#b58900", "#efc14a", (9, 3)),
     ("#4f4f4f", "#c4c4c4", (3, 3)),
 )
-# What the curves are drawn in, and the CSS variable that stands for it in HTML, so that one drawing suits any screen.
+# The colours of the curves' text, axes and grid. In HTML all colours are replaced by CSS variables, so that a curve
+# follows the page's light or dark theme.
 INK, MUTED, GRID = "#1f2329", "#626a73", "#e3e6ea"
-_NIGHT = {"ink": "#e6e9ed", "muted": "#9aa3ad", "grid": "#343b43"}
-VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid"} | {light: f"run-{i}" for i, (light, _, _) in enumerate(RUNS)}
+_DARK_COLOURS = {"ink": "#e6e9ed", "muted": "#9aa3ad", "grid": "#343b43"}
+VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid"}
+VARIABLES |= {light: f"run-{i}" for i, (light, _, _) in enumerate(RUN_STYLES)}
 
 
 def _variables(colours: dict[str, str]) -> str:
+    """CSS that sets variables to colours."""
     return " ".join(f"--{name}: {colour};" for name, colour in colours.items())
 
 
 _LIGHT = _variables({name: colour for colour, name in VARIABLES.items()} | {"paper": "#ffffff", "panel": "#f6f7f9"})
 _DARK = _variables(
-    _NIGHT | {f"run-{i}": dark for i, (_, dark, _) in enumerate(RUNS)} | {"paper": "#14171b", "panel": "#1d2126"}
+    {**_DARK_COLOURS, **{f"run-{i}": dark for i, (_, dark, _) in enumerate(RUN_STYLES)}}
+    | {"paper": "#14171b", "panel": "#1d2126"}
 )
 
 CSS = f"""\

@@ -15,7 +15,7 @@ from distil_jax.config.task import FinetuneConfig
 from distil_jax.evaluation.baseline import baseline_scores
 from distil_jax.evaluation.speed import encoder_seconds
 from distil_jax.models.encoder import count_parameters
-from distil_jax.reporting.comparison import Comparison, into_card, tables, write
+from distil_jax.reporting.comparison import Comparison, add_to_card, tables, write
 from distil_jax.runtime import processes
 from distil_jax.runtime.program import keep_compiled
 from distil_jax.runtime.run_folder import Model, open_model
@@ -105,7 +105,7 @@ def _report(comparison: Comparison, output: Path, folders: Sequence[str]) -> Non
         for folder in folders:
             card = user_path(folder) / "README.md"
             if card.is_file():
-                into_card(card, lines)
+                add_to_card(card, lines)
     print(f"\nWrote {output / 'compare.md'}, {output / 'compare.json'} and {output / 'compare.png'}.")
 
 

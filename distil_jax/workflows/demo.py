@@ -21,9 +21,9 @@ from distil_jax.evaluation.speed import encoder_seconds
 from distil_jax.files import unfinished
 from distil_jax.io.metrics import read_metrics
 from distil_jax.models.encoder import count_parameters
-from distil_jax.reporting.masked_words import compare
 from distil_jax.reporting.history import history
 from distil_jax.reporting.markdown import mean_and_spread
+from distil_jax.reporting.masked_words import prediction_table
 from distil_jax.reporting.page import Paragraph, Table, to_markdown
 from distil_jax.reporting.report import write_report
 from distil_jax.runtime.run_folder import open_model
@@ -124,12 +124,12 @@ def _report(output: Path, seeds: Sequence[int], limit: int) -> dict[str, list[di
         training_seconds = [history(run_lines).step_seconds for run_lines in trained.get(name, ())]
         rows.append(_row(name, model.config, by_seed, 32 * length / seconds[kind], training_seconds))
     note = _NOTE + (f" Mean ± standard deviation over {len(seeds)} seeds." if len(seeds) > 1 else "")
-    head, gaps = [Table(_COLUMNS, rows), Paragraph(note)], compare(teacher, student, _EXAMPLES)
-    print(to_markdown([*head, *gaps]), end="")
+    head, examples = [Table(_COLUMNS, rows), Paragraph(note)], prediction_table(teacher, student, _EXAMPLES)
+    print(to_markdown([*head, *examples]), end="")
     if not (output / "student").exists():
         export(student, output / "student")
     shown = {"distilled": runs["distilled"][0], "without the teacher": runs["undistilled"][0]}
-    write_report(shown, output, title="A student distilled on this machine", head=head, gaps=gaps)
+    write_report(shown, output, title="A student distilled on this machine", head=head, examples=examples)
     return metrics
 
 
