@@ -40,7 +40,7 @@ class Workload:
       step: the step to compile; its accumulation is chosen later, for the topology.
       length: positions in a row.
       row_tokens: mean number of real tokens in a row, without padding.
-      steps: optimiser steps of the whole run, or None if the amount of text is unknown.
+      steps: optimiser steps of the whole run, or None if they depend on an unknown amount of text.
       assumptions: what was assumed because data or teacher are missing, one sentence each.
     """
 

@@ -78,7 +78,7 @@ def _task_card(model: Model) -> str:
         + (f" ({', '.join(task.label_names[:20])})" if task.label_names else ""),
         f"- {metadata['data']['examples']:,} examples to train on from {_code(task.train)}; the best checkpoint was "
         f"chosen on {metadata['data']['dev']:,} examples {dev}",
-        f"- at most {task.max_length} tokens per example",
+        f"- at most {task.max_length} tokens per row",
         *_data_problems(metadata["data"].get("counts", {})),  # older runs have no counts
         "",
         "## Training",
