@@ -101,7 +101,9 @@ def test_tables_are_records_for_text_too(tmp_path):
         counts: Counter[str] = Counter()
         assert texts_of(path, counts=counts) == TEXTS and counts["bytes"] == len(data)
         assert len(read_splits(TaskConfig(train=path, dev=path)).train) == 300
-        with pytest.raises(InputError, match=r"line 2 has no field 'body': choose one of its own \(text, label\)"):
+        with pytest.raises(
+            InputError, match=r"line 2 has no field 'body' \(its fields: text, label\): name one with --text-field"
+        ):
             list(corpus.read([path], text_field="body", counts=Counter()))
 
 
@@ -133,18 +135,18 @@ def archive(kind: str) -> bytes:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"\x28\xb5\x2f\xfd\x24\x09", r"is compressed with zstd, .*: unpack it first"),
+        (b"\x28\xb5\x2f\xfd\x24\x09", r"is compressed with zstd, .*: decompress it first"),
         (archive("zip"), "is a ZIP archive"),
         (archive("w"), "is a tar archive"),
-        (archive("w:gz"), "unpacked, is a tar archive"),
+        (archive("w:gz"), "decompressed, is a tar archive"),
         (b"%PDF-1.7\n", "is a PDF: extract its text"),
         (b"\x7fELF\x02", "is a program"),
-        (bytes(range(9)) * 9 + b"\0" * 90, "is binary, and no text"),
-        (b"\x89PNG\r\n\x1a\n" + random.Random(0).randbytes(90), "is binary, and no text"),
+        (bytes(range(9)) * 9 + b"\0" * 90, "is binary, not text"),
+        (b"\x89PNG\r\n\x1a\n" + random.Random(0).randbytes(90), "is binary, not text"),
         (PLAIN.decode().encode("utf-16"), "is UTF-16: convert it"),
         (PLAIN.decode().encode("utf-32"), "is UTF-32: convert it"),
-        (PLAIN.decode().encode("utf-16-le"), "is UTF-16 without a mark: .* -f UTF-16LE"),
-        (PLAIN.decode().encode("utf-16-be"), "is UTF-16 without a mark: .* -f UTF-16BE"),
+        (PLAIN.decode().encode("utf-16-le"), "is UTF-16 without a byte order mark: .* -f UTF-16LE"),
+        (PLAIN.decode().encode("utf-16-be"), "is UTF-16 without a byte order mark: .* -f UTF-16BE"),
         (PLAIN.replace(b"\n", b"\r"), "ends its lines with CR alone"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -161,11 +163,11 @@ def test_few_lines_that_are_no_text_are_counted_and_many_refused(tmp_path, name)
         counts: Counter[str] = Counter()
         assert texts_of(write(tmp_path / name, good + bad * 20), counts=counts) == TEXTS
         assert counts["invalid_lines"] == 20
-        with pytest.raises(InputError, match="is no UTF-8 text: 40 of its first 340 lines"):
+        with pytest.raises(InputError, match="is not UTF-8 text: 40 of its first 340 lines"):
             texts_of(write(tmp_path / name, good + bad * 40))
     # Of a long file that shows early.
     path = write(tmp_path / name, b"\xe9\n" * 5_000_000)
-    lines = sources.decoded(path, sources.file_lines(path), Counter())
+    lines = sources.decode_lines(path, sources.file_lines(path), Counter())
     with pytest.raises(InputError, match="999 of its first 1,000 lines"):
         next(lines)
 
@@ -177,17 +179,22 @@ def test_a_json_object_over_several_lines_and_a_field_twice_are_refused(tmp_path
     refused(
         write(tmp_path / "a.txt", b'{\n "version": 1,\n "data": []\n}\n'), r"one JSON object .* version, data: write"
     )
-    refused(write(tmp_path / "b.jsonl", b'{"text": "a", "text": "b"}\n'), "line 1 is not JSON .*names 'text' twice")
+    refused(
+        write(tmp_path / "b.jsonl", b'{"text": "a", "text": "b"}\n'), "line 1 is not JSON .*has the key 'text' twice"
+    )
     refused(write(tmp_path / "c.jsonl", LIST[:-1]), "line 1 is not JSON")
 
 
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (table() + table(), r"a\.csv line 302 repeats the first line.*: it looks like two files"),
+        (table() + table(), r"a\.csv line 302 repeats the first line.*: two files seem to be concatenated"),
         (table() + b"\xef\xbb\xbf" + table(), r"a\.csv line 302 repeats the first line"),
-        (table(";"), r"names one field, 'text;label': it seems to be separated by a semicolon, and .* by a comma"),
-        (table("\t"), r"it seems to be separated by a tab"),
+        (
+            table(";"),
+            r"names one field, 'text;label': its fields seem to be separated by a semicolon, but .* by a comma",
+        ),
+        (table("\t"), r"its fields seem to be separated by a tab"),
         (b"sep=;\r\n" + table(";"), r"names one field, 'sep=;'"),
     ],
 )

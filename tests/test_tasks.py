@@ -334,8 +334,8 @@ def test_fewer_training_examples_are_some_of_the_more(tmp_path):
 
 def test_a_split_that_leaves_nothing_is_refused(tmp_path):
     records = [{"text": "same", "label": n} for n in range(2)]
-    for share, lacking in ((0.001, "judge by"), (0.999, "train on")):
-        with pytest.raises(InputError, match=rf"leaves none to {lacking}: set task\.dev_share"):
+    for share, lacking in ((0.001, "evaluate on"), (0.999, "train on")):
+        with pytest.raises(InputError, match=rf"leaves none to {lacking}: change task\.dev_share"):
             read_splits(text_task(tmp_path, records, dev_share=share))
 
 
@@ -539,7 +539,7 @@ def test_labels_that_were_kept_back_are_told_from_classes(tmp_path):
         table = datasets.Dataset.from_dict({"text": ["a", "b"], "label": labels}, features=names)
         table.to_parquet(str(tmp_path / f"{part}.parquet"))
     train, test = str(tmp_path / "train.parquet"), str(tmp_path / "test.parquet")
-    with pytest.raises(InputError, match=r"record 1 has no label \(-1\), as the test examples .*: take a source"):
+    with pytest.raises(InputError, match=r"record 1 has no label \(-1\), as in the test examples .*: use a source"):
         read_splits(TaskConfig(train=train, dev=train, test=test))
     train = write(tmp_path / "train.jsonl", [{"text": "a", "label": 1.5}, {"text": "b", "label": -1.0}])
     test = write(tmp_path / "test.jsonl", [{"text": "a", "label": -1.0}, {"text": "b", "label": -1.0}])
@@ -547,7 +547,7 @@ def test_labels_that_were_kept_back_are_told_from_classes(tmp_path):
         read_splits(TaskConfig("regression", train=train, dev=train, test=test))
     words = [{"text": ["a", "b"], "label": labels} for labels in ([0, 1], [1, -100])]
     words = write(tmp_path / "words.jsonl", words)
-    with pytest.raises(InputError, match=r"line 2 has the label -100: .*if it says that there is no label"):
+    with pytest.raises(InputError, match=r"line 2 has the label -100: .*if it means that there is no label"):
         read_splits(TaskConfig("tokens", train=words))
 
 
@@ -569,15 +569,15 @@ def test_the_names_of_a_source_are_taken(tmp_path, many):
     assert splits.label_names == ("O", "B-X")
     assert [example.label for example in splits.train] == columns["label"]
     assert read_splits(replace(task, label_names=("no", "yes"))).label_names == ("no", "yes")
-    with pytest.raises(InputError, match=r"other\.parquet names the labels B-X, O, and .*a\.parquet O, B-X"):
+    with pytest.raises(InputError, match=r"other\.parquet names the labels B-X, O, but .*a\.parquet names O, B-X"):
         read_splits(replace(task, dev=save("other.parquet", ["B-X", "O"])))
-    with pytest.raises(InputError, match=r"a\.parquet names the labels O, B-X, and the task B-X, O: its numbers"):
+    with pytest.raises(InputError, match=r"a\.parquet names the labels O, B-X, but the task names B-X, O: its indices"):
         read_splits(replace(task, label_names=("B-X", "O")))
-    with pytest.raises(InputError, match=r"label 1: it may be a name or count the names from 0"):
+    with pytest.raises(InputError, match=r"label 1: it may be the name or the index of a label"):
         read_splits(replace(task, label_names=("1", "0")))
     if not many:  # numbers of a source without names do not count those of another one
         words = write(tmp_path / "words.csv", [{"text": "a", "label": "B-X"}, {"text": "b", "label": "O"}])
-        with pytest.raises(InputError, match=r"a\.parquet names the labels O, B-X, and the task B-X, O"):
+        with pytest.raises(InputError, match=r"a\.parquet names the labels O, B-X, but the task names B-X, O"):
             read_splits(TaskConfig(train=words, dev=path))
 
 
@@ -606,14 +606,14 @@ SOUND = '{"text": "a", "label": 0}\n{"text": "b", "label": 1}\n'
     [
         ("a.csv", b"", r"a\.csv is empty: its first line must name the fields"),
         ("a.csv", b"\n\n", r"a\.csv is empty"),
-        ("a.csv", b"text,label\n", r"a\.csv holds no examples"),
+        ("a.csv", b"text,label\n", r"a\.csv has no examples"),
         ("a.csv", b"text,label\na,0\nb\n", r"a\.csv line 3 has 1 fields, but the first line names 2 \(text, label\)"),
         ("a.tsv", b"text\tlabel\na\t0\n\nb\t1\t2\n", r"a\.tsv line 4 has 3 fields"),
         ("a.csv", b"text,label,text\na,0,b\n", r"first line of .*a\.csv names the field 'text' twice"),
         ("a.csv", b"text,label\na,0\n\xff,1\n", r"a\.csv line 3 is not UTF-8"),
         ("a.jsonl", SOUND.encode() + b'{"text": "\xff"}\n', r"a\.jsonl line 3 is not UTF-8"),
         ("a.tsv", "text\tlabel\n".encode("utf-16"), r"a\.tsv is UTF-16: convert"),
-        ("a.csv", b"text,label\na\0b,0\n", r"a\.csv line 2 holds a NUL"),
+        ("a.csv", b"text,label\na\0b,0\n", r"a\.csv line 2 contains a NUL"),
         ("a.csv", b"text,label\na,0\n" + b"x" * 17_000_000 + b",1\n", r"a\.csv line 3 is not CSV \(field larger than"),
         ("a.tsv", b"text\tlabel\n" + b"x" * 17_000_000 + b"\t1\n", r"a\.tsv line 2 is not TSV \(field larger than"),
         ("a.csv", b'text,label\n"a,0\nb,1\n', r"a\.csv line 2 is not CSV \(unexpected end of data\)"),
@@ -622,26 +622,26 @@ SOUND = '{"text": "a", "label": 0}\n{"text": "b", "label": 1}\n'
         (
             "a.csv",
             b"texts,label\na,0\n",
-            r"line 2 has no field 'text': did you mean 'texts' of its own \(texts, ",
+            r"line 2 has no field 'text' \(its fields: texts, .*\): did you mean 'texts'\?",
         ),
-        ("a.csv", b"body,label\na,0\n", r"line 2 has no field 'text': choose one of its own \(body, label\)"),
+        ("a.csv", b"body,label\na,0\n", r"line 2 has no field 'text' \(its fields: body, label\): name one of these"),
         ("a.jsonl", SOUND + '{"text": "a"}\n', r"a\.jsonl line 3 has no field 'label'"),
         ("a.jsonl", SOUND + "\n{", r"a\.jsonl line 4 is not JSON"),
         ("a.jsonl", SOUND + "[1]\n", r"a\.jsonl line 3 is a list"),
-        ("a.jsonl", SOUND + '{"text": 1, "label": 0}\n', r"line 3: the field 'text' must hold text, and not int"),
-        ("a.jsonl", SOUND + '{"text": "\\ud800", "label": 0}\n', r"line 3 holds half a character"),
+        ("a.jsonl", SOUND + '{"text": 1, "label": 0}\n', r"line 3: the field 'text' must be text, not int"),
+        ("a.jsonl", SOUND + '{"text": "\\ud800", "label": 0}\n', r"line 3 has an unpaired surrogate"),
         ("a.jsonl", SOUND + '{"text": "a", "label": null}\n', r"line 3 has no label \(None\): leave such"),
         (
             "a.jsonl",
             SOUND + '{"text": "a", "label": -1}\n',
             r'line 3 has the label -1: if .* a class, .*\["-1", "0", "1"\]',
         ),
-        ("a.jsonl", SOUND + '{"text": "a", "label": "-1"}\n', r"line 3 has the label -1: .*; if it says .* no label"),
+        ("a.jsonl", SOUND + '{"text": "a", "label": "-1"}\n', r"line 3 has the label -1: .*; if it means .* no label"),
         ("a.jsonl", SOUND + '{"text": "a", "label": 0.5}\n', r"line 3 has the label 0\.5: it must be a whole number"),
         ("a.jsonl", SOUND + '{"text": "a", "label": [0]}\n', r"line 3 has the label \[0\]"),
         ("a.jsonl", '{"text": "a", "label": 1}\n', r"labels of .* are 1: a task needs at least two"),
         ("a.parquet", b"no parquet", r"Cannot read .*a\.parquet with the datasets library"),
-        ("a.txt", b"a", r"a\.txt is no source of examples: name a \.csv"),
+        ("a.txt", b"a", r"a\.txt is plain text, not records: name a \.csv"),
     ],
 )
 def test_bad_input_is_one_sentence(tmp_path, name, data, message):
@@ -663,13 +663,13 @@ def test_labels_that_training_lacks_are_named(tmp_path):
     train = write(tmp_path / "a.jsonl", [{"text": "x", "label": label} for label in ("no", "yes")])
     for label, shown in (("maybe", "'maybe'"), (1, "1"), ("0", "'0'")):
         dev = write(tmp_path / "b.jsonl", [{"text": "x", "label": "no"}, {"text": "x", "label": label}])
-        with pytest.raises(InputError, match=rf"b\.jsonl line 2 has the label {shown}, and the labels are no, yes"):
+        with pytest.raises(InputError, match=rf"b\.jsonl line 2 has the label {shown}, but the labels are no, yes"):
             read_splits(TaskConfig(train=train, dev=dev))
     for label in (2, "2", 1e300):
         dev = write(tmp_path / "b.jsonl", [{"text": "x", "label": label}])
-        with pytest.raises(InputError, match=r"b\.jsonl line 1 has the label .*, and the labels are no, yes"):
+        with pytest.raises(InputError, match=r"b\.jsonl line 1 has the label .*, but the labels are no, yes"):
             read_splits(TaskConfig(train=train, dev=dev, label_names=("no", "yes")))
-    with pytest.raises(InputError, match=r"line 1 has the label 0, and the labels are 1, 2"):
+    with pytest.raises(InputError, match=r"line 1 has the label 0, but the labels are 1, 2"):
         labels_of(tmp_path, [0, 1], label_names=("1", "2"))  # a name is a number: numbers are names
     with pytest.raises(InputError, match=r"are a, a: a task needs at least two, all different"):
         labels_of(tmp_path, [0, 1], label_names=("a", "a"))
@@ -685,7 +685,7 @@ def test_a_regression_needs_finite_numbers(tmp_path, label):
     ("record", "message"),
     [
         ({"text": "a b", "label": [0]}, "line 2: the field 'text' must be a list of words"),
-        ({"text": ["a", 1], "label": [0, 0]}, "must hold text, and not int"),
+        ({"text": ["a", 1], "label": [0, 0]}, "must be text, not int"),
         ({"text": ["a"], "label": 0}, "line 2 must have a list of labels"),
         ({"text": ["a"], "label": [0, 1]}, "line 2 has 2 labels for 1 words"),
         ({"text": ["a"], "label": [None]}, r"line 2 has no label \(None\)"),

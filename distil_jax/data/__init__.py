@@ -1,1 +1,1 @@
-"""Where rows come from: text -> tokens -> packed rows on disk -> batches."""
+"""Data pipelines: text -> tokens -> packed rows on disk -> batches, and labelled examples -> tables -> batches."""

@@ -1,6 +1,6 @@
-"""The English that every installation has: paragraphs of the docstrings of its scientific packages.
+"""English text that every installation has: the paragraphs in the docstrings of installed Python packages.
 
-It is read where it is installed and never redistributed; what an offline demonstration trains on.
+An offline demonstration trains on it. The text is read from the installed packages and never redistributed.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-# Read where they are installed, in this order.
+# Packages whose docstrings are read, in this order. Those that are not installed are skipped.
 PACKAGES = (
     "numpy", "scipy", "jax", "flax", "optax", "orbax", "datasets", "huggingface_hub", "pandas", "transformers",
 )  # fmt: skip
-FIRST_WORDS = 60  # as many as tell two paragraphs apart
-BLOCKS = ("body", "cases", "handlers", "orelse", "finalbody")  # the fields in which a statement holds others
+FIRST_WORDS = 60  # paragraphs with the same first words count as one
+BLOCKS = ("body", "cases", "handlers", "orelse", "finalbody")  # the fields of a syntax node that contain statements
 
 
-@functools.cache  # half a minute of parsing for 11 MB, and training a vocabulary reads the text three times
+@functools.cache  # parsing 11 MB takes half a minute, and training a vocabulary reads the text three times
 def paragraphs() -> Mapping[str, frozenset[str]]:
-    """Each paragraph once, with the last names (of functions, classes, modules) of the objects it is written under.
+    """Each distinct paragraph, with the names of the functions, classes and modules in whose docstrings it occurs.
 
-    Names matter because numpy, jax.numpy and pandas repeat each other, often with another comma, case or ending: what
-    has the same first words is one paragraph, and the first of its kind stands for all. Nothing is imported to be read.
+    numpy, jax.numpy and pandas repeat each other's docstrings, often with another comma, case or ending. So paragraphs
+    with the same first words are one, in the form in which it comes first. The packages are parsed, not imported.
     """
     by_beginning: dict[str, tuple[str, set[str]]] = {}
     with _no_garbage_collection():
@@ -41,39 +41,39 @@ def paragraphs() -> Mapping[str, frozenset[str]]:
 
 
 def words(paragraph: str) -> list[str]:
-    """Its words and numbers, without case and punctuation."""
+    """The words and numbers of a paragraph, case-folded and without punctuation."""
     return re.findall(r"[^\W_]+", paragraph.casefold())
 
 
 def _files() -> Iterator[Path]:
     for package in PACKAGES:
-        spec = importlib.util.find_spec(package)  # finds without importing
+        spec = importlib.util.find_spec(package)  # does not import the package
         for folder in (spec.submodule_search_locations or ()) if spec else ():
             yield from sorted(Path(folder).rglob("*.py"))
 
 
 @contextlib.contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Syntax trees hold no cycles, and looking for some takes as long as parsing them."""
-    collected = gc.isenabled()
+    """Turns off the garbage collector: syntax trees have no cycles, and it takes as long as parsing the files."""
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if collected:
+        if was_enabled:
             gc.enable()
 
 
 def _docstrings(path: Path) -> Iterator[tuple[str, str]]:
-    """The docstrings of a file, each with the last name of its object."""
+    """Name and docstring of every module, class and function in a file. The name is unqualified."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about other people's escapes
+        warnings.simplefilter("ignore")  # invalid escape sequences in other people's code
         try:
             tree = ast.parse(path.read_bytes())
-        except (SyntaxError, ValueError, OSError):  # templates, and tests of broken files
+        except (SyntaxError, ValueError, OSError):  # some packages contain templates and broken files for tests
             return
     nodes: list[ast.AST] = [tree]
-    while nodes:  # statements only: `ast.walk` takes several times as long
+    while nodes:  # visits statements only, because `ast.walk` takes several times as long
         node = nodes.pop()
         nodes += reversed([child for block in BLOCKS for child in getattr(node, block, ())])
         if isinstance(node, ast.Module):
@@ -87,6 +87,7 @@ def _docstrings(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _english(text: str) -> Iterator[str]:
+    """The paragraphs of a docstring that are prose, not code or tables."""
     for block in re.split(r"\n\s*\n", text):
         paragraph = " ".join(block.split())
         if len(paragraph) < 80 or ">>>" in paragraph:
