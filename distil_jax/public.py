@@ -1,6 +1,6 @@
-"""The table of contents of what research code calls; each name is one of the package `distil_jax` itself."""
+"""The public names, which research code imports from the package `distil_jax` itself."""
 
-# The ground: configurations and the values that travel.
+# Configurations.
 from distil_jax.config.model import HeadConfig as HeadConfig
 from distil_jax.config.model import ModelConfig as ModelConfig
 from distil_jax.config.objective import LossConfig as LossConfig
@@ -33,6 +33,8 @@ from distil_jax.objective.losses import mse_loss as mse_loss
 from distil_jax.objective.masking import mask_tokens as mask_tokens
 from distil_jax.objective.masking import masking_weights as masking_weights
 from distil_jax.objective.tasks import TaskObjective as TaskObjective
+
+# Errors and data structures.
 from distil_jax.schema import InputError as InputError
 from distil_jax.structs import Batch as Batch
 from distil_jax.structs import Encoded as Encoded

@@ -1,10 +1,10 @@
-"""The values that travel between the rooms, and the one legend of axis letters.
+"""The data structures that all packages share, and the letters that name axes.
 
-Names such as `hidden_BxLxD` carry their shape in these letters:
+A name such as `hidden_BxLxD` gives the shape of an array in these letters:
 
   B  rows of a batch            D  width of the hidden states     H  attention heads
   L  positions in a row         F  width of the feed-forward      K  width of one head
-  V  vocabulary, padded         M  MLM targets kept per row       N  stacked layers
+  V  vocabulary, padded         M  most MLM targets in a row      N  stacked layers; rows of a data set
   C  labels of a task
 """
 
@@ -19,7 +19,7 @@ from distil_jax.schema import require
 
 Array = jax.Array
 
-IGNORED = -100  # the label of a position that is no target (the convention of PyTorch and `transformers`)
+IGNORED = -100  # the label of a position that is not a target, as in PyTorch and `transformers`
 
 
 @struct.dataclass
@@ -28,11 +28,11 @@ class Rows:
 
     Attributes:
       input_ids: [B, L] int32.
-      segment_ids: [B, L] int32; 0 is padding, and tokens see each other only inside one segment: one array is both
-        the attention mask and the packing.
-      position_ids: [B, L] int32; each segment counts from 0.
-      row_index: [B] int32, the row's number in the data set: masks are drawn from it, so they do not depend on
-        how the batch is cut.
+      segment_ids: [B, L] int32; 0 is padding. Tokens attend only to tokens of their own segment, so this array is
+        the attention mask, also for packed rows.
+      position_ids: [B, L] int32; they count from 0 in each segment.
+      row_index: [B] int32, the index of each row in the data set. Masks are drawn from it, so they do not depend on
+        how rows are divided into batches.
     """
 
     input_ids: Array
@@ -47,10 +47,10 @@ class Batch:
 
     Attributes:
       input_ids, segment_ids, position_ids: [B, L] int32, as in `Rows`.
-      labels: [B, L] int32 for language modelling, `IGNORED` where a position is no target; whatever a task needs
-        otherwise.
+      labels: [B, L] int32 for language modelling, `IGNORED` at positions that are not targets; for a task, see
+        `TaskObjective`.
       token_type_ids: [B, L] int32, or None for all zeros.
-      row_index: [B] int32, as in `Rows`: dropout is drawn from it too. None: the row's place in the batch.
+      row_index: [B] int32, as in `Rows`; dropout is drawn from it too. None: the index of each row in the batch.
     """
 
     input_ids: Array
@@ -64,52 +64,53 @@ class Batch:
     def from_padded(
         cls, input_ids: Array, attention_mask: Array, labels: Array, token_type_ids: Array | None = None
     ) -> Batch:
-        """A batch from ordinary padded arrays, one sequence a row.
+        """Makes a batch from ordinary padded arrays, with one sequence per row.
 
         Args:
           input_ids: [B, L] token ids.
-          attention_mask: [B, L], 1 at real tokens, 0 at padding, of any type.
-          labels: [B, L], `IGNORED` where a position is no target; or a task's, see `TaskObjective`: [B] classes, [B]
-            floats of a regression, which stay floats, [B, 2] spans.
+          attention_mask: [B, L], 1 at tokens and 0 at padding, of any dtype.
+          labels: [B, L], `IGNORED` at positions that are not targets; or a task's (see `TaskObjective`): [B] class
+            indices, [B] floats of a regression, or [B, 2] spans.
           token_type_ids: [B, L], or None for all zeros.
 
         Raises:
-          InputError: a shape or a type is another, or a mask that is not being traced has other values than 0 and 1.
+          InputError: an array has another shape or dtype, or the mask has other values than 0 and 1 (which is not
+            checked while tracing).
         """
-        input_ids = _whole_numbers("input_ids", input_ids)
-        require(input_ids.ndim == 2, f"input_ids must be [B, L], one sequence a row, not {list(input_ids.shape)}.")
-        given = {"attention_mask": jnp.asarray(attention_mask)}
-        if token_type_ids is not None:
-            given["token_type_ids"] = _whole_numbers("token_type_ids", token_type_ids)
-        for name, array in given.items():
+        input_ids = _int32("input_ids", input_ids)
+        require(input_ids.ndim == 2, f"input_ids must be [B, L], one sequence per row, not {list(input_ids.shape)}.")
+        mask = jnp.asarray(attention_mask)
+        types = None if token_type_ids is None else _int32("token_type_ids", token_type_ids)
+        for name, array in (("attention_mask", mask), ("token_type_ids", types)):
             require(
-                array.shape == input_ids.shape,
-                f"{name} must be [B, L] as input_ids are, {list(input_ids.shape)}, not {list(array.shape)}.",
+                array is None or array.shape == input_ids.shape,
+                f"{name} must be [B, L] like input_ids, {list(input_ids.shape)}, not {list(np.shape(array))}.",
             )
-        if not isinstance(given["attention_mask"], jax.core.Tracer):
-            mask = np.asarray(given["attention_mask"])
-            others = mask[(mask != 0) & (mask != 1)]
+        if not isinstance(mask, jax.core.Tracer):
+            host_mask = np.asarray(mask)
+            others = host_mask[(host_mask != 0) & (host_mask != 1)]
             require(
                 not others.size,
-                "attention_mask must be 1 at real tokens and 0 at padding (neither packed nor additive), but holds "
+                "attention_mask must be 1 at tokens and 0 at padding (neither packed nor additive), but contains "
                 f"{others[:1].tolist()}.",
             )
         return cls(
             input_ids=input_ids,
-            segment_ids=given["attention_mask"].astype(jnp.int32),
+            segment_ids=mask.astype(jnp.int32),
             position_ids=jnp.broadcast_to(jnp.arange(input_ids.shape[1], dtype=jnp.int32), input_ids.shape),
             labels=_labels(labels, input_ids.shape),
-            token_type_ids=given.get("token_type_ids"),
+            token_type_ids=types,
         )
 
 
-def _whole_numbers(name: str, values: Array) -> Array:
+def _int32(name: str, values: Array) -> Array:
     array = jnp.asarray(values)
     require(jnp.issubdtype(array.dtype, jnp.integer), f"{name} must be whole numbers, not {array.dtype}.")
     return array.astype(jnp.int32)
 
 
 def _labels(values: Array, shape: tuple[int, int]) -> Array:
+    """Checks that labels fit input_ids of this shape. Integers become int32, floats float32."""
     labels = jnp.asarray(values)
     require(
         labels.shape in (shape, shape[:1], (shape[0], 2)),
@@ -118,7 +119,8 @@ def _labels(values: Array, shape: tuple[int, int]) -> Array:
     if not jnp.issubdtype(labels.dtype, jnp.floating):
         return labels.astype(jnp.int32)
     require(
-        labels.ndim == 1, f"labels of type {labels.dtype} are a regression's, one a row: [B], not {list(labels.shape)}."
+        labels.ndim == 1,
+        f"labels of dtype {labels.dtype} are for a regression and must be [B], one per row, not {list(labels.shape)}.",
     )
     return labels.astype(jnp.float32)
 
@@ -129,8 +131,8 @@ class Head:
 
     Attributes:
       kernel: [V, D], the word embedding.
-      bias: [V]; a large finite negative at the ids that only pad the vocabulary, so that they take no probability
-        and leave no trace in a KL, an argmax or a difference of logits.
+      bias: [V]; a large negative, finite number at the ids that pad the vocabulary, so that these have no probability
+        and do not affect a KL divergence, an argmax or a difference of logits.
     """
 
     kernel: Array
@@ -139,13 +141,14 @@ class Head:
 
 @struct.dataclass
 class Encoded:
-    """The output of a model, which stops before the vocabulary: the loss owns the [D, V] product.
+    """The output of a model, without logits: the loss computes them from `features` and `head`.
 
     Attributes:
       hidden: [B, L, D], the last hidden states.
-      features: [B, L, D], the MLM transform's output, or None without an MLM head.
-      head: what turns features into logits, or None.
-      pooled: [B, D], tanh of BERT's pooler on each row's first position, or None without a pooler.
+      features: [B, L, D], the output of the MLM transform, or None without an MLM head.
+      head: projects features to logits; None without an MLM head.
+      pooled: [B, D], the output of BERT's pooler (a dense layer and tanh) at each row's first position, or None without
+        a pooler.
     """
 
     hidden: Array
@@ -156,7 +159,7 @@ class Encoded:
 
 @struct.dataclass
 class Mean:
-    """A mean that is not divided yet: sums and counts add up over micro-batches, devices and evaluation batches."""
+    """A mean as a sum and a count, which can be added up over micro-batches, devices and evaluation batches."""
 
     total: Array
     count: Array
@@ -165,15 +168,15 @@ class Mean:
         return Mean(self.total + other.total, self.count + other.count)
 
     def value(self) -> Array:
-        """The mean, and 0 where nothing was counted."""
+        """The mean, or 0 if the count is 0."""
         return self.total / jnp.maximum(self.count, 1)
 
     @classmethod
     def of(cls, values: Array, where: Array) -> Mean:
         """The mean of `values` over the positions where `where` is true.
 
-        What stands elsewhere may be anything and gets a gradient of 0. Whoever made it from numbers that may be
-        infinite or NaN sets those aside before: 0 times them is NaN on the way back.
+        The values elsewhere may be anything, and their gradient is 0. But if computing them has an infinite or NaN
+        derivative, their inputs must be replaced before, because the backward pass multiplies it by 0, which gives NaN.
         """
         values = jnp.asarray(values, jnp.float32)
         return cls(jnp.sum(jnp.where(where, values, 0)), jnp.sum(where, dtype=jnp.float32))
@@ -185,7 +188,8 @@ Metrics = dict[str, Mean]
 def sinusoidal_table(max_positions: int, hidden_size: int) -> np.ndarray:
     """Fixed position embeddings, [max_positions, hidden_size] float32 (Vaswani et al., 2017, section 3.5).
 
-    It stands on the ground floor because a model computes it and a model folder stores it.
+    They are defined here because both `models`, which adds them, and `io`, which writes them to model folders, need
+    them.
     """
     angles = np.arange(max_positions)[:, None] / 10_000 ** (2 * (np.arange(hidden_size) // 2) / hidden_size)
     table = np.empty((max_positions, hidden_size), np.float32)

@@ -110,7 +110,7 @@ def test_a_task_is_learnt_and_the_best_checkpoint_is_what_remains(finished, task
     card = (finished / "model" / "README.md").read_text()
     assert f"{scores['test']['f1']:.4f}" in card and "text-classification" in card and "160 examples" in card
     lines = [line.split(",") for line in (tasks / "train.csv").read_text().splitlines()[1:]]
-    assert f"- train: {len(lines) - len({*map(tuple, lines)}):,} with the text of another one" in card
+    assert f"- train: {len(lines) - len({*map(tuple, lines)}):,} with the same text as an earlier one" in card
 
 
 def test_other_cadences_of_saving_deliver_the_same_model(finished, workshop, tasks, tmp_path, capsys):
@@ -150,7 +150,7 @@ def test_eval_judges_a_run_and_its_folder_as_the_run_did(finished, tasks, tmp_pa
         assert (
             numbers == printed
             and "cat " in dev
-            and re.fullmatch(r"test: .*; \d+ with the text of one that trains", test)
+            and re.fullmatch(r"test: .*; \d+ with the same text as a training example", test)
         )
 
 

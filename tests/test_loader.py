@@ -199,7 +199,7 @@ def test_a_damaged_manifest_is_named(folder, tmp_path):
     for damaged, message in (
         (text[:-30], "is damaged"),
         ("[1]", "has format None"),
-        (text.replace('"format": 1', '"format": 2'), "has format 2, and this version reads 1"),
+        (text.replace('"format": 1', '"format": 2'), "has format 2, but this version of distil-jax reads 1"),
         (text.replace('"pad_id": 9', '"pad_id": "9"'), "is damaged .*pad_id"),
         (text.replace('"pad_id": 9, ', ""), "is damaged .*pad_id"),
         (text.replace("train/segment_ids.npy", "train/other.npy"), r"does not list train/segment_ids\.npy"),
@@ -265,7 +265,7 @@ def test_a_manifest_that_cannot_be_is_refused(folder):
         ({"tokenizer_fingerprint": "\ud800"}, "text that UTF-8 can hold"),
         ({"files": [*values["files"], file | {"header": -1}]}, "A header of -1"),
         ({"files": [*values["files"], file | {"path": "a\0b"}]}, "outside the folder"),
-        ({"files": [*values["files"], file | {"path": "train"}]}, "is no file"),
+        ({"files": [*values["files"], file | {"path": "train"}]}, "is not a file"),
     ):
         (folder / "manifest.json").write_text(json.dumps(values | changes))
         with pytest.raises(InputError, match=message):
@@ -355,5 +355,5 @@ def test_an_id_that_the_vocabulary_lacks_is_named(folder):
     (folder / "manifest.json").write_text(json.dumps(values))
     table = loader.open_rows(folder, "train")
     first = np.flatnonzero((np.load(folder / "train" / "input_ids.npy") >= 50).any(axis=1))[0]
-    with pytest.raises(InputError, match=rf"Row {first} .* the vocabulary has 50"):
+    with pytest.raises(InputError, match=rf"Row {first} .* but the vocabulary has 50"):
         table.gather(np.arange(ROWS))

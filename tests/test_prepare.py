@@ -343,10 +343,10 @@ def test_folders_with_only_a_vocabulary(tmp_path, tokenizer):
     [
         ({}, "no-such-thing is neither a folder nor a hub id"),
         ({"readme": ""}, r"holds no tokenizer: it needs tokenizer\.json"),
-        ({"vocab.txt": "\n\n", "config.json": '{"model_type": "bert"}'}, "knows special tokens only"),
+        ({"vocab.txt": "\n\n", "config.json": '{"model_type": "bert"}'}, "has only special tokens"),
         ({"tokenizer.json": "{"}, r"tokenizer\.json is not a tokenizer file"),
         ({"tokenizer.json": "{}"}, r"tokenizer\.json is not a tokenizer file"),
-        ({"vocab.txt": "", "config.json": '{"model_type": "bert"}'}, "knows special tokens only"),
+        ({"vocab.txt": "", "config.json": '{"model_type": "bert"}'}, "has only special tokens"),
     ],
 )
 def test_tokenizers_that_cannot_be_used(tmp_path, monkeypatch, files, message):
@@ -396,15 +396,15 @@ def files_below(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("text", "changes", "message"),
     [
-        ("", {}, "hold no text"),
+        ("", {}, "contain no text"),
         (b"\xff\xfe\xfd\n\xff\n", {}, "UTF-16"),
-        (b"\xff\n\xff\n", {}, r"hold no text \(2 lines are not UTF-8\)"),
+        (b"\xff\n\xff\n", {}, r"contain no text \(2 lines are not UTF-8\)"),
         ("the cat\n\nthe mat", {}, "2 sequences are shorter than 12 tokens"),
         ("ω " * 30, {}, "1 have 50% unknown words or more"),
         ("the cat sat on " * 10, {"held_out": 0.999}, "1 are held out"),
         ("the cat sat on " * 10, {"held_out": 1e-9}, "No sequence is held out"),
         ("the cat sat on " * 10, {"tokenizer": "", "train_vocabulary": 10}, "too small for this text"),
-        ("the cat", {"tokenizer": "", "train_vocabulary": 99, "held_out": 0.999}, "no text on the training side"),
+        ("the cat", {"tokenizer": "", "train_vocabulary": 99, "held_out": 0.999}, "no text to train a vocabulary on"),
         ("the cat", {"sources": ("gone.txt",)}, "no file, folder or match 'gone.txt'"),
     ],
 )
@@ -522,7 +522,7 @@ def test_the_command_tells_what_it_passed_over(tmp_path, tokenizer, capsys):
     ("text", "advice"),
     [
         ("the cat\n\nthe mat", r"join the lines of a document \(--sequence document\), or lower --min-tokens\.$"),
-        ("ω " * 30, r"take a tokenizer that knows the language of the text"),
+        ("ω " * 30, r"use a tokenizer for the language of the text"),
         ("the cat sat on " * 10, r"lower --held-out"),
         (b"the cat\n" + b"\xff\n" * 9, r"convert the text to UTF-8\.$"),
     ],

@@ -96,11 +96,11 @@ def test_rows_are_those_of_transformers(tokenizer, length, stride):
     assert batch.input_ids.tolist() == expected["input_ids"]
     assert batch.segment_ids.tolist() == expected["attention_mask"]
     assert batch.token_type_ids.tolist() == expected["token_type_ids"]
-    assert table.example.tolist() == expected["overflow_to_sample_mapping"]
+    assert table.example_index.tolist() == expected["overflow_to_sample_mapping"]
     assert (len(table) > 60) == (length < 384)
-    for row, number in enumerate(table.example):
-        second, end = table.second[row], table.lengths[row] - 1
-        ours = table.offsets[number][table.first[row] : table.first[row] + end - second]
+    for row, number in enumerate(table.example_index):
+        second, end = table.second_start[row], table.lengths[row] - 1
+        ours = table.offsets[number][table.context_start[row] : table.context_start[row] + end - second]
         assert ours.tolist() == [list(each) for each in expected["offset_mapping"][row][second:end]]
 
 
@@ -119,10 +119,10 @@ def test_every_token_of_a_context_is_asked_however_long_the_question(tokenizer, 
     table = span_table(tokenizer, asked, max_length=length, stride=stride)
     assert table.lengths.max() <= length
     covered = [set() for _ in asked]
-    for row, number in enumerate(table.example):
-        first, tokens = table.first[row], table.lengths[row] - 1 - table.second[row]
+    for row, number in enumerate(table.example_index):
+        first, tokens = table.context_start[row], table.lengths[row] - 1 - table.second_start[row]
         covered[number] |= set(range(first, first + tokens))
-        assert table.second[row] - 2 <= (length - 3) // 2
+        assert table.second_start[row] - 2 <= (length - 3) // 2
     assert covered == [set(range(len(offsets))) for offsets in table.offsets]
 
 
@@ -131,7 +131,7 @@ def test_the_labels_give_the_answers_back(tokenizer, length, stride):
     asked = examples(200, seed=3)
     table = span_table(tokenizer, asked, max_length=length, stride=stride)
     result = answers(table, *one_hot(table), max_answer=length)
-    whole = {number for row, number in enumerate(table.example) if table.labels[row].any()}
+    whole = {number for row, number in enumerate(table.example_index) if table.labels[row].any()}
     assert len(whole) == 200 if length == 384 else len(whole) > 100
     for number, example in enumerate(asked):
         if number in whole:
@@ -143,9 +143,9 @@ def test_a_piece_without_the_whole_answer_points_at_cls(tokenizer):
     asked = examples(100, seed=4)
     table = span_table(tokenizer, asked, max_length=24, stride=4)
     partly = 0
-    for row, number in enumerate(table.example):
+    for row, number in enumerate(table.example_index):
         answer = asked[number].label[0]
-        first, second = table.first[row], table.second[row]
+        first, second = table.context_start[row], table.second_start[row]
         offsets = table.offsets[number][first : first + table.lengths[row] - 1 - second]
         holding = [
             place
@@ -185,15 +185,15 @@ def test_an_answer_inside_a_word_takes_the_token_whole(tokenizer):
 def slow_answer(table: SpanTable, number: int, start, end, most: int) -> tuple[float, str]:
     """Every lawful pair of positions of every row."""
     best, text = -np.inf, ""
-    for row in np.flatnonzero(table.example == number):
-        context = range(table.second[row], table.lengths[row] - 1)
+    for row in np.flatnonzero(table.example_index == number):
+        context = range(table.second_start[row], table.lengths[row] - 1)
         for first, last in itertools.combinations_with_replacement(context, 2):
             score = start[row, first] + end[row, last]
             if last - first < most and score > best:
-                offsets = table.offsets[number][table.first[row] :]
+                offsets = table.offsets[number][table.context_start[row] :]
                 best = score
                 text = table.contexts[number][
-                    offsets[first - table.second[row], 0] : offsets[last - table.second[row], 1]
+                    offsets[first - table.second_start[row], 0] : offsets[last - table.second_start[row], 1]
                 ]
     return best, text
 
@@ -207,7 +207,7 @@ def test_the_best_answer_of_all_rows_is_found(tokenizer, most):
     result = answers(table, start, end, most, best=32)
     assert result == [slow_answer(table, number, start, end, most)[1] for number in range(25)]
     # Fewer candidates only ever lose; what stands outside the contexts is never read.
-    outside = np.arange(32) - table.second[:, None]
+    outside = np.arange(32) - table.second_start[:, None]
     outside = (outside < 0) | (np.arange(32) >= table.lengths[:, None] - 1)
     assert answers(table, np.where(outside, 1e9, start), np.where(outside, np.nan, end), most, best=32) == result
     longest = table.lengths.max()
@@ -224,7 +224,7 @@ def test_where_nothing_is_lawful_the_answer_is_empty(tokenizer):
     table = span_table(tokenizer, asked, max_length=32, stride=5)
     assert len(table) == 2
     start, end = np.zeros((2, 2, 32), np.float32)
-    start[0, table.lengths[0] - 2] = end[0, table.second[0]] = 9.0  # the end before the start
+    start[0, table.lengths[0] - 2] = end[0, table.second_start[0]] = 9.0  # the end before the start
     assert answers(table, start, end, 30, best=1) == ["", ""]
     assert answers(table, start, end, 30)[0] != ""
     assert answers(table, start * np.nan, end, 30) == ["", ""]

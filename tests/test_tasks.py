@@ -165,7 +165,7 @@ def test_a_bucket_is_the_smallest_that_loses_nothing(table):
         assert not whole.input_ids[:, length:].any() and not whole.segment_ids[:, length:].any()
         assert np.array_equal(short.input_ids, whole.input_ids[:, :length])
         assert np.array_equal(short.segment_ids.sum(axis=1), table.lengths[numbers])
-        assert np.array_equal(short.token_type_ids.sum(axis=1), (table.lengths - table.second)[numbers])
+        assert np.array_equal(short.token_type_ids.sum(axis=1), (table.lengths - table.second_start)[numbers])
         assert np.array_equal(short.row_index, numbers)
 
 
@@ -257,7 +257,7 @@ def test_an_empty_row_of_a_regression_has_no_number(table):
 
 
 def test_no_examples_are_refused(table):
-    empty = jax.tree.map(lambda leaf: leaf[:0], (table.input_ids, table.lengths, table.second, table.labels))
+    empty = jax.tree.map(lambda leaf: leaf[:0], (table.input_ids, table.lengths, table.second_start, table.labels))
     with pytest.raises(InputError, match="no examples to train on"):
         loader.batches(TaskTable(*empty, pad_id=0), batch_rows=2, seed=0)
 
@@ -374,12 +374,12 @@ def test_classes_are_told_with_their_counts_and_what_is_doubtful(tmp_path):
     train = [{"text": text, "label": label} for text, label in zip(texts, [0, 1, 0, 1, 2, 0, 0], strict=True)]
     dev = [{"text": text, "label": 1} for text in ("b", "c", "c")]
     assert told_of(tmp_path, "sequence", train, dev, label_names=("no", "yes", "so so")) == [
-        "train: no 4, yes 2, so so 1; 1 cut at the longest row (task.max_length); 1 with an empty text; "
-        "2 with the text of another one; 1 with the text of another one, but another label",
-        "dev: no 0, yes 3, so so 0; 1 with the text of another one; 1 with the text of one that trains",
+        "train: no 4, yes 2, so so 1; 1 truncated to the longest row (task.max_length); 1 with an empty text; "
+        "2 with the same text as an earlier one; 1 with the same text as an earlier one, but another label",
+        "dev: no 0, yes 3, so so 0; 1 with the same text as an earlier one; 1 with the same text as a training example",
     ]
     train = [{"text": f"{n}", "label": n % 25} for n in range(60)]
-    assert told_of(tmp_path, "sequence", train, dev)[0].endswith("19 2, 5 other classes, of 2 to 2 each")
+    assert told_of(tmp_path, "sequence", train, dev)[0].endswith("19 2, 5 other classes with 2 to 2 each")
     train = [{"text": "a", "label": label} for label in (0.5, 2, 5)]
     assert told_of(tmp_path, "regression", train, dev)[0].startswith("train: 3 numbers from 0.5 to 5, 2.5 on average; ")
 
@@ -388,7 +388,7 @@ def test_of_a_pair_either_text_may_be_empty_or_cut(tmp_path):
     pairs = [("a", ""), ("a", "b"), ("the " * 20, "b"), ("a", "the " * 20)]
     train = [{"premise": a, "hypothesis": b, "label": n % 2} for n, (a, b) in enumerate(pairs)]
     (printed, _) = told_of(tmp_path, "sequence", train, train[:2], text=PAIR)
-    assert printed == "train: 0 2, 1 2; 2 cut at the longest row (task.max_length); 1 with an empty text"
+    assert printed == "train: 0 2, 1 2; 2 truncated to the longest row (task.max_length); 1 with an empty text"
 
 
 @pytest.mark.parametrize("length", [8, 16])
@@ -399,7 +399,7 @@ def test_words_that_nobody_judges_are_counted(tmp_path, length):
     (printed, _) = told_of(tmp_path, "tokens", records, records, length)
     judged = sum(map(int, re.findall(r" (\d+)", printed.split("; ")[0])))
     cut = int(re.search(r"(\d+) words cut off with their labels", printed)[1])
-    empty = int(re.search(r"(\d+) words of which the tokenizer leaves nothing", printed)[1])
+    empty = int(re.search(r"(\d+) words that the tokenizer gives no token", printed)[1])
     assert judged + cut + empty == sum(map(len, examples)) and cut and empty
 
 
@@ -413,7 +413,9 @@ def test_answers_that_no_row_holds_are_counted(tmp_path):
     ]
     (printed, _) = told_of(tmp_path, "spans", records, records, text=("question", "context"), stride=2)
     assert re.fullmatch(
-        r"train: 2 questions in \d+ rows; 1 questions cut to half of a row; 1 answers that no row holds whole", printed
+        r"train: 2 questions in \d+ rows; 1 questions truncated to half of a row; "
+        r"1 answers that no row contains as a whole",
+        printed,
     )
 
 

@@ -15,7 +15,7 @@ from distil_jax.data.examples import Answer, Example
 from distil_jax.data.manifest import read_manifest
 from distil_jax.data.prepare import PrepareConfig, prepare
 from distil_jax.data.spans import span_table
-from distil_jax.data.tokenizer import encode, encodings, fingerprint, load_tokenizer, same_tokenizer
+from distil_jax.data.tokenizer import encode_pieces, encode_texts, fingerprint, load_tokenizer, same_tokenizer
 from distil_jax.evaluation.fill_mask import fill_mask
 from distil_jax.files import TOKENIZER_FILES, copy_tokenizer, has_tokenizer, tokenizer_files
 from distil_jax.io import huggingface
@@ -93,19 +93,21 @@ def test_texts_get_the_ids_of_transformers(tmp_path, kind, seed):
     texts, others = ([random_text(draw) for _ in range(60)] for _ in range(2))
     bare = theirs(texts, add_special_tokens=False)["input_ids"]
     assert any(number >= len(WORDS) for ids in bare for number in ids), "no text holds an added token"
-    assert [ids for batch in encode(ours, [Piece(b"", text, True) for text in texts]) for _, ids in batch] == bare
-    assert [each.ids for each in encodings(ours, texts)] == bare
+    assert [
+        ids for batch in encode_pieces(ours, [Piece(b"", text, True) for text in texts]) for _, ids in batch
+    ] == bare
+    assert [each.ids for each in encode_texts(ours, texts)] == bare
     for length in (12, 64):
         cut = {"truncation": True, "max_length": length}
-        assert [each.ids for each in encodings(ours, texts, max_length=length)] == theirs(texts, **cut)["input_ids"]
+        assert [each.ids for each in encode_texts(ours, texts, max_length=length)] == theirs(texts, **cut)["input_ids"]
         pairs = list(zip(texts, others, strict=True))
         expected = theirs(texts, others, **cut)
-        result = list(encodings(ours, pairs, max_length=length))
+        result = list(encode_texts(ours, pairs, max_length=length))
         assert [each.ids for each in result] == expected["input_ids"]
         assert [each.type_ids for each in result] == expected["token_type_ids"]
         words = [text.split(" ") for text in texts]
         expected = theirs(words, is_split_into_words=True, **cut)
-        result = list(encodings(ours, words, max_length=length, words=True))
+        result = list(encode_texts(ours, words, max_length=length, words=True))
         assert [each.ids for each in result] == expected["input_ids"]
         assert [each.word_ids for each in result] == [expected.word_ids(row) for row in range(len(texts))]
     asked = [Example("line", pair, (Answer(0, ""),)) for pair in zip(texts, others, strict=True)]
@@ -124,11 +126,11 @@ def test_no_text_can_name_a_token_that_rows_are_built_with(tmp_path):
     text = "[E1] cat [SEP] the [MASK][/E1] [PAD] [CLS] [UNK]"
     apart = text.replace("[E1]", "@").replace("[/E1]", "#").replace("[", "[ ").replace("]", " ]")
     expected = AutoTokenizer.from_pretrained(folder)(apart.replace("@", "[E1]").replace("#", "[/E1]"))["input_ids"]
-    [result] = encodings(load_tokenizer(folder), [text], max_length=99)
+    [result] = encode_texts(load_tokenizer(folder), [text], max_length=99)
     assert result.ids == expected and len(WORDS) in expected
     split = {"split_special_tokens": True}
     folder = vocabulary_folder(tmp_path / "two", added_tokens=added, special_tokens_map=marks, tokenizer_config=split)
-    [result] = encodings(load_tokenizer(folder), [text], max_length=99)
+    [result] = encode_texts(load_tokenizer(folder), [text], max_length=99)
     assert result.ids == AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
     assert max(result.ids) < len(WORDS)
 
@@ -205,7 +207,7 @@ def test_odd_folders_prepare_the_ids_of_transformers(tmp_path):
 def test_a_gap_is_not_filled_where_a_token_has_no_row(tmp_path):
     folder = vocabulary_folder(tmp_path / "model", added_tokens={"covid19": len(WORDS)})
     model = Model(ModelConfig(vocab_size=len(WORDS)), params=None, tokenizer=folder)
-    with pytest.raises(InputError, match=f"has {len(WORDS) + 1} tokens, but the model knows {len(WORDS)}: resize"):
+    with pytest.raises(InputError, match=f"has {len(WORDS) + 1} tokens, but the model has {len(WORDS)}: resize"):
         fill_mask(model, ["the covid19 [MASK]"])
 
 

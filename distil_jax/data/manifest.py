@@ -1,4 +1,4 @@
-"""The manifest of a folder of prepared rows: what it holds, with checks that it is still there."""
+"""The manifest of a folder of prepared rows: describes its contents, and lets a reader check them."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from typing import Literal, get_args
 
 from distil_jax.schema import InputError, build, require, short_repr, user_path
 
-FORMAT = 1  # of the folder; a reader refuses any other
+FORMAT = 1  # version of the folder's layout; folders of other versions cannot be read
 Split = Literal["train", "held_out"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 
 
 @dataclass(frozen=True)
 class SplitCounts:
+    """The size of a split."""
+
     rows: int
     sequences: int
-    tokens: int  # real ones, [CLS] and [SEP] among them
+    tokens: int  # without padding, but with [CLS] and [SEP]
 
     def __post_init__(self) -> None:
         for name, count in vars(self).items():
@@ -29,13 +31,18 @@ class SplitCounts:
 
 @dataclass(frozen=True)
 class StoredFile:
-    path: str  # inside the folder, with forward slashes
+    """A file of the folder, with its size and hash."""
+
+    path: str  # relative to the folder, with forward slashes
     bytes: int
-    header: int  # bytes at the start that the hash leaves out: a .npy header is written last
-    sha256: str  # of the rest
+    header: int  # bytes at the start that are not hashed: the header of a .npy file is written last
+    sha256: str  # of the remaining bytes
 
     def __post_init__(self) -> None:
-        require(0 <= self.header <= self.bytes, f"A header of {self.header} in {self.bytes} bytes cannot be.")
+        require(
+            0 <= self.header <= self.bytes,
+            f"A header of {self.header} bytes is impossible in a file of {self.bytes} bytes.",
+        )
 
 
 @dataclass(frozen=True)
@@ -44,37 +51,37 @@ class Manifest:
 
     format: int
     sequence_length: int
-    vocab_size: int  # one more than the largest id
+    vocab_size: int  # one more than the largest id of the tokenizer
     pad_id: int
     cls_id: int
     sep_id: int
     mask_id: int
     unk_id: int
-    special_ids: tuple[int, ...]  # all special tokens, those five and markers such as [E1] among them
-    unused_ids: tuple[int, ...]  # [unused0] and its like, which no text holds
-    tokenizer_fingerprint: str
+    special_ids: tuple[int, ...]  # of all special tokens: those five, and markers such as [E1]
+    unused_ids: tuple[int, ...]  # of [unused0] and so on, which do not occur in text
+    tokenizer_fingerprint: str  # see `tokenizer.identity`
     train: SplitCounts
     held_out: SplitCounts
     files: tuple[StoredFile, ...]
-    counts: dict  # documents, sequences, tokens, what was dropped and why
-    settings: dict  # the PrepareConfig that made it
+    counts: dict  # of documents, sequences, tokens, and what was dropped for which reason
+    settings: dict  # the PrepareConfig
 
     def __post_init__(self) -> None:
         require(self.sequence_length > 0, f"sequence_length must be at least 1, not {self.sequence_length}.")
         require(0 < self.vocab_size < 2**31, f"vocab_size must be from 1 to 2**31 - 1, not {self.vocab_size}.")
         ids = (self.pad_id, self.cls_id, self.sep_id, self.mask_id, self.unk_id, *self.special_ids, *self.unused_ids)
-        for number in ids:
-            require(0 <= number < self.vocab_size, f"The vocabulary of {self.vocab_size} has no id {number}.")
+        for token_id in ids:
+            require(0 <= token_id < self.vocab_size, f"The vocabulary of {self.vocab_size} has no id {token_id}.")
         sources = self.settings.get("sources")
-        texts = isinstance(sources, list) and all(isinstance(source, str) for source in sources)
-        require(texts, "settings.sources must be a list of texts.")
+        are_strings = isinstance(sources, list) and all(isinstance(source, str) for source in sources)
+        require(are_strings, "settings.sources must be a list of strings.")
 
 
 def read_manifest(folder: str | Path) -> Manifest:
-    """The folder's manifest, checked against the names and sizes of the files (`verify` checks their contents).
+    """Reads a folder's manifest, and checks that the files are there in the right size. `verify` checks their contents.
 
     Raises:
-      InputError: no such folder, a manifest that is missing, damaged or of another format, a file that is missing,
+      InputError: there is no such folder, the manifest is missing, damaged or of another version, or a file is missing,
         of another size or outside the folder.
     """
     folder = user_path(folder)
@@ -88,8 +95,10 @@ def read_manifest(folder: str | Path) -> Manifest:
         raise InputError(f"{path} is damaged ({error}): {again}.") from error
     version = values.get("format") if isinstance(values, dict) else None
     if version != FORMAT:
-        written = short_repr(version)
-        raise InputError(f"{path} has format {written}, and this version reads {FORMAT}: prepare the rows again.")
+        raise InputError(
+            f"{path} has format {short_repr(version)}, but this version of distil-jax reads {FORMAT}: prepare the rows "
+            "again."
+        )
     try:
         manifest = build(Manifest, values)
     except InputError as error:
@@ -100,18 +109,18 @@ def read_manifest(folder: str | Path) -> Manifest:
 
 def _check_files(folder: Path, manifest: Manifest) -> None:
     needed = {f"{split}/{name}.npy" for split in SPLITS for name in ("input_ids", "segment_ids")} | {"token_counts.npy"}
-    if lacking := sorted(needed - {file.path for file in manifest.files}):
-        raise InputError(f"{folder}/manifest.json does not list {', '.join(lacking)}: prepare the rows again.")
+    missing = sorted(needed - {file.path for file in manifest.files})
+    require(not missing, f"{folder}/manifest.json does not list {', '.join(missing)}: prepare the rows again.")
     for file in manifest.files:
         name = PurePosixPath(file.path)
         if name.is_absolute() or ".." in name.parts or "\\" in file.path or "\0" in file.path:
-            raise InputError(f"{folder}/manifest.json names {file.path!r}, outside the folder: do not use this data.")
+            raise InputError(f"{folder}/manifest.json lists {file.path!r}, outside the folder: do not use this data.")
         try:
             status = (folder / name).stat()
         except OSError as error:
             raise InputError(f"{folder / name} cannot be read ({error.strerror}): copy the folder again.") from error
-        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
-            raise InputError(f"{folder / name} is no file: copy the folder again.")
+        if not stat.S_ISREG(status.st_mode):  # opening a named pipe would block
+            raise InputError(f"{folder / name} is not a file: copy the folder again.")
         if status.st_size != file.bytes:
             raise InputError(
                 f"{folder / name} has {status.st_size:,} bytes where the manifest says {file.bytes:,}: "
@@ -120,10 +129,13 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
 
 
 def verify(folder: str | Path) -> Manifest:
-    """Reads every file and compares its sha256 with the manifest's; returns the manifest.
+    """Reads every file and compares its sha256 with the manifest's.
+
+    Returns:
+      The manifest.
 
     Raises:
-      InputError: as `read_manifest`, or a file whose contents have changed.
+      InputError: as `read_manifest`, or the contents of a file have changed.
     """
     manifest = read_manifest(folder)
     for file in manifest.files:

@@ -1,4 +1,4 @@
-"""Sequences into rows of one length, and rows onto disk, in bounded memory."""
+"""Packs sequences into rows of one length, and writes the rows to disk, in bounded memory."""
 
 from __future__ import annotations
 
@@ -12,33 +12,40 @@ import numpy as np
 
 from distil_jax.data.manifest import SplitCounts, StoredFile
 
-OPEN_ROWS = 1024  # rows that a sequence may still join
+OPEN_ROWS = 1024  # the number of rows to which sequences may still be added
 FLUSH_ROWS = 1024  # rows written at a time
 
 Ids = list[int]
-Row = list[Ids]  # sequences that share a row
+Row = list[Ids]  # the sequences of one row
 
 
 class Packer:
-    """Best-fit packing: a sequence joins the open row in which it leaves the least space.
+    """Best-fit packing: a sequence goes into the open row that then has the least free space.
 
-    Rows are filed under their free space, and the bits of one integer say which spaces occur: finding a row takes the
-    same time however many are open.
+    Open rows are grouped by their free space, and a bit set (one integer) says which groups are not empty. So the time
+    to find a row does not depend on the number of open rows.
     """
 
     def __init__(self, length: int, smallest: int, open_rows: int = OPEN_ROWS):
+        """Makes a packer without rows.
+
+        Args:
+          length: tokens of a row.
+          smallest: tokens of the shortest sequence.
+          open_rows: the most rows that are open at a time.
+        """
         self._length, self._smallest, self._limit = length, smallest, open_rows
-        self._rows: list[list[Row]] = [[] for _ in range(length + 1)]
-        self._spaces = 0
+        self._rows: list[list[Row]] = [[] for _ in range(length + 1)]  # by free space
+        self._spaces = 0  # bit i is set if there is an open row with i tokens of free space
         self._open = 0
 
     def add(self, sequence: Ids) -> list[Row]:
-        """Places a sequence; returns the rows that this finishes, one or none."""
+        """Adds a sequence to a row, and returns the rows that are now finished: one or none."""
         size = len(sequence)
         row, space = self._take(size) if self._spaces >> size else ([], self._length)
         row.append(sequence)
         space -= size
-        if space < self._smallest:  # no sequence is so short
+        if space < self._smallest:  # no other sequence fits
             return [row]
         self._rows[space].append(row)
         self._spaces |= 1 << space
@@ -51,9 +58,9 @@ class Packer:
             yield self._take(0)[0]
 
     def _take(self, size: int) -> tuple[Row, int]:
-        """The fullest open row with at least `size` tokens of space, and its space."""
+        """Removes the fullest open row with at least `size` tokens of free space; returns it and that space."""
         fitting = self._spaces >> size
-        space = size + (fitting & -fitting).bit_length() - 1
+        space = size + (fitting & -fitting).bit_length() - 1  # the index of the lowest bit of `fitting`, plus `size`
         row = self._rows[space].pop()
         if not self._rows[space]:
             self._spaces ^= 1 << space
@@ -62,52 +69,58 @@ class Packer:
 
 
 class RowWriter:
-    """Writes the rows of one split and counts."""
+    """Writes the rows of one split to `input_ids.npy` and `segment_ids.npy`, and counts tokens.
+
+    Attributes:
+      rows, sequences: how many have been written.
+      tokens: tokens without padding; complete after `close`.
+      token_counts: [vocab_size] int64, how often each token occurs; complete after `close`.
+    """
 
     def __init__(self, folder: Path, length: int, vocab_size: int, pad_id: int):
         folder.mkdir()
-        ids = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")  # 16 bits would corrupt larger ids silently
-        self._columns = (
-            _Column(folder / "input_ids.npy", ids, length),
-            _Column(folder / "segment_ids.npy", np.dtype("<u2"), length),
+        ids_dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")  # 16 bits would silently wrap larger ids
+        self._files = (
+            _ArrayFile(folder / "input_ids.npy", ids_dtype, length),
+            _ArrayFile(folder / "segment_ids.npy", np.dtype("<u2"), length),
         )
-        self._waiting: list[Row] = []
+        self._buffer: list[Row] = []
         self._length, self._pad_id = length, pad_id
         self.rows = self.sequences = self.tokens = 0
         self.token_counts = np.zeros(vocab_size, np.int64)
 
     def write(self, row: Row) -> None:
-        self._waiting.append(row)
+        self._buffer.append(row)
         self.rows += 1
         self.sequences += len(row)
-        if len(self._waiting) == FLUSH_ROWS:
+        if len(self._buffer) == FLUSH_ROWS:
             self._flush()
 
     def close(self) -> list[StoredFile]:
-        """Writes the buffered rows and the final headers."""
+        """Writes the buffered rows and the final headers, and returns the entries of the manifest."""
         self._flush()
-        return [column.close() for column in self._columns]
+        return [file.close() for file in self._files]
 
     def counts(self) -> SplitCounts:
         return SplitCounts(self.rows, self.sequences, self.tokens)
 
     def _flush(self) -> None:
-        ids_NxL = np.full((len(self._waiting), self._length), self._pad_id, np.int64)
+        ids_NxL = np.full((len(self._buffer), self._length), self._pad_id, np.int64)
         segments_NxL = np.zeros_like(ids_NxL)
-        for number, row in enumerate(self._waiting):
+        for index, row in enumerate(self._buffer):
             lengths = [len(sequence) for sequence in row]
-            filled = sum(lengths)
-            ids_NxL[number, :filled] = list(itertools.chain.from_iterable(row))
-            segments_NxL[number, :filled] = np.repeat(np.arange(1, len(row) + 1), lengths)
-            self.tokens += filled
+            tokens = sum(lengths)
+            ids_NxL[index, :tokens] = list(itertools.chain.from_iterable(row))
+            segments_NxL[index, :tokens] = np.repeat(np.arange(1, len(row) + 1), lengths)
+            self.tokens += tokens
         self.token_counts += np.bincount(ids_NxL[segments_NxL > 0], minlength=len(self.token_counts))
-        for column, rows_NxL in zip(self._columns, (ids_NxL, segments_NxL), strict=True):
-            column.append(rows_NxL)
-        self._waiting = []
+        for file, rows_NxL in zip(self._files, (ids_NxL, segments_NxL), strict=True):
+            file.append(rows_NxL)
+        self._buffer = []
 
 
-class _Column:
-    """An [N, L] .npy file that grows: NumPy pads headers so that any N fits, and it is written again at the end."""
+class _ArrayFile:
+    """An [N, L] .npy file that grows. `close` writes its header again, which NumPy pads to the same size for any N."""
 
     def __init__(self, path: Path, dtype: np.dtype, length: int):
         self._path, self._dtype, self._length, self._rows = path, dtype, length, 0

@@ -1,7 +1,7 @@
-"""Text -> tokens -> packed rows on disk, once; training then reads the rows and needs no tokenizer.
+"""Prepares training data: tokenises text and writes packed rows to disk. Training reads the rows without a tokenizer.
 
-Each sequence becomes `[CLS] ... [SEP]`, and whole sequences share a row of `sequence_length` tokens under segment ids
-1, 2, 3, ...: attention never crosses them, so packing changes the speed and no number.
+Each sequence becomes `[CLS] ... [SEP]`. Several whole sequences are packed into a row of `sequence_length` tokens, with
+the segment ids 1, 2, 3, ... Tokens attend only within their segment, so packing changes the speed but not the results.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from distil_jax.data import corpus
 from distil_jax.data.manifest import FORMAT, SPLITS, Manifest, Split, StoredFile
 from distil_jax.data.packing import Ids, Packer, RowWriter
 from distil_jax.data.tokenizer import (
-    encode,
+    encode_pieces,
     identity,
     load_tokenizer,
     special_ids,
@@ -35,23 +35,25 @@ from distil_jax.schema import InputError, require, to_dict
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_LARGEST_VOCABULARY = 10_000_000  # more is a slip
+_LARGEST_VOCABULARY = 10_000_000  # more is a typing error
 
 Progress = Callable[[Counter[str]], None]
 
 
 @dataclass(frozen=True)
 class PrepareConfig:
+    """What to read, and how to turn it into rows."""
+
     sources: tuple[str, ...]  # see corpus.py
-    tokenizer: str = ""  # folder or hub id; or
-    train_vocabulary: int = 0  # the size of a WordPiece vocabulary to train on the training side of the text
-    sequence_length: int = 512  # tokens a row
-    held_out: float = 0.01  # share of the documents
-    document: corpus.Document = "block"  # of a text file
-    sequence: Literal["line", "document"] = "line"  # what is tokenised as one and cut where it is too long
-    text_field: str = "text"  # of JSONL, Parquet and hub data sets
-    min_tokens: int = 12  # shorter sequences are dropped; [CLS] and [SEP] count
-    max_unknown: float = 0.5  # sequences with this share of [UNK] or more are dropped; [CLS] and [SEP] count
+    tokenizer: str = ""  # folder or hub id; set either this or `train_vocabulary`
+    train_vocabulary: int = 0  # size of a WordPiece vocabulary to train on the text that is not held out
+    sequence_length: int = 512  # tokens of a row
+    held_out: float = 0.01  # share of the documents that are held out for evaluation
+    document: corpus.Document = "block"  # the unit of a text file that is one document; see `corpus.read`
+    sequence: Literal["line", "document"] = "line"  # the unit that becomes one sequence; it is split if too long
+    text_field: str = "text"  # the field that holds the text, in JSONL, CSV, Parquet and hub data sets
+    min_tokens: int = 12  # sequences with fewer tokens are dropped; [CLS] and [SEP] count
+    max_unknown: float = 0.5  # sequences whose share of [UNK] is this or more are dropped; [CLS] and [SEP] count
 
     def __post_init__(self) -> None:
         if not self.sources:
@@ -64,28 +66,31 @@ class PrepareConfig:
             )
         if not 3 <= self.min_tokens <= self.sequence_length <= 65_535:  # segment ids have 16 bits
             raise InputError(
-                "min_tokens must be at least 3, and sequence_length from there to 65,535: they are "
+                "min_tokens must be at least 3, and sequence_length from min_tokens to 65,535, but they are "
                 f"{self.min_tokens} and {self.sequence_length}."
             )
         if not 0 <= self.held_out < 1:
-            raise InputError(f"held_out is a share of the documents, from 0 to below 1, not {self.held_out}.")
+            raise InputError(f"held_out is a share of the documents, at least 0 and below 1, not {self.held_out}.")
         if not 0 < self.max_unknown <= 1:
-            raise InputError(f"max_unknown is a share of a sequence, above 0 to 1, not {self.max_unknown}.")
+            raise InputError(f"max_unknown is a share of a sequence, above 0 and at most 1, not {self.max_unknown}.")
 
 
 def prepare(config: PrepareConfig, output: str | Path, *, progress: Progress = lambda counts: None) -> Manifest:
-    """Reads the sources and writes a folder of rows, all or nothing.
+    """Reads the sources and writes a folder of rows. If it fails, it leaves no folder behind.
 
     Args:
-      config: what to read and how to cut it.
-      output: a folder that does not exist or is empty.
-      progress: called with the counts so far, every megabyte of text.
+      config: what to read, and how to turn it into rows.
+      output: the folder to write, which must be empty or not exist.
+      progress: called with the counts so far, about once per megabyte of text.
+
+    Returns:
+      The manifest of the folder.
 
     Raises:
-      InputError: a source, tokenizer or output folder that cannot be used, or no row to train on or to hold out.
+      InputError: a source, tokenizer or output folder that cannot be used, or no rows to train on or to hold out.
     """
     check_free(output)
-    corpus.expand(config.sources)  # a mistyped path is told before anything is written or loaded
+    corpus.expand(config.sources)  # reports a mistyped path before anything is loaded or written
     with whole_folder(output) as folder:
         return _write_folder(config, folder, progress)
 
@@ -107,9 +112,9 @@ def _write_folder(config: PrepareConfig, folder: Path, progress: Progress) -> Ma
     _check_rows(config, writers["train"].rows, writers["held_out"].rows, counts)
     files = [file for split in SPLITS for file in writers[split].close()]
     np.save(folder / "token_counts.npy", writers["train"].token_counts)
-    others = (folder / "token_counts.npy", *sorted((folder / "tokenizer").iterdir()))
-    files += [_stored(folder, path) for path in others]
-    unused = [number for token, number in tokenizer.get_vocab().items() if re.fullmatch(r"\[unused\d+\]", token)]
+    other_paths = (folder / "token_counts.npy", *sorted((folder / "tokenizer").iterdir()))
+    files += [_stored_file(folder, path) for path in other_paths]
+    unused = [token_id for token, token_id in tokenizer.get_vocab().items() if re.fullmatch(r"\[unused\d+\]", token)]
     manifest = Manifest(
         format=FORMAT,
         sequence_length=config.sequence_length,
@@ -133,7 +138,7 @@ def _write_folder(config: PrepareConfig, folder: Path, progress: Progress) -> Ma
 
 
 def _tokenizer(config: PrepareConfig, folder: Path) -> PreTrainedTokenizerBase:
-    """Trains or loads the tokenizer, and leaves a copy in `folder`."""
+    """Trains or loads the tokenizer, and saves it in `folder`."""
     if config.train_vocabulary:
         train_tokenizer(_TrainingText(config), config.train_vocabulary, folder)
         return load_tokenizer(folder)
@@ -143,17 +148,18 @@ def _tokenizer(config: PrepareConfig, folder: Path) -> PreTrainedTokenizerBase:
         copy_tokenizer(source, folder)
     else:  # a hub id
         tokenizer.save_pretrained(folder)
-    kept = load_tokenizer(folder)
+    saved = load_tokenizer(folder)
     require(
-        identity(kept) == identity(tokenizer),
-        f"The tokenizer {source} is another one without its folder: save it with its `save_pretrained` first.",
+        identity(saved) == identity(tokenizer),
+        f"A copy of the tokenizer {source} gives other ids than the original, which seems to depend on other files: "
+        "save it with its `save_pretrained` first.",
     )
-    return kept
+    return saved
 
 
 @dataclass(frozen=True)
 class _TrainingText:
-    """The training side of the text, line by line; it can be iterated several times."""
+    """The lines of the documents that are not held out. It can be iterated several times."""
 
     config: PrepareConfig
 
@@ -169,10 +175,10 @@ def _read(config: PrepareConfig, counts: Counter[str]) -> Iterator[corpus.Piece]
 def _sequences(
     config: PrepareConfig, tokenizer: PreTrainedTokenizerBase, counts: Counter[str], progress: Progress
 ) -> Iterator[tuple[Split, Ids]]:
-    """All sequences that are kept, as `[CLS] ... [SEP]` ids, with the split they belong to."""
+    """The sequences that are not dropped, as ids of `[CLS] ... [SEP]`, each with its split."""
 
     def encoded() -> Iterator[tuple[corpus.Piece, Ids]]:
-        for batch in encode(tokenizer, _read(config, counts)):
+        for batch in encode_pieces(tokenizer, _read(config, counts)):
             yield from batch
             progress(counts)
 
@@ -192,27 +198,39 @@ def _sequences(
 def chunks(
     encoded: Iterable[tuple[corpus.Piece, Ids]], room: int, *, join: bool, counts: Counter[str]
 ) -> Iterator[tuple[bytes, Ids]]:
-    """Cuts what is longer than `room` tokens; with `join`, the lines of a document are one sequence."""
-    key, waiting, is_cut = b"", [], False
+    """Splits tokenised text into sequences of at most `room` tokens.
+
+    Args:
+      encoded: lines with their ids, without [CLS] and [SEP].
+      room: tokens of a row, without [CLS] and [SEP].
+      join: whether the lines of a document are joined; otherwise every line starts a new sequence.
+      counts: `cut_sequences`, those that are too long and are split, is incremented here.
+
+    Yields:
+      The key of the document, and the ids of a sequence.
+    """
+    key, pending, is_cut = b"", [], False
     for piece, ids in encoded:
         if piece.starts_document or not join:
-            if waiting:  # the tail, unless the last chunk was full
-                yield key, waiting
-            key, waiting, is_cut = piece.key, [], False
-        waiting += ids
-        if len(waiting) > room:
+            if pending:
+                yield key, pending
+            key, pending, is_cut = piece.key, [], False
+        pending += ids
+        if len(pending) > room:
             counts["cut_sequences"] += not is_cut
             is_cut = True
-            whole = len(waiting) // room * room
-            yield from ((key, waiting[start : start + room]) for start in range(0, whole, room))
-            waiting = waiting[whole:]
-    if waiting:
-        yield key, waiting
+            end = len(pending) // room * room
+            for start in range(0, end, room):
+                yield key, pending[start : start + room]
+            pending = pending[end:]
+    if pending:
+        yield key, pending
 
 
 def _check_rows(config: PrepareConfig, train_rows: int, held_out_rows: int, counts: Counter[str]) -> None:
+    """Raises `InputError` if a split that should have rows has none."""
     if not counts["documents"]:
-        raise InputError(f"The sources hold no text ({counts['invalid_lines']} lines are not UTF-8): name others.")
+        raise InputError(f"The sources contain no text ({counts['invalid_lines']} lines are not UTF-8): name others.")
     if not train_rows:
         raise InputError(
             f"No sequence is left to train on: of {counts['documents']} documents, {counts['dropped_short']} sequences "
@@ -223,23 +241,23 @@ def _check_rows(config: PrepareConfig, train_rows: int, held_out_rows: int, coun
     if config.held_out and not held_out_rows:
         raise InputError(
             f"No sequence is held out: {config.held_out:.2%} of {counts['documents']} documents left none, so raise "
-            "--held-out, choose smaller documents (--document line), or ask for none (--held-out 0)."
+            "--held-out, choose smaller documents (--document line), or hold out none (--held-out 0)."
         )
 
 
 def _advice(config: PrepareConfig, counts: Counter[str]) -> str:
-    """Advice where nothing is left to train on, for whatever dropped the most."""
+    """What to do if no sequence is left to train on, depending on the most frequent cause."""
     causes = ("dropped_short", "dropped_unknown", "sequences", "invalid_lines")
-    most = max(causes, key=counts.__getitem__)
-    lines = "join the lines of a document (--sequence document), or " if config.sequence == "line" else ""
+    main_cause = max(causes, key=counts.__getitem__)
+    join = "join the lines of a document (--sequence document), or " if config.sequence == "line" else ""
     return {
-        "dropped_short": f"{lines}lower --min-tokens",
-        "dropped_unknown": "take a tokenizer that knows the language of the text, or look whether it is text at all",
-        "sequences": "give more text, lower --held-out, or choose smaller documents (--document line)",
+        "dropped_short": f"{join}lower --min-tokens",
+        "dropped_unknown": "use a tokenizer for the language of the text, or check that it is text",
+        "sequences": "add more text, lower --held-out, or choose smaller documents (--document line)",
         "invalid_lines": "convert the text to UTF-8",
-    }[most]
+    }[main_cause]
 
 
-def _stored(folder: Path, path: Path) -> StoredFile:
+def _stored_file(folder: Path, path: Path) -> StoredFile:
     data = path.read_bytes()
     return StoredFile(path.relative_to(folder).as_posix(), len(data), 0, hashlib.sha256(data).hexdigest())

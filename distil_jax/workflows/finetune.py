@@ -77,7 +77,7 @@ def finetune(config: FinetuneConfig, workdir: str | Path) -> dict[str, dict[str,
         better = _lost_step(workdir, program, checkpoints)
         if better:
             print(f"Step {better} was better, but its checkpoint no longer exists, so step {best} is used.")
-        evaluated = {"step": best, "task": to_dict(program.config.task), "judged": data.judged}
+        evaluated = {"step": best, "task": to_dict(program.config.task), "judged": data.eval_digest}
         metrics = _earlier_metrics(workdir, evaluated)
         if metrics:
             return metrics
