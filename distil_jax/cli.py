@@ -26,15 +26,15 @@ from distil_jax.schema import InputError
 _VERBS = {
     "demo": "distil a small student on this machine, from an embedded teacher, in minutes",
     "prepare": "turn text into packed rows of tokens",
-    "train": "train a student; started again in the same folder, it goes on",
-    "plan": "say whether a run fits TPUs and how fast it can be there, before any is paid for",
-    "bench": "measure the step, the loss, the data and the encoders, with peers beside them if wanted",
-    "eval": "held-out loss, accuracy, and agreement with a teacher, of a run or a model folder",
+    "train": "train a student, or resume its run",
+    "plan": "compile a run for TPUs without having one: does it fit, and how fast can it be?",
+    "bench": "time the step, the loss, the data loader and the encoders, next to PyTorch if you like",
+    "eval": "evaluate a run or a model folder on held-out text, or on a task",
     "export": "write a run's student as a folder that `transformers` opens",
-    "finetune": "fine-tune an encoder on a task, with a fine-tuned teacher or without",
-    "compare": "fine-tune a teacher and its students on tasks, and say what they keep of it",
+    "finetune": "fine-tune an encoder on a task, with or without a fine-tuned teacher",
+    "compare": "fine-tune a teacher and its students on tasks, and compare scores, size and speed",
     "report": "write report.md and report.html for runs",
-    "doctor": "check the machine, and all that a run needs, and say what to do about what is wrong",
+    "doctor": "check the machine, and the files of a run",
 }
 # A full, broken or read-only disk, or too many open files: the machine is to blame, whatever the command was doing.
 _MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE)
@@ -48,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     chosen, rest = _split(list(sys.argv[1:] if arguments is None else arguments))
     command = importlib.import_module(f"distil_jax.commands.{chosen}")
-    parser = argparse.ArgumentParser(prog=f"distil-jax {chosen}", description=f"{_VERBS[chosen].capitalize()}.")
+    summary = _VERBS[chosen]
+    parser = argparse.ArgumentParser(prog=f"distil-jax {chosen}", description=summary[0].upper() + summary[1:])
     command.add_arguments(parser)
 
     try:

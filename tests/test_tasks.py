@@ -363,7 +363,7 @@ def test_the_digest_is_that_of_what_trains_and_judges(tmp_path):
 # What is told of them
 
 
-def told_of(tmp_path, kind, train, dev, length=16, **settings):
+def summary_of(tmp_path, kind, train, dev, length=16, **settings):
     paths = {name: write(tmp_path / f"{name}.jsonl", part) for name, part in (("train", train), ("dev", dev))}
     task = TaskConfig(kind, **paths, **{"max_length": length} | settings)
     return summarize(read_task(task, EMBEDDED_TEACHER, vocab_size=6144, max_length=length)).split("\n")
@@ -373,21 +373,23 @@ def test_classes_are_told_with_their_counts_and_what_is_doubtful(tmp_path):
     texts = ["a", "b", "a", "a", " ", "the " * 15, "the " * 14]
     train = [{"text": text, "label": label} for text, label in zip(texts, [0, 1, 0, 1, 2, 0, 0], strict=True)]
     dev = [{"text": text, "label": 1} for text in ("b", "c", "c")]
-    assert told_of(tmp_path, "sequence", train, dev, label_names=("no", "yes", "so so")) == [
+    assert summary_of(tmp_path, "sequence", train, dev, label_names=("no", "yes", "so so")) == [
         "train: no 4, yes 2, so so 1; 1 truncated to the longest row (task.max_length); 1 with an empty text; "
         "2 with the same text as an earlier one; 1 with the same text as an earlier one, but another label",
         "dev: no 0, yes 3, so so 0; 1 with the same text as an earlier one; 1 with the same text as a training example",
     ]
     train = [{"text": f"{n}", "label": n % 25} for n in range(60)]
-    assert told_of(tmp_path, "sequence", train, dev)[0].endswith("19 2, 5 other classes with 2 to 2 each")
+    assert summary_of(tmp_path, "sequence", train, dev)[0].endswith("19 2, 5 other classes with 2 to 2 each")
     train = [{"text": "a", "label": label} for label in (0.5, 2, 5)]
-    assert told_of(tmp_path, "regression", train, dev)[0].startswith("train: 3 numbers from 0.5 to 5, 2.5 on average; ")
+    assert summary_of(tmp_path, "regression", train, dev)[0].startswith(
+        "train: 3 numbers from 0.5 to 5, 2.5 on average; "
+    )
 
 
 def test_of_a_pair_either_text_may_be_empty_or_cut(tmp_path):
     pairs = [("a", ""), ("a", "b"), ("the " * 20, "b"), ("a", "the " * 20)]
     train = [{"premise": a, "hypothesis": b, "label": n % 2} for n, (a, b) in enumerate(pairs)]
-    (printed, _) = told_of(tmp_path, "sequence", train, train[:2], text=PAIR)
+    (printed, _) = summary_of(tmp_path, "sequence", train, train[:2], text=PAIR)
     assert printed == "train: 0 2, 1 2; 2 truncated to the longest row (task.max_length); 1 with an empty text"
 
 
@@ -396,7 +398,7 @@ def test_words_that_nobody_judges_are_counted(tmp_path, length):
     draw = random.Random(5)
     examples = [draw.choices(WORDS, k=draw.randint(0, 20)) for _ in range(60)]
     records = [{"text": words, "label": [draw.choice("OX") for _ in words]} for words in examples]
-    (printed, _) = told_of(tmp_path, "tokens", records, records, length)
+    (printed, _) = summary_of(tmp_path, "tokens", records, records, length)
     judged = sum(map(int, re.findall(r" (\d+)", printed.split("; ")[0])))
     cut = int(re.search(r"(\d+) words cut off with their labels", printed)[1])
     empty = int(re.search(r"(\d+) words that the tokenizer gives no token", printed)[1])
@@ -411,7 +413,7 @@ def test_answers_that_no_row_holds_are_counted(tmp_path):
         {"question": question, "context": context, "label": answer}
         for question, answer in zip(questions, answers, strict=True)
     ]
-    (printed, _) = told_of(tmp_path, "spans", records, records, text=("question", "context"), stride=2)
+    (printed, _) = summary_of(tmp_path, "spans", records, records, text=("question", "context"), stride=2)
     assert re.fullmatch(
         r"train: 2 questions in \d+ rows; 1 questions truncated to half of a row; "
         r"1 answers that no row contains as a whole",
