@@ -127,9 +127,10 @@ def file_lines(path: str, counts: Counter[str] | None = None, longest: int = -1)
                 starts = (i for i in range(longest - 1, longest - 5, -1) if line[i] & 0xC0 != 0x80)
                 cut = line.rfind(b" ") if b" " in line[1:] else next(starts, longest)
             line, rest = line[:cut], line[cut:]
-            before, position = position, position + cut if file is raw else raw.tell()
+            new_position = position + cut if file is raw else raw.tell()
             if counts is not None:
-                counts["bytes"] += position - before
+                counts["bytes"] += new_position - position
+            position = new_position
             yield line
         if counts is not None:
             counts["bytes"] += raw.tell() - position  # a compressed file may decompress to nothing
@@ -311,7 +312,7 @@ def _open(path: str) -> Iterator[tuple[BinaryIO, BinaryIO]]:
 
 
 def _decompressor(head: bytes) -> Callable[[], Any] | None:
-    """What makes a decompressor for a file with these first bytes; None if it is not compressed."""
+    """A function that makes a decompressor for a file with these first bytes; None if it is not compressed."""
     return next((new for pattern, new in _DECOMPRESSORS.items() if pattern.match(head)), None)
 
 
