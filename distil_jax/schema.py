@@ -145,6 +145,29 @@ def to_dict(config: Any) -> dict[str, Any]:
     return values
 
 
+def identify(value: Any, where: str) -> Any:
+    """Plain values, as JSON has them, by which a static part of a run is recognised when the run resumes.
+
+    Args:
+      value: a number, text, None, a tuple of such values, or a dataclass of them, which gives its class's name too.
+      where: what it is, in the message.
+
+    Raises:
+      InputError: a part that cannot be told from another one, such as a function.
+    """
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (tuple, list)) and type(value) in (tuple, list):
+        return [identify(item, f"{where}[{index}]") for index, item in enumerate(value)]
+    require(
+        dataclasses.is_dataclass(value) and not isinstance(value, type),
+        f"A run that can be resumed writes down what its {where} is, and {short_repr(value)} cannot be written: put it "
+        "into a dataclass with frozen=True, whose fields are numbers, strings, tuples or such dataclasses.",
+    )
+    fields = {f.name: identify(getattr(value, f.name), f"{where}.{f.name}") for f in dataclasses.fields(value)}
+    return {"class": type(value).__qualname__, **fields}
+
+
 def differences(old: Any, new: Any, where: str = "") -> list[str]:
     """Lines "key: old -> new" for the fields that differ between two configs and that a resumed run may not change."""
     changes = []

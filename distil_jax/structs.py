@@ -20,6 +20,9 @@ from distil_jax.schema import require
 Array = jax.Array
 
 IGNORED = -100  # the label of a position that is not a target, as in PyTorch and `transformers`
+# The logit of ids that only pad the vocabulary, and the smallest logit of a teacher. exp(-1e9 - x) is exactly 0 in
+# float32, and unlike -inf it leaves a KL finite (0 * -1e9 = 0).
+PADDING_LOGIT = -1e9
 
 
 @struct.dataclass
@@ -51,6 +54,7 @@ class Batch:
         `TaskObjective`.
       token_type_ids: [B, L] int32, or None for all zeros.
       row_index: [B] int32, as in `Rows`; dropout is drawn from it too. None: the index of each row in the batch.
+      teacher_logits: of a teacher that was run before, see `LogitsFromBatch`: [B, L, V], or a task's.
     """
 
     input_ids: Array
@@ -59,6 +63,7 @@ class Batch:
     labels: Array
     token_type_ids: Array | None = None
     row_index: Array | None = None
+    teacher_logits: Array | None = None
 
     @classmethod
     def from_padded(
@@ -144,17 +149,20 @@ class Encoded:
     """The output of a model, without logits: the loss computes them from `features` and `head`.
 
     Attributes:
-      hidden: [B, L, D], the last hidden states.
+      hidden: [B, L, D], the last hidden states; None if only the logits of a teacher are known.
       features: [B, L, D], the output of the MLM transform, or None without an MLM head.
       head: projects features to logits; None without an MLM head.
       pooled: [B, D], the output of BERT's pooler (a dense layer and tanh) at each row's first position, or None without
         a pooler.
+      logits: [B, L, V] instead of features and head, of a teacher that is not a model of this library. V may be the
+        vocabulary's real size: losses pad it. An id may have -inf, which is a probability of 0.
     """
 
-    hidden: Array
-    features: Array | None
-    head: Head | None
+    hidden: Array | None = None
+    features: Array | None = None
+    head: Head | None = None
     pooled: Array | None = None
+    logits: Array | None = None
 
 
 @struct.dataclass

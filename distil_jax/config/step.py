@@ -2,13 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 from distil_jax.config.model import HeadConfig, ModelConfig
 from distil_jax.config.objective import LossConfig, MaskingConfig, TaskLossConfig
 from distil_jax.schema import require, require_finite, require_share
 
+if TYPE_CHECKING:  # configurations are read before JAX is imported
+    import optax
+
+    from distil_jax.structs import Array, Batch, Encoded, Metrics
+
 MOST_STEPS = 2**31 - 1  # a training state counts steps in 32 bits
+
+
+class Objective(Protocol):
+    """What a step minimises: terms, each with a count that depends on the whole batch alone.
+
+    A step computes `loss` of parts of the batch, one for each device and micro-batch, and adds up losses and terms. So
+    a loss is a sum over the part's positions, divided by the count of the whole batch. Any frozen dataclass with these
+    methods is an objective, such as `Distillation` and `TaskObjective`.
+    """
+
+    def counts(self, batch: Batch) -> dict[str, Array]:
+        """How many positions (or answers) of the whole batch each term averages over, float32 scalars."""
+
+    def loss(
+        self, student: Encoded, teacher: Encoded | None, batch: Batch, counts: dict[str, Array]
+    ) -> tuple[Array, Metrics]:
+        """The loss of a part of the batch, a scalar, and its terms, a `Mean` by name; `counts` are of all of it.
+
+        With a task's head, `student` and `teacher` are logits.
+        """
+
+    def combine(self, terms: Metrics, counts: dict[str, Array]) -> Array:
+        """The loss of the whole batch, from its terms."""
+
+
+class Optimizer(Protocol):
+    """An optimiser of one's own: a frozen dataclass that makes an optax transformation from its fields."""
+
+    def make(self) -> optax.GradientTransformation:
+        """The transformation. It is made once for equal dataclasses."""
 
 
 @dataclass(frozen=True)
@@ -41,17 +78,26 @@ class StepConfig:
     """Everything that `init_state` and `train_step` need to know: the models, the objective and the optimiser."""
 
     student: ModelConfig
-    teacher: ModelConfig | None = None
+    # Or a function (teacher_params, batch) -> `Encoded` (with a task's head: its logits), such as `LogitsFromBatch()`.
+    teacher: ModelConfig | Callable[[Any, Batch], Encoded | Array] | None = None
     loss: LossConfig = LossConfig()
     masking: MaskingConfig = MaskingConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
+    optimizer: OptimizerConfig | Optimizer | optax.GradientTransformation = OptimizerConfig()
     accumulation: int = 1  # micro-batches per update
     head: HeadConfig | None = None  # a task's head on both models; None: masked language modelling
     task: TaskLossConfig = TaskLossConfig()  # with a head, this replaces `loss` and `masking`
     targets_per_row: int | None = None  # most MLM targets in a row, see `most_targets`; None: no limit
+    objective: Objective | None = None  # None: `Distillation` of `loss`, or with a head `TaskObjective` of `task`
+
+    @property
+    def teacher_model(self) -> ModelConfig | None:
+        """The teacher's architecture, if it is a model of this library."""
+        return self.teacher if isinstance(self.teacher, ModelConfig) else None
 
     @property
     def needs_teacher(self) -> bool:
+        if self.objective is not None:
+            return self.teacher is not None
         return (self.loss if self.head is None else self.task).needs_teacher
 
     def __post_init__(self) -> None:
@@ -60,6 +106,14 @@ class StepConfig:
             self.targets_per_row is None or self.targets_per_row >= 1,
             f"targets_per_row must be at least 1, not {self.targets_per_row}: leave it out for any number.",
         )
+        for name in ("teacher", "optimizer", "objective"):
+            require(
+                _is_hashable(getattr(self, name)),
+                f"StepConfig.{name} must be hashable, because a step is compiled for it: make its class a dataclass "
+                "with frozen=True, and its fields numbers, strings, tuples or such dataclasses.",
+            )
+        if self.objective is not None:
+            return
         if self.head is not None:
             require(
                 not self.needs_teacher or self.teacher is not None,
@@ -72,6 +126,8 @@ class StepConfig:
                 not self.loss.needs_teacher,
                 "loss.kl, loss.cosine and loss.mse need a teacher: set teacher.path, or set them to 0.",
             )
+            return
+        if self.teacher_model is None:
             return
         require(
             self.teacher.vocab_size == self.student.vocab_size,
@@ -89,3 +145,11 @@ class StepConfig:
             "The teacher has no MLM head, so it has no soft targets: train its head first "
             "(`distil-jax train` without a teacher), or set loss.kl = 0 and loss.mse = 0.",
         )
+
+
+def _is_hashable(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True

@@ -39,7 +39,7 @@ def step_flops(config: StepConfig, length: int) -> float:
     flops = 3 * encoder_flops(config.student, length)
     if max(loss.kl, loss.mse, loss.mlm) > 0:
         flops += 3 * logits_share * vocabulary_flops(config.student)
-    if config.teacher is not None and loss.needs_teacher:
+    if config.teacher_model is not None and loss.needs_teacher:
         flops += encoder_flops(config.teacher, length)
         flops += logits_share * vocabulary_flops(config.teacher) if soft else 0
     return flops

@@ -17,10 +17,7 @@ import jax.numpy as jnp
 from distil_jax.config.model import ModelConfig
 from distil_jax.models.attention import attend
 from distil_jax.models.dropout import batch_seeds, dropout
-from distil_jax.structs import Array, Batch, Encoded, Head, sinusoidal_table
-
-# exp(-1e9 - x) is exactly 0 in float32, and unlike -inf it leaves a KL finite (0 * -1e9 = 0).
-PADDING_LOGIT = -1e9
+from distil_jax.structs import PADDING_LOGIT, Array, Batch, Encoded, Head, sinusoidal_table
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": lambda x: nn.gelu(x, approximate=False),

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from distil_jax.config.objective import LossConfig
 from distil_jax.objective.fused import fused_loss, in_chunks
 from distil_jax.objective.losses import cosine_loss, kl_loss, mlm_loss, weighted_sum
-from distil_jax.objective.vocabulary import dense_loss, logits
+from distil_jax.objective.vocabulary import dense_loss, logits, teacher_logits_of
+from distil_jax.schema import require
 from distil_jax.structs import IGNORED, Array, Batch, Encoded, Head, Mean, Metrics
 
 
@@ -38,14 +39,20 @@ def distill_loss(
 
 
 @dataclass(frozen=True)
+class LogitsFromBatch:
+    """A teacher that was run before: its logits come with the batch, as `Batch.teacher_logits`."""
+
+    def __call__(self, teacher_params: None, batch: Batch) -> Encoded:
+        del teacher_params
+        require(batch.teacher_logits is not None, "The teacher's logits come with the batch: set Batch.teacher_logits.")
+        return Encoded(logits=batch.teacher_logits)
+
+
+@dataclass(frozen=True)
 class Distillation:
-    """The objective as `train_step` knows any objective: terms that add up, their counts, their weighted sum.
+    """The published objective, as an `Objective` (see `config/step.py`)."""
 
-    Counts depend on the batch alone. They are taken once, over the whole batch; the sums of micro-batches and
-    devices then simply add, however the batch is cut.
-    """
-
-    config: LossConfig
+    config: LossConfig = LossConfig()
     targets_per_row: int | None = None  # as in `StepConfig`
 
     @property
@@ -75,6 +82,7 @@ class Distillation:
         scales = {name: weight / jnp.maximum(counts[name], 1) for name, weight in self.weights.items()}
         loss, terms = jnp.zeros((), jnp.float32), {}
         if (scale := scales.pop("cosine", None)) is not None:
+            require(teacher.hidden is not None, "cosine compares hidden states, and the teacher has none: set it to 0.")
             terms["cosine"] = cosine_loss(student.hidden, teacher.hidden, where=batch.segment_ids > 0)
             loss += scale * terms["cosine"].total
         if scales:
@@ -112,10 +120,10 @@ def _vocabulary_loss(
     if student.head is None:
         raise ValueError("The student has no MLM head, so there are no logits to compare.")
     soft = bool(scales.keys() & {"kl", "mse"})
-    if soft and teacher.head is None:
-        raise ValueError("The teacher has no MLM head, so there are no soft targets.")
+    if soft and not _has_logits(teacher):
+        raise ValueError("The teacher has neither an MLM head nor logits, so there are no soft targets.")
     features, labels, lost = student.features, batch.labels, jnp.zeros((), bool)
-    teacher_features, teacher_head = (teacher.features, teacher.head) if soft else (None, None)
+    teacher_features, teacher_head = _features_and_head(teacher) if soft else (None, None)
     if soft and config.soft_positions == "all":
         where = batch.segment_ids > 0
     else:
@@ -134,6 +142,15 @@ def _vocabulary_loss(
     return loss, {name: Mean(total, counts.get(name, everywhere)) for name, total in totals.items()}
 
 
+def _has_logits(encoded: Encoded) -> bool:
+    return encoded.head is not None or encoded.logits is not None
+
+
+def _features_and_head(teacher: Encoded) -> tuple[Array, Head | None]:
+    """As `teacher_logits_of` takes them: features and their head, or logits and None."""
+    return (teacher.features, teacher.head) if teacher.logits is None else (teacher.logits, None)
+
+
 def held_out_terms(
     student: Encoded, teacher: Encoded | None, batch: Batch, *, config: LossConfig, targets_per_row: int | None = None
 ) -> Metrics:
@@ -148,14 +165,15 @@ def held_out_terms(
       targets_per_row: as in `StepConfig`; a row with more makes every number NaN.
 
     Returns:
-      "mlm" and "accuracy" against the text, and with a teacher that has an MLM head "kl" (temperature 1) and
-      "agreement" (share of targets where both put the same id first).
+      "mlm" and "accuracy" against the text, and with a teacher that has logits "kl" (temperature 1) and "agreement"
+      (share of targets where both put the same id first).
     """
     most = batch.labels.shape[1] if targets_per_row is None else targets_per_row
     features, labels = at_targets(student.features, batch.labels, most)
     teacher_features, teacher_head = None, None
-    if teacher is not None and teacher.head is not None:
-        teacher_features, teacher_head = at_targets(teacher.features, batch.labels, most)[0], teacher.head
+    if teacher is not None and _has_logits(teacher):
+        teacher_features, teacher_head = _features_and_head(teacher)
+        teacher_features = at_targets(teacher_features, batch.labels, most)[0]
     cut = partial(in_chunks, chunk=config.chunk or labels.size)
     chunks = (cut(features), cut(labels, fill=IGNORED), None if teacher_features is None else cut(teacher_features))
 
@@ -163,7 +181,7 @@ def held_out_terms(
         return jax.tree.map(jnp.add, sums, _terms_at_targets(student.head, teacher_head, *chunk)), None
 
     zero = jnp.zeros((), jnp.float32)
-    names = ("mlm", "accuracy") if teacher_head is None else ("mlm", "accuracy", "kl", "agreement")
+    names = ("mlm", "accuracy") if teacher_features is None else ("mlm", "accuracy", "kl", "agreement")
     terms, _ = jax.lax.scan(add, dict.fromkeys(names, Mean(zero, zero)), chunks)
     lost = overfull(batch.labels, most)
     return {name: term.replace(total=jnp.where(lost, jnp.nan, term.total)) for name, term in terms.items()}
@@ -175,8 +193,8 @@ def _terms_at_targets(
     student_logits, where = logits(features, head), labels != IGNORED
     best = jnp.argmax(student_logits, axis=-1)
     terms = {"mlm": mlm_loss(student_logits, labels), "accuracy": Mean.of(best == labels, where)}
-    if teacher_head is not None:
-        teacher_logits = logits(teacher_features, teacher_head)
+    if teacher_features is not None:
+        teacher_logits = teacher_logits_of(teacher_features, teacher_head, student_logits.shape[-1])
         terms["kl"] = kl_loss(student_logits, teacher_logits, where=where, temperature=1.0)
         terms["agreement"] = Mean.of(best == jnp.argmax(teacher_logits, axis=-1), where)
     return terms

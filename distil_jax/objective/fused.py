@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from distil_jax.objective.vocabulary import counted_features, dense_loss, logits
+from distil_jax.objective.vocabulary import counted_features, dense_loss, logits, teacher_logits_of
 from distil_jax.structs import IGNORED, Array, Head
 
 
@@ -76,7 +76,9 @@ def _forward(
         totals, kernel_sum_VxD, bias_sum_V = sums
         features_BxCxD, (teacher_features, where, labels) = piece
         student_logits = logits(features_BxCxD, head)
-        teacher_logits = None if teacher_head is None else logits(teacher_features, teacher_head)
+        teacher_logits = None
+        if teacher_features is not None:
+            teacher_logits = teacher_logits_of(teacher_features, teacher_head, student_logits.shape[-1])
         terms, gradient_BxCxV = _compare(student_logits, teacher_logits, where, labels, scales, temperature)
         totals = jax.tree.map(jnp.add, totals, terms)
         bias_sum_V += jnp.sum(gradient_BxCxV, axis=(0, 1))

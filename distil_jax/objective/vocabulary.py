@@ -10,7 +10,8 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 
 from distil_jax.objective.losses import counted, kl_loss, mlm_loss, mse_loss
-from distil_jax.structs import IGNORED, Array, Head
+from distil_jax.schema import require
+from distil_jax.structs import IGNORED, PADDING_LOGIT, Array, Head
 
 
 def logits(features: Array, head: Head) -> Array:
@@ -19,6 +20,29 @@ def logits(features: Array, head: Head) -> Array:
         "...D,VD->...V", features, head.kernel.astype(features.dtype), preferred_element_type=jnp.float32
     )
     return product + head.bias
+
+
+def teacher_logits_of(features: Array, head: Head | None, vocab_size: int) -> Array:
+    """[..., V] float32 from a teacher's features, or from its own logits where there is no head.
+
+    Args:
+      features: [..., E], or without a head logits [..., W] with W <= V.
+      head: the teacher's, or None.
+      vocab_size: V, as it is stored.
+
+    Raises:
+      InputError: more logits than the student has.
+    """
+    if head is not None:
+        return logits(features, head)
+    width = features.shape[-1]
+    require(
+        width <= vocab_size,
+        f"The teacher has logits for {width} ids and the student for {vocab_size}: both must use one tokenizer.",
+    )
+    ends = [(0, 0)] * (features.ndim - 1) + [(0, vocab_size - width)]
+    padded = jnp.pad(features.astype(jnp.float32), ends, constant_values=PADDING_LOGIT)
+    return jnp.where(padded < PADDING_LOGIT, PADDING_LOGIT, padded)  # -inf; NaN stays, so that the update is skipped
 
 
 def dense_loss(
@@ -37,8 +61,8 @@ def dense_loss(
     Args:
       features: [B, L, D] of the student.
       head: the student's.
-      teacher_features: [B, L, E], or None where "kl" and "mse" are not asked for.
-      teacher_head: the teacher's, or None.
+      teacher_features: [B, L, E], or its logits as for `teacher_logits_of`; None where no term needs them.
+      teacher_head: the teacher's; None if there is no teacher, or only its logits.
       where: [B, L] bool, the positions of "kl" and "mse".
       labels: [B, L], `IGNORED` where there is no target of "mlm".
       scales: the terms that are wanted, "kl", "mlm" and "mse", each with its share in the loss: weight / count.
@@ -53,7 +77,7 @@ def dense_loss(
     if "mlm" in scales:
         totals["mlm"] = mlm_loss(student_logits, labels).total
     if scales.keys() & {"kl", "mse"}:
-        teacher_logits = logits(teacher_features, teacher_head)
+        teacher_logits = teacher_logits_of(teacher_features, teacher_head, student_logits.shape[-1])
         if "kl" in scales:
             totals["kl"] = kl_loss(student_logits, teacher_logits, where=where, temperature=temperature).total
         if "mse" in scales:

@@ -284,10 +284,16 @@ def cast_teacher(model: ModelConfig, params: Any) -> Any:
 
 
 def put_teacher(params: Any, teacher: TeacherConfig, step: StepConfig, mesh: Mesh) -> tuple[Any, Any]:
-    """The `teacher_shapes`, and the teacher's parameters on the mesh; both None without a teacher."""
+    """The `teacher_shapes`, and the teacher's parameters on the mesh; both None without parameters.
+
+    Those of a teacher that is a function have no logical axes, so every device gets a copy.
+    """
     if params is None:
         return None, None
-    shapes = teacher_shapes(teacher, step.teacher, step.head)
+    if step.teacher_model is None:
+        shapes = jax.eval_shape(lambda: params)
+    else:
+        shapes = teacher_shapes(teacher, step.teacher, step.head)
     return shapes, put_params(params, shardings_of(shapes, mesh))
 
 

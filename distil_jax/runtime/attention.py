@@ -35,7 +35,7 @@ def resolve_attention(
     device = mesh.devices.flat[0]
     platform = device.platform
     chosen, names_by_choice, trials = {}, {}, {}
-    for name, model in (("student", step.student), ("teacher", step.teacher)):
+    for name, model in (("student", step.student), ("teacher", step.teacher_model)):
         if model is None:
             continue
         took, why = "xla", "as asked"

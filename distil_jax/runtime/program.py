@@ -134,9 +134,15 @@ def describe_models(step: StepConfig, attention: str) -> str:
     """A line about the models and the machine."""
     student = f"student {step.student.num_layers} x {step.student.hidden_size}"
     parameters = f"{count_parameters(step.student):,} parameters"
-    teacher = f", teacher {step.teacher.num_layers} x {step.teacher.hidden_size}" if step.teacher else ""
+    teacher = f", teacher {_describe_teacher(step)}" if step.teacher else ""
     devices = f"{jax.device_count()} {jax.devices()[0].device_kind} device(s), {step.student.dtype}"
     return f"{student} ({parameters}){teacher}; {devices}; {attention}"
+
+
+def _describe_teacher(step: StepConfig) -> str:
+    if step.teacher_model is None:
+        return getattr(step.teacher, "__name__", type(step.teacher).__name__)
+    return f"{step.teacher.num_layers} x {step.teacher.hidden_size}"
 
 
 def describe_micro_batches(train: TrainConfig, step: StepConfig, mesh: Mesh, length: int) -> str:

@@ -15,6 +15,9 @@ from distil_jax.runtime.divergence import Divergence
 from distil_jax.runtime.processes import is_first
 from distil_jax.structs import Metrics
 
+_LOSSES = ("loss", "kl", "mlm", "cosine", "mse", "task", "soft")  # in the order of a line; others come after these
+_ONLY_WRITTEN = ("gradient_norm", "learning_rate", "skipped")
+
 
 class Progress:
     """Reads each step's metrics one step late, so that the device never waits for the host.
@@ -65,14 +68,15 @@ class Progress:
         step, metrics = self._behind
         self._behind = None
         values = to_floats(metrics)
-        if skipped := bool(values["skipped"]):
+        if skipped := bool(values.get("skipped")):
             self._skipped(step, values)
         self._window.append(values)
         self._bar.update(step - self._bar.n)
         # The first step's time is XLA's: it gets a line of its own and is in no throughput.
         if self._first or step % self._every == 0 or step == self._steps:
             self._line(step)
-        self._divergence.update(step, values["loss"], skipped=skipped)
+        if "loss" in values:
+            self._divergence.update(step, values["loss"], skipped=skipped)
 
     def held_out(self, step: int, metrics: dict[str, float]) -> None:
         """Shows and writes an evaluation."""
@@ -92,20 +96,25 @@ class Progress:
     def _line(self, step: int) -> None:
         seconds = time.perf_counter() - self._clock - self._idle
         # Skipped steps are left out of the means, unless all of them were skipped.
-        steps = [values for values in self._window if not values["skipped"]] or self._window
+        steps = [values for values in self._window if not values.get("skipped")] or self._window
         means = {name: sum(values[name] for values in steps) / len(steps) for name in steps[-1]}
-        tokens = means.pop("tokens")
+        tokens = means.pop("tokens", None)  # a step of one's own may not count them
         rate = len(self._window) / seconds
-        means["skipped"] = sum(values["skipped"] for values in self._window)
-        line = {**means, "tokens_per_step": tokens}
+        means["skipped"] = sum(values.get("skipped", 0.0) for values in self._window)
+        line = dict(means) if tokens is None else {**means, "tokens_per_step": tokens}
         if self._first:
             line["compile_seconds"] = seconds
             shown = f"first step in {seconds:.1f} s, most of it XLA's compilation"
         else:
-            line |= {"tokens_per_second": tokens * rate, "seconds_per_step": 1 / rate}
-            shown = f"{tokens * rate:,.0f} tokens/s, {_duration((self._steps - step) / rate)} left"
+            line |= {"seconds_per_step": 1 / rate}
+            speed = f"{rate:.3g} steps/s"
+            if tokens is not None:
+                line["tokens_per_second"] = tokens * rate
+                speed = f"{tokens * rate:,.0f} tokens/s"
+            shown = f"{speed}, {_duration((self._steps - step) / rate)} left"
         self._writer.write(step, "train", line)
-        losses = {name: means[name] for name in ("loss", "kl", "mlm", "cosine", "mse", "task", "soft") if name in means}
+        others = (name for name in means if name not in (*_LOSSES, *_ONLY_WRITTEN))
+        losses = {name: means[name] for name in (*_LOSSES, *others) if name in means}
         if self._bar.disable:
             self.say(f"step {step:>6,}  {_words(losses)}  {shown}")
         else:
@@ -114,7 +123,7 @@ class Progress:
 
     def _skipped(self, step: int, values: dict[str, float]) -> None:
         rows = self._row_indices(step)
-        why = {name: values[name] for name in ("loss", "gradient_norm")}
+        why = {name: values[name] for name in ("loss", "gradient_norm") if name in values}
         self._writer.write(step, "skipped", {**why, "rows": rows})
         self.say(f"step {step:>6,}  no update, because a number is not finite: {_words(why)}; rows {_few(rows)}")
 

@@ -17,7 +17,7 @@ from distil_jax import __version__
 from distil_jax.config.load import read_toml
 from distil_jax.config.model import HeadConfig, ModelConfig
 from distil_jax.config.run import Config, StudentConfig
-from distil_jax.config.step import StepConfig
+from distil_jax.config.step import OptimizerConfig, StepConfig
 from distil_jax.config.task import FinetuneConfig
 from distil_jax.files import copy_tokenizer, write_whole
 from distil_jax.io import huggingface
@@ -27,7 +27,7 @@ from distil_jax.models.heads import abstract_model
 from distil_jax.runtime import processes
 from distil_jax.runtime.divergence import Divergence
 from distil_jax.runtime.program import Program
-from distil_jax.schema import InputError, build, differences, require, table_of, to_dict, user_path
+from distil_jax.schema import InputError, build, differences, identify, require, table_of, to_dict, user_path
 from distil_jax.training.state import TrainState, init_state
 
 
@@ -78,7 +78,10 @@ def check_folder(folder: Path, program: Program | None = None) -> None:
     begun = {"tokenizer", ".config.toml", ".lock", "compiled"}
     if folder.is_dir() and not is_run(folder) and {path.name for path in folder.iterdir()} - begun:
         raise InputError(f"{folder} holds something other than a run: name a new folder; nothing was changed.")
-    if program is None or not is_run(folder):
+    if program is None:
+        return
+    custom = custom_parts(program.step_config)
+    if not is_run(folder):
         return
     before, newest = read_config(folder), _newest_metadata(folder)
     if type(before) is not type(program.config):
@@ -86,6 +89,12 @@ def check_folder(folder: Path, program: Program | None = None) -> None:
     if isinstance(before, Config):
         before = replace(before, student=_student(before.student, program, newest))
     changed = differences(before, program.config)
+    saved = newest.get("custom", {}) if newest else custom
+    changed += [
+        f"{name}: {saved.get(name, 'as configured')} -> {custom.get(name, 'as configured')}"
+        for name in sorted(saved.keys() | custom.keys())
+        if saved.get(name) != custom.get(name)
+    ]
     if changed:
         raise InputError(
             f"{folder} holds a run with another configuration ({'; '.join(changed)}): give it the same one to go on, "
@@ -99,6 +108,20 @@ def check_folder(folder: Path, program: Program | None = None) -> None:
                 f"The run was started with other {what[name]}: point the config at the ones it began with, or start a "
                 "new run folder."
             )
+
+
+def custom_parts(step: StepConfig) -> dict[str, Any]:
+    """The parts of a step that its user wrote, as plain values: class and fields of objective, optimiser and teacher.
+
+    Raises:
+      InputError: one of them cannot be written down, so a resumed run could not tell it from another.
+    """
+    parts = {"objective": step.objective}
+    if not isinstance(step.optimizer, OptimizerConfig):
+        parts["optimizer"] = step.optimizer
+    if step.teacher_model is None:
+        parts["teacher"] = step.teacher
+    return {name: identify(part, name) for name, part in parts.items() if part is not None}
 
 
 def _newest_metadata(folder: Path) -> dict[str, Any] | None:
@@ -119,7 +142,7 @@ def _student(written: StudentConfig, program: Program, newest: dict[str, Any] | 
     """
     models = program.step_config
     if newest is None:
-        return written.resolved(models.student, models.teacher)
+        return written.resolved(models.student, models.teacher_model)
     teacher = build(ModelConfig, newest["teacher"]) if newest["teacher"] else None
     return written.resolved(build(ModelConfig, newest["student"]), teacher)
 
@@ -154,7 +177,8 @@ def prepare_folder(folder: Path, program: Program) -> None:
 def checkpoint_metadata(program: Program, step: int, divergence: Divergence) -> dict[str, Any]:
     """The metadata of a checkpoint. `position`, the rows consumed so far, is all the state that the data has.
 
-    Checkpoints from before 2026-11-26 lack `divergence`, the memory of the divergence watch.
+    Checkpoints from before 2026-11-26 lack `divergence`, the memory of the divergence watch, and those from before
+    2026-11-28 `custom`.
     """
     models = program.step_config
     return {
@@ -164,7 +188,8 @@ def checkpoint_metadata(program: Program, step: int, divergence: Divergence) -> 
         "identity": program.identity,
         "config": to_dict(program.config),
         "student": to_dict(models.student),
-        "teacher": to_dict(models.teacher) if models.teacher else None,
+        "teacher": to_dict(models.teacher) if models.teacher_model else None,
+        "custom": custom_parts(models),
         "head": to_dict(models.head) if models.head else None,
         "data": program.data,
     }

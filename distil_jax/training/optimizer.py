@@ -1,4 +1,4 @@
-"""AdamW, its schedule and its masks, from a frozen config."""
+"""Optimisers from frozen configs: AdamW with its schedule and masks, or a user's own."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import traverse_util
+from optax.contrib import MuonDimensionNumbers
 
-from distil_jax.config.step import OptimizerConfig
+from distil_jax.config.step import Optimizer, OptimizerConfig
 from distil_jax.schema import InputError, require
 from distil_jax.structs import Array
 
@@ -40,8 +41,16 @@ def learning_rate(config: OptimizerConfig) -> optax.Schedule:
 
 # Cached, because two chains never compare equal: equal configs get the same chain.
 @functools.cache
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Frozen parameters, clip by global norm, AdamW without decay on biases and LayerNorm, in that order."""
+def make_optimizer(config: OptimizerConfig | Optimizer | optax.GradientTransformation) -> optax.GradientTransformation:
+    """The optax transformation of a step's optimiser.
+
+    For an `OptimizerConfig`: frozen parameters, clip by global norm, AdamW without decay on biases and LayerNorm, in
+    that order.
+    """
+    if isinstance(config, optax.GradientTransformation):
+        return config
+    if not isinstance(config, OptimizerConfig):
+        return config.make()
     return optax.chain(
         # First, so that what is frozen neither moves nor counts in the norm.
         optax.masked(optax.set_to_zero(), functools.partial(_frozen, prefixes=config.freeze)),
@@ -57,11 +66,37 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     )
 
 
-def without_frozen(gradients: Any, config: OptimizerConfig) -> Any:
-    """The gradients, with zeros for frozen parameters."""
+def without_frozen(gradients: Any, config: OptimizerConfig | Optimizer | optax.GradientTransformation) -> Any:
+    """The gradients, with zeros for the parameters that an `OptimizerConfig` freezes."""
+    if not isinstance(config, OptimizerConfig):
+        return gradients
     return jax.tree.map(
         lambda frozen, leaf: jnp.zeros_like(leaf) if frozen else leaf, _frozen(gradients, config.freeze), gradients
     )
+
+
+def muon_dimension_numbers(params: Any) -> Any:
+    """Which axes of each matrix `optax.contrib.muon` orthogonalises, for `muon_weight_dimension_numbers`.
+
+    Layers are stacked and heads have an axis of their own, so no kernel of a block has two axes. By optax's default,
+    all of them would be trained by Adam.
+
+    Args:
+      params: a model's tree.
+
+    Returns:
+      Numbers for the six kernels of every block, and None for all other parameters, which Adam trains.
+    """
+
+    def numbers(path: tuple[str, ...], leaf: Array) -> MuonDimensionNumbers | None:
+        if not path[0].startswith("layers") or path[-1] != "kernel":
+            return None
+        reduced = 2 if path[-2] == "attention_output" else 1  # heads and their width are contracted together
+        stacked = 1 if path[0] == "layers" else 0  # not where `layers_apart` has cut the stack
+        axes = tuple(range(stacked, leaf.ndim))
+        return MuonDimensionNumbers(reduction_axis=axes[:reduced], output_axis=axes[reduced:])
+
+    return traverse_util.path_aware_map(numbers, params)
 
 
 def _frozen(params: Any, prefixes: tuple[str, ...]) -> Any:

@@ -80,7 +80,7 @@ def check_mesh(mesh: Mesh, config: StepConfig) -> None:
       InputError: it does.
     """
     fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
-    for name, model in (("student", config.student), ("teacher", config.teacher)):
+    for name, model in (("student", config.student), ("teacher", config.teacher_model)):
         if model is None:
             continue
         for what, size, pieces, axes in (

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
+from flax.core import meta
 
 from distil_jax.config.step import StepConfig
 from distil_jax.models.heads import init_model
@@ -62,14 +63,31 @@ def eval_state(config: StepConfig, params: Any) -> TrainState:
 def abstract_state(config: StepConfig) -> TrainState:
     """Shapes and logical axes of a state, no values: what shardings are made from.
 
-    The optimiser's moments take the axes of their parameters, because they are made from boxed ones.
+    An array of the optimiser has the axes of the parameter at whose path it ends and whose shape it has, as moments do.
+    Any other array has none, so that every device gets a copy.
     """
-    return _traced.eval_shape(jax.random.key(0), config)
+    state = _traced.eval_shape(jax.random.key(0), config)
+    boxes = jax.tree_util.tree_leaves_with_path(state.params, is_leaf=_is_box)
+    axes = {path: box for path, box in boxes if _is_box(box)}
+
+    def boxed(path: tuple, leaf: jax.ShapeDtypeStruct) -> Any:
+        for begin in range(len(path)):
+            box = axes.get(path[begin:])
+            if box is not None and box.value.shape == leaf.shape:
+                return box.replace_boxed(leaf)
+        return leaf
+
+    return state.replace(opt_state=jax.tree_util.tree_map_with_path(boxed, state.opt_state))
+
+
+def _is_box(leaf: Any) -> bool:
+    return isinstance(leaf, meta.AxisMetadata)
 
 
 @partial(jax.jit, static_argnums=1)  # never run: it remembers what it traced
 def _traced(key: Array, config: StepConfig) -> TrainState:
-    return _state(key, config, init_model(key, config.student, config.head))
+    params = init_model(key, config.student, config.head)
+    return _state(key, config, nn.unbox(params)).replace(params=params)
 
 
 def _state(run_key: Array, config: StepConfig, params: Any) -> TrainState:

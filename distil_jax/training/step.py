@@ -11,7 +11,7 @@ import optax
 
 from distil_jax.config.model import ModelConfig
 from distil_jax.config.objective import MaskingConfig, TaskLossConfig
-from distil_jax.config.step import StepConfig
+from distil_jax.config.step import Objective, OptimizerConfig, StepConfig
 from distil_jax.models.heads import abstract_model, model_of
 from distil_jax.objective.distillation import Distillation, held_out_terms
 from distil_jax.objective.masking import mask_tokens, most_targets
@@ -23,6 +23,7 @@ from distil_jax.training.sharding import gather_params, map_shards, scatter_para
 from distil_jax.training.state import TrainState
 
 _MASKS, _DROPOUT = 0, 1  # what the keys of one step are for
+_METRICS = ("loss", "tokens", "gradient_norm", "skipped", "learning_rate")  # beside the terms of the objective
 _HELD_OUT_SEED = 15  # of the held-out masks; any number will do, but always the same
 
 
@@ -61,15 +62,31 @@ def train_step(state: TrainState, teacher_params: Any, batch: Batch) -> tuple[Tr
     Raises:
       InputError: B does not divide so, or `state.config.optimizer` has no steps.
     """
-    gradients, terms, loss = _gradients(state, teacher_params, batch)
+    grads, metrics = gradients(state, teacher_params, batch)
+    return apply_gradients(state, grads, metrics)
+
+
+def apply_gradients(state: TrainState, grads: Any, metrics: Metrics) -> tuple[TrainState, Metrics]:
+    """The second half of `train_step`: one update, or none if the loss or the norm of the gradient is not finite.
+
+    Args:
+      state: the student.
+      grads: a gradient for each parameter.
+      metrics: of `gradients`; of these, "loss" is read. Where it is missing, only the norm decides.
+
+    Returns:
+      The next state, and the metrics with "gradient_norm", "skipped" and, for an `OptimizerConfig`, "learning_rate".
+    """
     config = state.config
     # What is frozen counts neither in the norm nor in whether it is finite, and XLA leaves out what made it.
-    gradients = without_frozen(gradients, config.optimizer)
-    norm = optax.tree.norm(gradients)
-    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    grads = without_frozen(grads, config.optimizer)
+    norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(norm)
+    if "loss" in metrics:
+        finite &= jnp.isfinite(metrics["loss"].total)
 
     def updated() -> tuple[Any, Any]:
-        updates, opt_state = make_optimizer(config.optimizer).update(gradients, state.opt_state, state.params)
+        updates, opt_state = make_optimizer(config.optimizer).update(grads, state.opt_state, state.params)
         return optax.apply_updates(state.params, updates), opt_state
 
     before = state.params, state.opt_state
@@ -79,15 +96,10 @@ def train_step(state: TrainState, teacher_params: Any, batch: Batch) -> tuple[Tr
         cpu=lambda: jax.lax.cond(finite, updated, lambda: before),
         default=lambda: jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated(), before),
     )
-    numbers = {
-        "loss": loss,
-        "gradient_norm": norm,
-        "learning_rate": learning_rate(config.optimizer)(state.step - state.skipped),
-        "tokens": jnp.sum(batch.segment_ids > 0),
-        "skipped": ~finite,
-    }
-    once = jnp.ones((), jnp.float32)
-    metrics = terms | {name: Mean(jnp.asarray(number, jnp.float32), once) for name, number in numbers.items()}
+    more = {"gradient_norm": norm, "skipped": ~finite}
+    if isinstance(config.optimizer, OptimizerConfig):
+        more["learning_rate"] = learning_rate(config.optimizer)(state.step - state.skipped)
+    metrics = metrics | {name: _once(number) for name, number in more.items()}
     skipped = state.skipped + jnp.asarray(~finite, jnp.int32)
     return state.replace(step=state.step + 1, skipped=skipped, params=params, opt_state=opt_state), metrics
 
@@ -99,18 +111,27 @@ def eval_step(state: TrainState, teacher_params: Any, batch: Batch) -> Metrics:
       state: the student.
       teacher_params: the teacher's tree, or None to leave out the comparison with it.
       batch: [B, L], any that `train_step` takes.
+
+    Returns:
+      The metrics of `held_out_terms`, and with `config.objective` the terms of that, where they have other names.
     """
     config = state.config
 
     def shard_terms(batch: Batch, params: Any, teacher_params: Any) -> Metrics:
         student, teacher = _outputs(config, config.student, params, batch), None
-        if teacher_params is not None:
-            teacher = _outputs(config, config.teacher, teacher_params, batch)
-        return held_out_terms(student, teacher, batch, config=config.loss, targets_per_row=config.targets_per_row)
+        if with_teacher:
+            teacher = _teacher_outputs(config, teacher_params, batch)
+        terms = held_out_terms(student, teacher, batch, config=config.loss, targets_per_row=config.targets_per_row)
+        if config.objective is not None:
+            terms = config.objective.loss(student, teacher, batch, counts)[1] | terms
+        return terms
 
+    # A function may be a teacher without parameters.
+    with_teacher = teacher_params is not None or (config.teacher is not None and config.teacher_model is None)
+    counts = {} if config.objective is None else config.objective.counts(batch)
     params = gather_params(state.params, abstract_model(config.student, None))
-    if teacher_params is not None:
-        teacher_params = gather_params(teacher_params, abstract_model(config.teacher, None))
+    if with_teacher:
+        teacher_params = _gather_teacher(config, teacher_params)
     return sum_over_shards(shard_terms)(batch, params, teacher_params)
 
 
@@ -160,21 +181,26 @@ def _key(state: TrainState, purpose: int) -> Array:
     return jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step), purpose)
 
 
-def _gradients(state: TrainState, teacher_params: Any, batch: Batch) -> tuple[Any, Metrics, Array]:
-    """Gradients of the loss over the whole batch, its terms and its value.
+def gradients(state: TrainState, teacher_params: Any, batch: Batch) -> tuple[Any, Metrics]:
+    """The first half of `train_step`: the gradients of the loss over the whole batch.
 
     Each shard of the batch adds up its micro-batches, and the shards exchange their sums once.
+
+    Args:
+      state, teacher_params, batch: as in `train_step`.
+
+    Returns:
+      A gradient for each parameter, and the metrics: the terms of the objective, "loss" and "tokens".
+
+    Raises:
+      InputError: B does not divide into the micro-batches, or a term has a name that is no identifier or is taken.
     """
-    config = state.config
-    if config.head is None:
-        objective = Distillation(config.loss, config.targets_per_row)
-    else:
-        objective = TaskObjective(config.head, config.task)
+    config, objective = state.config, _objective(state.config)
     counts = objective.counts(batch)
 
     def loss_of(params: Any, teacher_params: Any, batch: Batch, counts: dict, key: Array) -> tuple[Array, Metrics]:
         student = _outputs(config, config.student, params, batch, train=True, rngs={"dropout": key})
-        teacher = _outputs(config, config.teacher, teacher_params, batch) if config.needs_teacher else None
+        teacher = _teacher_outputs(config, teacher_params, batch) if config.needs_teacher else None
         return objective.loss(student, teacher, batch, counts)
 
     def shard_sums(batch: Batch, params: Any, teacher_params: Any, counts: dict, key: Array) -> Any:
@@ -197,9 +223,40 @@ def _gradients(state: TrainState, teacher_params: Any, batch: Batch) -> tuple[An
     student = abstract_model(config.student, config.head)
     params = gather_params(state.params, student)
     if config.needs_teacher:
-        teacher_params = gather_params(teacher_params, abstract_model(config.teacher, config.head))
-    gradients, terms = sum_over_shards(shard_sums)(batch, params, teacher_params, counts, _key(state, _DROPOUT))
-    return scatter_params(gradients, student), terms, objective.combine(terms, counts)
+        teacher_params = _gather_teacher(config, teacher_params)
+    grads, terms = sum_over_shards(shard_sums)(batch, params, teacher_params, counts, _key(state, _DROPOUT))
+    for name in terms:
+        free = name.isidentifier() and name not in _METRICS
+        require(free, f"A term of the loss cannot be called {name!r}: choose an identifier other than {_METRICS}.")
+    loss, tokens = objective.combine(terms, counts), jnp.sum(batch.segment_ids > 0)
+    return scatter_params(grads, student), terms | {"loss": _once(loss), "tokens": _once(tokens)}
+
+
+def _objective(config: StepConfig) -> Objective:
+    if config.objective is not None:
+        return config.objective
+    if config.head is None:
+        return Distillation(config.loss, config.targets_per_row)
+    return TaskObjective(config.head, config.task)
+
+
+def _once(value: Array) -> Mean:
+    return Mean(jnp.asarray(value, jnp.float32), jnp.ones((), jnp.float32))
+
+
+def _teacher_outputs(config: StepConfig, teacher_params: Any, batch: Batch) -> Encoded | Array:
+    """The teacher's output for a batch: its encoding, or a task's logits."""
+    if config.teacher_model is not None:
+        return _outputs(config, config.teacher, teacher_params, batch)
+    outputs = config.teacher(teacher_params, batch)
+    return outputs.logits if config.head is not None and isinstance(outputs, Encoded) else outputs
+
+
+def _gather_teacher(config: StepConfig, teacher_params: Any) -> Any:
+    """The parameters of a teacher that is a model of ours, see `gather_params`; any other's as they are."""
+    if config.teacher_model is None:
+        return teacher_params
+    return gather_params(teacher_params, abstract_model(config.teacher, config.head))
 
 
 def _outputs(config: StepConfig, model: ModelConfig, params: Any, batch: Batch, **options: Any) -> Encoded | Array:

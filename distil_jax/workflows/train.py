@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from jax.sharding import Mesh
 
 from distil_jax.config.run import Config
+from distil_jax.config.step import Objective, Optimizer
 from distil_jax.data.loader import open_rows
 from distil_jax.evaluation.held_out import HeldOutEvaluator
+from distil_jax.io import huggingface
 from distil_jax.runtime.assemble import Parts, assemble, put_teacher
 from distil_jax.runtime.loop import run_program
 from distil_jax.runtime.program import (
@@ -19,21 +24,54 @@ from distil_jax.runtime.program import (
     describe_micro_batches,
     describe_models,
 )
+from distil_jax.schema import require
+from distil_jax.structs import Batch, Encoded
 from distil_jax.training.sharding import jit_eval, jit_step, make_mesh, replicate, shardings_of
 from distil_jax.training.state import abstract_state
 from distil_jax.training.step import mask_and_eval_step, mask_and_train_step
 
 
-def train(config: Config, workdir: str | Path, *, resume_step: int | None = None) -> dict[str, float]:
+def train(
+    config: Config,
+    workdir: str | Path,
+    *,
+    resume_step: int | None = None,
+    objective: Objective | None = None,
+    optimizer: Optimizer | None = None,
+    teacher: Callable[[Any, Batch], Encoded] | None = None,
+    teacher_params: Any = None,
+) -> dict[str, float]:
     """Trains a student, or resumes the run in `workdir`.
 
     Args:
       config: of the run; on resume, only settings that do not affect the result may differ.
       workdir, resume_step: as for `run_program`.
+      objective, optimizer, teacher: of one's own, see `StepConfig`; each a frozen dataclass whose fields are numbers,
+        texts, tuples or such dataclasses. Class and fields are saved with the run, which resumes only with equal ones.
+        `config.loss` or `config.optimizer` is then not used. A teacher needs an objective, and no `teacher.path`.
+      teacher_params: of `teacher`; None for a function without parameters.
 
     Returns and raises what `run_program` does.
     """
-    return run_program(lambda: compile_run(assemble(config)), workdir, resume_step=resume_step)
+
+    def make() -> Program:
+        parts = assemble(config)
+        step, params, identity = parts.step, parts.teacher_params, parts.identity
+        if teacher is not None:
+            require(not config.teacher.path, "There are two teachers: leave out teacher.path, or the function.")
+            require(objective is not None, "A teacher of one's own needs an objective too: give Distillation().")
+            params = teacher_params
+            if params is not None:
+                identity = identity | {"teacher": huggingface.fingerprint(params)}
+        step = replace(
+            step,
+            objective=objective,
+            optimizer=step.optimizer if optimizer is None else optimizer,
+            teacher=step.teacher if teacher is None else teacher,
+        )
+        return compile_run(replace(parts, step=step, teacher_params=params, identity=identity))
+
+    return run_program(make, workdir, resume_step=resume_step)
 
 
 def compile_run(parts: Parts) -> Program:
