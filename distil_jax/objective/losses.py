@@ -22,7 +22,7 @@ def kl_loss(student_logits: Array, teacher_logits: Array, *, where: Array, tempe
     T^2 keeps the gradient's size as T grows.
 
     Args:
-      student_logits, teacher_logits: [..., V].
+      student_logits, teacher_logits: [..., V], finite: an id without probability has `PADDING_LOGIT`, not -inf.
       where: [...] bool, the positions that count.
       temperature: T.
     """

@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from distil_jax.config.model import HeadConfig
-from distil_jax.config.step import StepConfig
+from distil_jax.config.step import Objective, Optimizer, StepConfig
 from distil_jax.config.task import FinetuneConfig, check_head, head_of, task_encoder
 from distil_jax.data.summary import summarize
 from distil_jax.data.tasks import TaskData, read_task
@@ -53,13 +53,20 @@ from distil_jax.training.step import train_step
 from distil_jax.workflows.export import export
 
 
-def finetune(config: FinetuneConfig, workdir: str | Path) -> dict[str, dict[str, float]]:
+def finetune(
+    config: FinetuneConfig,
+    workdir: str | Path,
+    *,
+    objective: Objective | None = None,
+    optimizer: Optimizer | None = None,
+) -> dict[str, dict[str, float]]:
     """Fine-tunes a model on a task, or resumes the run in `workdir`.
 
     Args:
       config: of the run.
       workdir: a run folder. At the end it also has the best checkpoint as `model/`, and its metrics in `scores.json`.
         The best checkpoint is that of the best evaluation on the dev examples; a tie goes to the earlier one.
+      objective, optimizer: of one's own, as for `train`.
 
     Returns:
       The metrics of that checkpoint on "dev" and, if there are test examples, on "test".
@@ -68,7 +75,7 @@ def finetune(config: FinetuneConfig, workdir: str | Path) -> dict[str, dict[str,
       As `run_program`; and InputError if `model/` already holds another checkpoint.
     """
     workdir = user_path(workdir)
-    compiled = cache(lambda: compile_task(config))
+    compiled = cache(lambda: compile_task(config, objective, optimizer))
     run_program(lambda: compiled()[0], workdir)
     program, evaluator, data = compiled()
     with contextlib.closing(Checkpoints(workdir / "checkpoints")) as checkpoints:
@@ -129,7 +136,9 @@ def _earlier_metrics(workdir: Path, evaluated: dict[str, Any]) -> dict[str, dict
     return {split: scores[split] for split in ("dev", "test") if split in scores} if same else {}
 
 
-def compile_task(config: FinetuneConfig) -> tuple[Program, TaskEvaluator, TaskData]:
+def compile_task(
+    config: FinetuneConfig, objective: Objective | None = None, optimizer: Optimizer | None = None
+) -> tuple[Program, TaskEvaluator, TaskData]:
     """Reads models and examples, checks that they fit each other, and makes the program of the run.
 
     Returns:
@@ -154,7 +163,14 @@ def compile_task(config: FinetuneConfig) -> tuple[Program, TaskEvaluator, TaskDa
     max_length, config = config.task.max_length, _resolved(config, data, head, compute.dtype, length)
     mesh = make_mesh(config.mesh)
     check_batch(config.train, len(data.train), mesh)
-    step = StepConfig(student=student, teacher=teacher_config, optimizer=config.optimizer, head=head, task=config.loss)
+    step = StepConfig(
+        student=student,
+        teacher=teacher_config,
+        optimizer=config.optimizer if optimizer is None else optimizer,
+        head=head,
+        task=config.loss,
+        objective=objective,
+    )
     step, attention = resolve_step(step, config, mesh, length)
     identity = {"examples": data.digest, "model": huggingface.fingerprint(start.params)}
     if teacher is not None:
