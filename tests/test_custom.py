@@ -264,6 +264,12 @@ def test_mistakes_are_one_sentence(step_config, stored_logits, teacher_params):
             replace(step_config, **{part: Holding()})
     with pytest.raises(dj.InputError, match=r"16 rows .* do not divide into 3 micro-batches"):
         lowered(replace(step_config, accumulation=3), batch, teacher_params)
+    with pytest.raises(dj.InputError, match=r"Encoded, such as .*, and not "):
+        lowered(replace(with_logits, teacher=lambda params, batch: batch.teacher_logits), batch, teacher_params)
+    with pytest.raises(dj.InputError, match="is no objective: it needs the methods counts, loss and combine"):
+        lowered(replace(step_config, objective="kl"), batch, teacher_params)
+    with pytest.raises(dj.InputError, match=r"is no optimiser: .* a method make"):
+        lowered(replace(step_config, optimizer="lion"), batch, teacher_params)
     defaults = replace(step_config, optimizer=dj.OptimizerConfig())
     state = dj.init_state(KEY, defaults)  # which needs no length of a schedule
     with pytest.raises(dj.InputError, match=r"optimizer\.steps must be above 0"):
@@ -308,7 +314,8 @@ def test_a_run_of_ones_own_parts_resumes_bit_for_bit_and_only_with_equal_ones(wo
     config = load(workshop / "run.toml", SETTINGS)
     own = {"objective": Scaled(), "optimizer": Momentum()}
     train(config, tmp_path / "run", **own)
-    assert re.search(r"step +6 .*loss .*mlm .*norm ", capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    assert "objective Scaled, optimizer Momentum" in printed and re.search(r"step +6 .*loss .*mlm .*norm ", printed)
     before, whole = run_numbers(tmp_path / "run"), open_model(tmp_path / "run")
     assert {"norm", "loss"} <= before[1].keys() and "learning_rate" not in before[1]
     assert "norm" in before[-1] and before[-1]["kind"] == "held_out"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from distil_jax.config.model import HeadConfig, ModelConfig
 from distil_jax.config.objective import LossConfig, MaskingConfig, TaskLossConfig
@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # configurations are read before JAX is imported
 MOST_STEPS = 2**31 - 1  # a training state counts steps in 32 bits
 
 
+@runtime_checkable
 class Objective(Protocol):
     """What a step minimises: terms, each with a count that depends on the whole batch alone.
 
@@ -41,6 +42,7 @@ class Objective(Protocol):
         """The loss of the whole batch, from its terms."""
 
 
+@runtime_checkable
 class Optimizer(Protocol):
     """An optimiser of one's own: a frozen dataclass that makes an optax transformation from its fields."""
 
@@ -93,6 +95,11 @@ class StepConfig:
     def teacher_model(self) -> ModelConfig | None:
         """The teacher's architecture, if it is a model of this library."""
         return self.teacher if isinstance(self.teacher, ModelConfig) else None
+
+    @property
+    def has_own_optimizer(self) -> bool:
+        """Whether the optimiser is the user's, and not the published one."""
+        return type(self.optimizer) is not OptimizerConfig
 
     @property
     def needs_teacher(self) -> bool:

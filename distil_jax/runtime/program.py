@@ -136,7 +136,9 @@ def describe_models(step: StepConfig, attention: str) -> str:
     parameters = f"{count_parameters(step.student):,} parameters"
     teacher = f", teacher {_describe_teacher(step)}" if step.teacher else ""
     devices = f"{jax.device_count()} {jax.devices()[0].device_kind} device(s), {step.student.dtype}"
-    return f"{student} ({parameters}){teacher}; {devices}; {attention}"
+    own = {"objective": step.objective, "optimizer": step.optimizer if step.has_own_optimizer else None}
+    named = "".join(f", {name} {type(part).__name__}" for name, part in own.items() if part is not None)
+    return f"{student} ({parameters}){teacher}{named}; {devices}; {attention}"
 
 
 def _describe_teacher(step: StepConfig) -> str:

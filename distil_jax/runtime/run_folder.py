@@ -17,7 +17,7 @@ from distil_jax import __version__
 from distil_jax.config.load import read_toml
 from distil_jax.config.model import HeadConfig, ModelConfig
 from distil_jax.config.run import Config, StudentConfig
-from distil_jax.config.step import OptimizerConfig, StepConfig
+from distil_jax.config.step import StepConfig
 from distil_jax.config.task import FinetuneConfig
 from distil_jax.files import copy_tokenizer, write_whole
 from distil_jax.io import huggingface
@@ -117,7 +117,7 @@ def custom_parts(step: StepConfig) -> dict[str, Any]:
       InputError: one of them cannot be written down, so a resumed run could not tell it from another.
     """
     parts = {"objective": step.objective}
-    if not isinstance(step.optimizer, OptimizerConfig):
+    if step.has_own_optimizer:
         parts["optimizer"] = step.optimizer
     if step.teacher_model is None:
         parts["teacher"] = step.teacher

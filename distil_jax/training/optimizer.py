@@ -46,10 +46,18 @@ def make_optimizer(config: OptimizerConfig | Optimizer | optax.GradientTransform
 
     For an `OptimizerConfig`: frozen parameters, clip by global norm, AdamW without decay on biases and LayerNorm, in
     that order.
+
+    Raises:
+      InputError: it is none of these.
     """
     if isinstance(config, optax.GradientTransformation):
         return config
-    if not isinstance(config, OptimizerConfig):
+    if type(config) is not OptimizerConfig:
+        require(
+            isinstance(config, Optimizer),
+            f"{config!r} is no optimiser: give an OptimizerConfig, an optax transformation, or a frozen dataclass with "
+            "a method make() that returns one.",
+        )
         return config.make()
     return optax.chain(
         # First, so that what is frozen neither moves nor counts in the norm.
@@ -66,10 +74,8 @@ def make_optimizer(config: OptimizerConfig | Optimizer | optax.GradientTransform
     )
 
 
-def without_frozen(gradients: Any, config: OptimizerConfig | Optimizer | optax.GradientTransformation) -> Any:
-    """The gradients, with zeros for the parameters that an `OptimizerConfig` freezes."""
-    if not isinstance(config, OptimizerConfig):
-        return gradients
+def without_frozen(gradients: Any, config: OptimizerConfig) -> Any:
+    """The gradients, with zeros for frozen parameters."""
     return jax.tree.map(
         lambda frozen, leaf: jnp.zeros_like(leaf) if frozen else leaf, _frozen(gradients, config.freeze), gradients
     )

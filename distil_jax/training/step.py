@@ -11,7 +11,7 @@ import optax
 
 from distil_jax.config.model import ModelConfig
 from distil_jax.config.objective import MaskingConfig, TaskLossConfig
-from distil_jax.config.step import Objective, OptimizerConfig, StepConfig
+from distil_jax.config.step import Objective, StepConfig
 from distil_jax.models.heads import abstract_model, model_of
 from distil_jax.objective.distillation import Distillation, held_out_terms
 from distil_jax.objective.masking import mask_tokens, most_targets
@@ -78,8 +78,9 @@ def apply_gradients(state: TrainState, grads: Any, metrics: Metrics) -> tuple[Tr
       The next state, and the metrics with "gradient_norm", "skipped" and, for an `OptimizerConfig`, "learning_rate".
     """
     config = state.config
-    # What is frozen counts neither in the norm nor in whether it is finite, and XLA leaves out what made it.
-    grads = without_frozen(grads, config.optimizer)
+    if not config.has_own_optimizer:
+        # What is frozen counts neither in the norm nor in whether it is finite, and XLA leaves out what made it.
+        grads = without_frozen(grads, config.optimizer)
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm)
     if "loss" in metrics:
@@ -97,7 +98,7 @@ def apply_gradients(state: TrainState, grads: Any, metrics: Metrics) -> tuple[Tr
         default=lambda: jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated(), before),
     )
     more = {"gradient_norm": norm, "skipped": ~finite}
-    if isinstance(config.optimizer, OptimizerConfig):
+    if not config.has_own_optimizer:
         more["learning_rate"] = learning_rate(config.optimizer)(state.step - state.skipped)
     metrics = metrics | {name: _once(number) for name, number in more.items()}
     skipped = state.skipped + jnp.asarray(~finite, jnp.int32)
@@ -234,6 +235,8 @@ def gradients(state: TrainState, teacher_params: Any, batch: Batch) -> tuple[Any
 
 def _objective(config: StepConfig) -> Objective:
     if config.objective is not None:
+        complete = isinstance(config.objective, Objective)
+        require(complete, f"{config.objective!r} is no objective: it needs the methods counts, loss and combine.")
         return config.objective
     if config.head is None:
         return Distillation(config.loss, config.targets_per_row)
@@ -249,7 +252,13 @@ def _teacher_outputs(config: StepConfig, teacher_params: Any, batch: Batch) -> E
     if config.teacher_model is not None:
         return _outputs(config, config.teacher, teacher_params, batch)
     outputs = config.teacher(teacher_params, batch)
-    return outputs.logits if config.head is not None and isinstance(outputs, Encoded) else outputs
+    if config.head is not None:
+        return outputs.logits if isinstance(outputs, Encoded) else outputs
+    require(
+        isinstance(outputs, Encoded),
+        f"A teacher must return Encoded, such as Encoded(logits=...), and not {type(outputs).__name__}.",
+    )
+    return outputs
 
 
 def _gather_teacher(config: StepConfig, teacher_params: Any) -> Any:
