@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import packed_rows, random_params, run_numbers, same_leaves
+from conftest import random_params, run_numbers, same_leaves
 
 import distil_jax as dj
 from distil_jax.config.load import load, load_task
@@ -124,9 +124,10 @@ def test_the_published_objective_given_as_ones_own_compiles_to_the_same_program(
 # Optimisers
 
 
-def test_muon_orthogonalises_every_kernel_of_every_layer(teacher_config, examples):
+def test_muon_orthogonalises_every_kernel_of_every_layer(teacher_config):
     params = random_params(teacher_config, seed=5)
-    optimizer = dj.make_optimizer(examples["Muon"](learning_rate=1.0, adam_learning_rate=0.0))
+    numbers = dj.muon_dimension_numbers
+    optimizer = optax.contrib.muon(1.0, adam_learning_rate=0.0, muon_weight_dimension_numbers=numbers)
     updates, _ = optimizer.update(params, optimizer.init(params), params)
     inputs = {"attention_output": 2}
     for name in KERNELS:
@@ -184,7 +185,7 @@ def test_logits_that_come_with_the_batch_are_as_good_as_the_teacher(
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), actual, expected)
 
 
-def test_an_evaluation_compares_with_logits_too(step_config, student_params, teacher_params, stored_logits, examples):
+def test_an_evaluation_compares_with_logits_too(step_config, student_params, teacher_params, stored_logits):
     stored, batch = stored_logits
     state = dj.init_state(KEY, step_config, params=student_params)
     expected = jax.jit(dj.eval_step)(state, teacher_params, batch)
@@ -194,9 +195,9 @@ def test_an_evaluation_compares_with_logits_too(step_config, student_params, tea
     assert actual.keys() == expected.keys() == {"mlm", "accuracy", "kl", "agreement"}
     for name, mean in expected.items():
         np.testing.assert_allclose(actual[name].value(), mean.value(), rtol=1e-5)
-    state = dj.init_state(KEY, replace(step_config, objective=examples["WithHidden"]()), params=student_params)
+    state = dj.init_state(KEY, replace(step_config, objective=Scaled()), params=student_params)
     terms = jax.jit(dj.eval_step)(state, teacher_params, batch)
-    assert terms.keys() == {*expected, "cosine", "hidden"} and terms["mlm"].value() == expected["mlm"].value()
+    assert terms.keys() == {*expected, "cosine", "norm"} and terms["mlm"].value() == expected["mlm"].value()
 
 
 @pytest.mark.parametrize("chunk", [0, 32])
@@ -347,15 +348,22 @@ def test_what_cannot_be_written_down_is_refused_before_a_run_begins(workshop, tm
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_teacher_that_is_a_function_and_metrics_that_nobody_knows(workshop, tmp_path, examples, capsys):
+@dataclass(frozen=True)
+class TableTeacher:
+    """Logits for every token, from a table."""
+
+    def __call__(self, params, batch):
+        return dj.Encoded(logits=params["table"][batch.input_ids])
+
+
+def test_a_teacher_that_is_a_function_and_metrics_that_nobody_knows(workshop, tmp_path, capsys):
     settings = ("train.steps=2", "train.tensorboard=false", "teacher.path=", "train.eval_every=0")
     config = load(workshop / "run.toml", settings)
     vocab_size = assemble(config).step.student.vocab_size
-    teacher = examples["WordsTeacher"](vocab_size)
-    params = examples["Words"](vocab_size).init(KEY, packed_rows(2, seed=1).input_ids)["params"]
+    teacher, params = TableTeacher(), {"table": np.random.default_rng(0).normal(size=(vocab_size, vocab_size))}
     objective = dj.Distillation(dj.LossConfig(cosine=0.0))
     metrics = train(config, tmp_path / "run", teacher=teacher, teacher_params=params, objective=objective)
-    assert metrics["kl"] > 0 and "teacher WordsTeacher" in capsys.readouterr().out
+    assert metrics["kl"] > 0 and "teacher TableTeacher" in capsys.readouterr().out
     with pytest.raises(dj.InputError, match="other teacher weights"):
         other = jax.tree.map(lambda leaf: leaf + 1, params)
         train(config, tmp_path / "run", teacher=teacher, teacher_params=other, objective=objective)
@@ -374,21 +382,22 @@ def test_a_teacher_that_is_a_function_and_metrics_that_nobody_knows(workshop, tm
 
 
 @dataclass(frozen=True)
-class Smoothed(dj.TaskObjective):
+class Smoothed:
     """A task's cross entropy, and a term that keeps its logits small."""
 
+    task: dj.TaskObjective
     weight: float = 0.1
 
     def counts(self, batch):
-        return super().counts(batch) | {"small": jnp.sum(batch.segment_ids[:, 0] > 0, dtype=jnp.float32)}
+        return self.task.counts(batch) | {"small": jnp.sum(batch.segment_ids[:, 0] > 0, dtype=jnp.float32)}
 
     def loss(self, student, teacher, batch, counts):
-        _, terms = super().loss(student, teacher, batch, counts)
+        _, terms = self.task.loss(student, teacher, batch, counts)
         terms["small"] = dj.Mean.of(jnp.mean(student**2, axis=-1), where=batch.segment_ids[:, 0] > 0)
         return self.combine(terms, counts), terms
 
     def combine(self, terms, counts):
-        return super().combine(terms, counts) + self.weight * terms["small"].total / jnp.maximum(counts["small"], 1)
+        return self.task.combine(terms, counts) + self.weight * terms["small"].total / jnp.maximum(counts["small"], 1)
 
 
 def test_a_task_takes_parts_of_ones_own_too(workshop, tmp_path):
@@ -397,7 +406,7 @@ def test_a_task_takes_parts_of_ones_own_too(workshop, tmp_path):
     (tmp_path / "task.toml").write_text(f'[task]\ntrain = "{tmp_path}/task.csv"\ndev = "{tmp_path}/task.csv"\n')
     settings = ("train.steps=2", "train.batch_rows=8", "train.tensorboard=false", f"model.path={workshop / 'teacher'}")
     config = load_task(tmp_path / "task.toml", settings)
-    objective = Smoothed(dj.HeadConfig("sequence", 2), dj.TaskLossConfig())
+    objective = Smoothed(dj.TaskObjective(dj.HeadConfig("sequence", 2), dj.TaskLossConfig()))
     metrics = finetune(config, tmp_path / "run", objective=objective, optimizer=Momentum())
     assert 0 <= metrics["dev"]["accuracy"] <= 1
     assert {"task", "small"} <= run_numbers(tmp_path / "run")[1].keys()

@@ -81,10 +81,10 @@ class StepConfig:
 
     student: ModelConfig
     # Or a function (teacher_params, batch) -> `Encoded` (with a task's head: its logits), such as `LogitsFromBatch()`.
-    teacher: ModelConfig | Callable[[Any, Batch], Encoded | Array] | None = None
+    teacher: ModelConfig | Callable | None = None
     loss: LossConfig = LossConfig()
     masking: MaskingConfig = MaskingConfig()
-    optimizer: OptimizerConfig | Optimizer | optax.GradientTransformation = OptimizerConfig()
+    optimizer: OptimizerConfig | Optimizer | Any = OptimizerConfig()  # Any: an optax transformation
     accumulation: int = 1  # micro-batches per update
     head: HeadConfig | None = None  # a task's head on both models; None: masked language modelling
     task: TaskLossConfig = TaskLossConfig()  # with a head, this replaces `loss` and `masking`
