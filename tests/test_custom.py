@@ -357,7 +357,9 @@ class TableTeacher:
 
 
 def test_a_teacher_that_is_a_function_and_metrics_that_nobody_knows(workshop, tmp_path, capsys):
-    settings = ("train.steps=2", "train.tensorboard=false", "teacher.path=", "train.eval_every=0")
+    settings = ["train.steps=2", "train.tensorboard=false", "teacher.path=", "train.eval_every=0"]
+    sizes = {"hidden_size": 32, "num_heads": 4, "intermediate_size": 48, "max_positions": 32}
+    settings += [f"student.{name}={size}" for name, size in sizes.items()]
     config = load(workshop / "run.toml", settings)
     vocab_size = assemble(config).step.student.vocab_size
     teacher, params = TableTeacher(), {"table": np.random.default_rng(0).normal(size=(vocab_size, vocab_size))}
