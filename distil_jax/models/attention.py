@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from distil_jax.config.model import Attention, ModelConfig
 from distil_jax.models import gpu_attention, tpu_attention
 from distil_jax.models.dropout import dropout
+from distil_jax.models.tiles import NEVER
 from distil_jax.structs import Array
 
 HEADS_ALONG = "tensor"  # the mesh axis that cuts heads; `training/sharding.py` has it from here
@@ -59,7 +60,7 @@ def attend(
     scores_BxHxLxL = jnp.einsum("BLHK,BMHK->BHLM", query, key) * query.shape[-1] ** -0.5
     same_segment_Bx1xLxL = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
     # The softmax is taken in float32 whatever the compute dtype.
-    scores_BxHxLxL = jnp.where(same_segment_Bx1xLxL, scores_BxHxLxL.astype(jnp.float32), -1e9)
+    scores_BxHxLxL = jnp.where(same_segment_Bx1xLxL, scores_BxHxLxL.astype(jnp.float32), NEVER)
     weights_BxHxLxL = jax.nn.softmax(scores_BxHxLxL, axis=-1).astype(value.dtype)
     weights_BxHxLxL = dropout(weights_BxHxLxL, seeds, dropout_rate)
     return jnp.einsum("BHLM,BMHK->BLHK", weights_BxHxLxL, value)

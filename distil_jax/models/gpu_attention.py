@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from distil_jax.models.dropout import kept
+from distil_jax.models.tiles import NEVER, product
 from distil_jax.structs import Array
 
 _BLOCK = 64  # queries or keys that are read at a time; rows consist of whole blocks
@@ -28,7 +29,6 @@ _QUERIES = 128  # of a program of the forward pass, where rows divide into so ma
 _SUMS = 64 * 64  # what 4 warps add up in registers; more needs 8, or the compiler spills
 _STAGES = 2  # how many blocks are on their way from memory or being computed
 _NARROWEST, _WIDEST = 16, 128  # heads: tensor cores want 16 numbers, and beyond 128 the blocks grow too large
-_NEVER = -1e9  # a score that leaves no weight, and stays finite where nothing else has been seen yet
 
 
 def obstacle(heads: int, head_size: int, length: int) -> str | None:
@@ -147,11 +147,11 @@ def _forward_kernel(*refs: Any, rate: float) -> None:
         weight = weight * shrink + jnp.sum(probs, axis=1)
         if rate > 0:
             probs = jnp.where(_stay(seed, head, own, other, segments, rate), probs, 0)
-        added = _product(probs.astype(value.dtype), value[other, :], 1, 0)
+        added = product(probs.astype(value.dtype), value[other, :], 1, 0)
         return total * shrink[:, None] + added, weight, higher
 
     nothing = jnp.zeros(query.shape[:1], jnp.float32)
-    start = (jnp.zeros(query.shape, jnp.float32), nothing, nothing + _NEVER)
+    start = (jnp.zeros(query.shape, jnp.float32), nothing, nothing + NEVER)
     total, weight, top = jax.lax.fori_loop(ends[0], ends[1], visit, start)
     output[...] = (total / (weight * (1 - rate))[:, None]).astype(output.dtype)
     sums[...] = top + jnp.log2(weight)
@@ -166,12 +166,12 @@ def _query_kernel(*refs: Any, rate: float) -> None:
         other = pl.ds(number * _BLOCK, _BLOCK)
         keys = key[other, :]
         probs = jnp.exp2(_scores(queries, keys, ids, segments[other]) - own_sums[:, None])
-        probs_cotangent = _product(cotangents, value[other, :], 1, 1)
+        probs_cotangent = product(cotangents, value[other, :], 1, 1)
         if rate > 0:
             stay = _stay(seed, head, own, other, segments, rate)
             probs_cotangent = jnp.where(stay, probs_cotangent * (1 / (1 - rate)), 0)
         scores_cotangent = probs * (probs_cotangent - own_means[:, None])
-        return total + _product(scores_cotangent.astype(keys.dtype), keys, 1, 0)
+        return total + product(scores_cotangent.astype(keys.dtype), keys, 1, 0)
 
     total = jax.lax.fori_loop(ends[0], ends[1], visit, jnp.zeros(query.shape, jnp.float32))
     query_cotangent[...] = (total * query.shape[1] ** -0.5).astype(query_cotangent.dtype)
@@ -187,14 +187,14 @@ def _key_kernel(*refs: Any, rate: float) -> None:
         other = pl.ds(number * _BLOCK, _BLOCK)
         queries, cotangents = query[other, :], cotangent[other, :]
         probs = dropped = jnp.exp2(_scores(keys, queries, ids, segments[other]) - sums[other][None, :])
-        probs_cotangent = _product(values, cotangents, 1, 1)
+        probs_cotangent = product(values, cotangents, 1, 1)
         if rate > 0:
             stay = _stay(seed, head, other, own, segments, rate, transposed=True)
             dropped = jnp.where(stay, probs, 0)
             probs_cotangent = jnp.where(stay, probs_cotangent * (1 / (1 - rate)), 0)
         scores_cotangent = probs * (probs_cotangent - means[other][None, :])
-        key_total = totals[0] + _product(scores_cotangent.astype(queries.dtype), queries, 1, 0)
-        return key_total, totals[1] + _product(dropped.astype(cotangents.dtype), cotangents, 1, 0)
+        key_total = totals[0] + product(scores_cotangent.astype(queries.dtype), queries, 1, 0)
+        return key_total, totals[1] + product(dropped.astype(cotangents.dtype), cotangents, 1, 0)
 
     nothing = jnp.zeros(key.shape, jnp.float32)
     key_total, value_total = jax.lax.fori_loop(ends[0], ends[1], visit, (nothing, nothing))
@@ -208,8 +208,8 @@ def _own_positions(block: Any) -> Any:
 
 
 def _scores(left: Array, right: Array, left_ids: Array, right_ids: Array) -> Array:
-    scores = _product(left, right, 1, 1) * (left.shape[1] ** -0.5 * math.log2(math.e))
-    return jnp.where(left_ids[:, None] == right_ids[None, :], scores, _NEVER)
+    scores = product(left, right, 1, 1) * (left.shape[1] ** -0.5 * math.log2(math.e))
+    return jnp.where(left_ids[:, None] == right_ids[None, :], scores, NEVER)
 
 
 def _stay(seed: Any, head: Any, queries: Any, keys: Any, segments: Any, rate: float, transposed: bool = False) -> Array:
@@ -218,9 +218,3 @@ def _stay(seed: Any, head: Any, queries: Any, keys: Any, segments: Any, rate: fl
     query, key = ((each.start + jnp.arange(each.size, dtype=jnp.int32)).astype(jnp.uint32) for each in (queries, keys))
     query = (head[0].astype(jnp.uint32) * length + query) * length
     return kept(seed[0], query[None, :] + key[:, None] if transposed else query[:, None] + key[None, :], rate)
-
-
-def _product(left: Array, right: Array, left_axis: int, right_axis: int) -> Array:
-    return jax.lax.dot_general(
-        left, right, (((left_axis,), (right_axis,)), ((), ())), preferred_element_type=jnp.float32
-    )

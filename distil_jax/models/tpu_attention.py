@@ -18,15 +18,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from distil_jax.models.dropout import kept
+from distil_jax.models.tiles import NEVER, product
 from distil_jax.structs import Array
 
 _LANES = 128
 _QUERIES = 256  # whose scores exist at a time, [256, L] float32 each
 _LONGEST = 1024  # beyond, they do not fit into a chip's vector memory
-_FIRST = np.int32(
-    0
-)  # of an axis that is not cut; a bare 0 has 64 bits where JAX has such switched on, and Mosaic refuses it
-_NEVER = -1e9  # a score that leaves no weight, and stays finite where nothing else is seen
+# The index of an axis that is not cut. A bare 0 has 64 bits if JAX has them switched on, and Mosaic refuses it.
+_FIRST = np.int32(0)
 
 
 def obstacle(heads: int, head_size: int, length: int) -> str | None:
@@ -110,7 +109,7 @@ def _forward_kernel(
             if rate > 0:
                 stay = _stay(seeds, first_head, number, rows, same.shape, size, rate)
                 probs = jnp.where(stay, probs / (1 - rate), 0)
-            total += _product(probs.astype(value.dtype), jnp.where(mine, value[0], 0), 1, 0)
+            total += product(probs.astype(value.dtype), jnp.where(mine, value[0], 0), 1, 0)
         output[0, rows, :] = total.astype(output.dtype)
 
 
@@ -136,15 +135,15 @@ def _backward_kernel(
         for number, mine in enumerate(_heads(size)):
             queries, cotangents = jnp.where(mine, query[0, rows, :], 0), jnp.where(mine, cotangent[0, rows, :], 0)
             probs = dropped = _softmax(queries, key[0], same, size)
-            probs_cotangent = _product(cotangents, value[0], 1, 1)
+            probs_cotangent = product(cotangents, value[0], 1, 1)
             if rate > 0:
                 stay = _stay(seeds, first_head, number, rows, same.shape, size, rate)
                 dropped, probs_cotangent = (jnp.where(stay, each / (1 - rate), 0) for each in (probs, probs_cotangent))
             mean = jnp.sum(probs * probs_cotangent, axis=1, keepdims=True)
             scores_cotangent = (probs * (probs_cotangent - mean) * size**-0.5).astype(dtype)
-            query_total += _product(scores_cotangent, jnp.where(mine, key[0], 0), 1, 0)
-            key_total += _product(scores_cotangent, queries, 0, 0)
-            value_total += _product(dropped.astype(dtype), cotangents, 0, 0)
+            query_total += product(scores_cotangent, jnp.where(mine, key[0], 0), 1, 0)
+            key_total += product(scores_cotangent, queries, 0, 0)
+            value_total += product(dropped.astype(dtype), cotangents, 0, 0)
         query_cotangent[0, rows, :] = query_total.astype(dtype)
     key_cotangent[0], value_cotangent[0] = key_total.astype(dtype), value_total.astype(dtype)
 
@@ -165,7 +164,7 @@ def _heads(size: int) -> list[Array]:
 
 
 def _softmax(queries: Array, keys: Array, same: Array, size: int) -> Array:
-    scores = jnp.where(same, _product(queries, keys, 1, 1) * size**-0.5, _NEVER)
+    scores = jnp.where(same, product(queries, keys, 1, 1) * size**-0.5, NEVER)
     powers = jnp.exp(scores - jnp.max(scores, axis=1, keepdims=True))
     return powers / jnp.sum(powers, axis=1, keepdims=True)
 
@@ -176,9 +175,3 @@ def _stay(seeds: Any, first_head: Any, number: int, rows: slice, shape: tuple, s
     query = head * shape[1] + rows.start + jax.lax.broadcasted_iota(jnp.int32, (shape[0], 1), 0)
     index = query * shape[1] + jax.lax.broadcasted_iota(jnp.int32, (1, shape[1]), 1)
     return kept(seeds[pl.program_id(0)], index.astype(jnp.uint32), rate)
-
-
-def _product(left: Array, right: Array, left_axis: int, right_axis: int) -> Array:
-    return jax.lax.dot_general(
-        left, right, (((left_axis,), (right_axis,)), ((), ())), preferred_element_type=jnp.float32
-    )

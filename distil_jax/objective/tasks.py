@@ -10,9 +10,7 @@ import jax.numpy as jnp
 from distil_jax.config.model import HeadConfig
 from distil_jax.config.objective import TaskLossConfig
 from distil_jax.objective.losses import kl_loss, mlm_loss, mse_loss, weighted_sum
-from distil_jax.structs import IGNORED, Array, Batch, Metrics
-
-_NEVER = -1e9  # the logit of a place where no answer can be; finite, because two infinities make NaN
+from distil_jax.structs import IGNORED, PADDING_LOGIT, Array, Batch, Metrics
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ class TaskObjective:
     def _answers(self, logits: Array, batch: Batch) -> Array:
         """One distribution an answer: [B, C], [B, L, C] or, first and last place of a span, [B, 2, L]."""
         if self.head.kind == "spans":
-            return jnp.where(batch.segment_ids[:, None] > 0, jnp.swapaxes(logits, 1, 2), _NEVER)
+            return jnp.where(batch.segment_ids[:, None] > 0, jnp.swapaxes(logits, 1, 2), PADDING_LOGIT)
         return logits
 
     def _where(self, batch: Batch) -> Array:
