@@ -18,11 +18,41 @@ def test_macro_and_what_is_kept():
     lines = comparison.tables(result)
     small = next(line for line in lines if line.startswith("| small"))
     assert "75.0 ± 21.2" in small and "87.5 ± 17.7" in small  # 0.45 / 0.6 and 0.7 / 0.7
-    assert next(line for line in lines if line.startswith("| odd")).split("|")[2].strip() == "-"
+    assert next(line for line in lines if line.startswith("| odd")).split("|")[2].strip() == "–"
     assert [line for line in lines if line.startswith("| small")][1].split("|")[-3:-1] == [
         "          2.00 ",
         "           3.00 ",
     ]
+
+
+@pytest.mark.parametrize(
+    ("teacher", "kept", "named"),
+    [
+        ({"a": [0.5, 0.5], "b": [0.6, 0.6]}, False, ["a", "b"]),  # the constant's own score
+        ({"a": [0.5, 0.8], "b": [0.6, 0.7]}, False, ["a", "b"]),  # above it, but by less than the seeds differ
+        ({"a": [0.5, 0.5], "b": [0.8, 0.9]}, True, ["a"]),
+        ({"a": [0.8, 0.9], "b": [0.8, 0.9]}, True, []),
+    ],
+)
+def test_nothing_is_kept_of_a_teacher_that_learned_nothing(tmp_path, teacher, kept, named):
+    sizes = {name: {"parameters": 10, "bytes": 40, "latency": 2.0, "throughput": 5.0} for name in ("big", "small")}
+    constant = {"a": 0.5, "b": 0.6}
+    scores = {
+        task: {"big": values, "small": [0.5, 0.6], "largest class": [constant[task]] * 2}
+        for task, values in teacher.items()
+    }
+    metrics = dict.fromkeys(scores, "accuracy")
+    result = comparison.Comparison(scores, metrics, dict.fromkeys(scores, "dev"), sizes, (0, 1), 16)
+    lines = comparison.tables(result)
+    for name in ("big", "small", "largest class"):
+        line = next(line for line in lines if line.startswith(f"| {name} "))
+        assert (line.split("|")[-2].strip() == "–") != kept
+    sentences = [line for line in lines if "does not beat the largest class" in line]
+    assert len(sentences) == bool(named)
+    if named:
+        assert f" on {', '.join(named)}: " in sentences[0] and "optimizer.learning_rate" in sentences[0]
+        assert ("(–)" in sentences[0]) != kept
+    comparison.write(result, lines, tmp_path)  # the picture has no share to draw either
 
 
 def test_a_card_holds_the_newest_tables_once(tmp_path):

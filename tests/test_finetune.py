@@ -138,10 +138,11 @@ def test_other_cadences_of_saving_deliver_the_same_model(finished, workshop, tas
 
 def test_eval_judges_a_run_and_its_folder_as_the_run_did(finished, tasks, tmp_path, capsys):
     result = json.loads((finished / "scores.json").read_text())
-    printed = [
-        f"{split}: " + ", ".join(f"{name} {result[split][name]:.4f}" for name in ("accuracy", "f1", "loss"))
-        for split in ("dev", "test")
-    ]
+    printed = []
+    for split in ("dev", "test"):
+        of_model = ", ".join(f"{name} {result[split][name]:.4f}" for name in ("accuracy", "f1", "loss"))
+        of_class = ", ".join(f"{name} {result['largest_class'][split][name]:.4f}" for name in ("accuracy", "f1"))
+        printed += [f"{split}: {of_model}", f"{split}, largest class (other): {of_class}"]
     turned = (tasks / "sequence.toml").read_text().replace('label_names = ["other", "cat"]', "")
     (tmp_path / "unnamed.toml").write_text(turned)  # found in another order than the model has them
     for model, task in ((finished, tasks / "sequence.toml"), (finished / "model", tmp_path / "unnamed.toml")):
@@ -152,6 +153,46 @@ def test_eval_judges_a_run_and_its_folder_as_the_run_did(finished, tasks, tmp_pa
             and "cat " in dev
             and re.fullmatch(r"test: .*; \d+ with the same text as a training example", test)
         )
+
+
+def test_the_largest_class_is_beside_every_score(finished, tasks):
+    """Counted in the files: the class is that of the training examples, and it is scored on the others."""
+    labels = {
+        name: [line.rpartition(",")[2] for line in (tasks / f"{name}.csv").read_text().splitlines()[1:]]
+        for name in ("train", "dev", "test")
+    }
+    assert labels["train"].count("other") > labels["train"].count("cat")
+    share = {split: np.mean([label == "other" for label in labels[split]]) for split in ("dev", "test")}
+    scores = json.loads((finished / "scores.json").read_text())
+    expected = {split: {"accuracy": pytest.approx(share[split]), "f1": 0.0} for split in share}
+    assert scores["largest_class"] == expected and scores["constant"] == "other" and scores["only_prediction"] is None
+    (line,) = [line for line in read_metrics(finished) if line["kind"] == "largest_class"]
+    assert line == {"step": 0, "kind": "largest_class", **expected["dev"]}
+    card = (finished / "model" / "README.md").read_text()
+    for split in share:
+        assert re.search(rf"\| {split}, largest class +\| +{share[split]:.4f} \| +0.0000 \| ", card)
+    assert "learned nothing" not in card
+
+
+def test_a_model_with_one_answer_for_everything_is_said_to_have_learned_nothing(finished, tasks, tmp_path, capsys):
+    from safetensors.numpy import load_file, save_file
+
+    model = shutil.copytree(finished / "model", tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["classifier.bias"] = np.array([0, 1000], np.float32)
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    assert cli.main(["eval", str(model), "--task", str(tasks / "sequence.toml")]) == 0
+    sentence = capsys.readouterr().out.splitlines()[-1]
+    assert sentence.startswith('Every prediction is "cat", so the model learned nothing: ')
+    assert "optimizer.learning_rate" in sentence and "train.epochs" in sentence
+    # Where every label is the same, one answer is right.
+    (tmp_path / "cats.csv").write_text("text,label\n" + "the cat sees the dog,cat\n" * 3)
+    cats = (tasks / "sequence.toml").read_text()
+    for split in ("dev", "test"):
+        cats = cats.replace(str(tasks / f"{split}.csv"), str(tmp_path / "cats.csv"))
+    (tmp_path / "cats.toml").write_text(cats)
+    assert cli.main(["eval", str(model), "--task", str(tmp_path / "cats.toml")]) == 0
+    assert "learned nothing" not in capsys.readouterr().out
 
 
 def test_eval_refuses_another_task_and_what_has_none(finished, tasks, workshop, tmp_path, capsys):
@@ -207,16 +248,18 @@ def test_a_run_that_was_stopped_ends_as_the_unbroken_one(finished, workshop, tas
     assert kept[0] == kept[1]
     # Once more, and nothing is trained or judged again.
     with monkeypatch.context() as patch:
-        patch.setattr(TaskEvaluator, "evaluate", None)
+        patch.setattr(TaskEvaluator, "_predict", None)
         assert finetune(workshop / "teacher", tasks / "sequence.toml", run, *LONG) == 0
-    assert "nothing is left to train" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "nothing is left to train" in printed and "test, largest class (other): accuracy" in printed
     # Other test examples are judged, whether in another file or in the same one.
     test, result = tmp_path / "test.csv", []
     for label in ("cat", "other"):
         test.write_text(f"text,label\nthe cat sees the dog,{label}\n")
         assert finetune(workshop / "teacher", tasks / "sequence.toml", run, *LONG, f"task.test={test}") == 0
         result.append(json.loads((run / "scores.json").read_text())["test"]["accuracy"])
-        assert f"| test     |   {result[-1]:.4f} |" in (run / "model" / "README.md").read_text()
+        card = (run / "model" / "README.md").read_text()
+        assert re.search(rf"\| test +\| +{result[-1]:.4f} \|", card)
     assert sorted(result) == [0, 1]
     # Other examples are another run.
     (tmp_path / "other.csv").write_text("text,label\n" + "the cat,cat\nthe dog,other\n" * 80)
@@ -242,11 +285,16 @@ def test_patience_ends_a_run_that_gets_no_better(workshop, tasks, tmp_path, caps
 def test_tokens_and_spans(workshop, finished_run, tasks, tmp_path, kind, capsys):
     """A student without token types, from the run that trained it, and then with a teacher that has them."""
     names = {"tokens": {"entity_f1", "loss"}, "spans": {"span_f1", "loss"}}
+    constants = {
+        "tokens": r"largest class \(O\): entity_f1 0\.0000$",
+        "spans": r"most frequent answer \(\w+\): span_f1",
+    }
     task = tasks / f"{kind}.toml"
     assert finetune(workshop / "teacher", task, tmp_path / "teacher", *QUICK) == 0
     assert finetune(finished_run, task, tmp_path / "student", *QUICK, teacher=tmp_path / "teacher" / "model") == 0
     printed = capsys.readouterr().out
     begins = {"tokens": r"^train: B-ANIMAL \d+, O \d+", "spans": r"^train: (\d+) questions in \1 rows"}[kind]
+    assert re.search(rf"^dev, {constants[kind]}", printed, re.MULTILINE)
     assert "soft" in printed and re.search(begins, printed, re.MULTILINE) and "\ndev: " in printed
     scores = json.loads((tmp_path / "student" / "scores.json").read_text())
     assert set(scores["dev"]) == names[kind] and all(np.isfinite(number) for number in scores["dev"].values())
@@ -321,3 +369,9 @@ def test_its_report_shows_the_tasks_own_numbers(finished):
     assert f"accuracy {first} → {last}" in page.replace("\u00a0", " ") and "Masked words" not in page
     for title in ("held-out: accuracy", "held-out: f1", "training: loss on the labels"):
         assert title in drawn
+    assert "| largest class |" in page and drawn.count(">largest class</text>") == 2, "in both held-out panels"
+    scores = json.loads((finished / "scores.json").read_text())
+    for split in ("dev", "test"):
+        of_class = scores["largest_class"][split]["accuracy"]
+        assert re.search(rf"\| {split} +\| +{scores[split]['accuracy']:.4f} \|", page)
+        assert re.search(rf"\| {split}, largest class +\| +{of_class:.4f} \|", page)

@@ -10,6 +10,8 @@ import string
 import numpy as np
 import pytest
 
+from distil_jax.config.task import TaskConfig
+from distil_jax.evaluation.baseline import best_constant, constant_scores
 from distil_jax.evaluation.task_metrics import entities, normalized, score_predictions
 
 
@@ -146,6 +148,30 @@ def test_entity_f1_counts_whole_entities():
     assert only("entity_f1", [["O"]], [["O"]]) == 0.0
     # The same entity in another sequence is another one.
     assert only("entity_f1", [["B-X"], ["O"]], [["O"], ["B-X"]]) == 0.0
+
+
+# One answer for every example
+
+
+@pytest.mark.parametrize(
+    ("kind", "metric", "labels", "choices"),
+    [
+        ("sequence", "accuracy", np.array([0, 2, 2, 1, 2, 0]), range(3)),
+        ("tokens", "accuracy", [["O", "B-X"], ["B-X", "B-X", "I-X"], []], ("O", "B-X", "I-X")),
+        ("spans", "exact_match", [("cat",), ("The dog.", "dog"), ("a dog", "cats"), ("",)], ("cat", "dog", "cats", "")),
+        ("spans", "exact_match", [("",), ("cat",), ("the",)], ("cat", "")),
+    ],
+)
+def test_no_other_constant_does_better_on_the_training_examples(kind, metric, labels, choices):
+    fields = ("question", "context") if kind == "spans" else ("text",)
+    task = TaskConfig(kind, text=fields, metrics=(metric,))
+    score = constant_scores(task, best_constant(task, labels), labels)[metric]
+    assert 0 < score == max(constant_scores(task, other, labels)[metric] for other in choices) < 1
+
+
+def test_the_constant_of_a_regression_is_the_mean_and_tells_nothing_apart():
+    task, labels = TaskConfig("regression"), np.array([1.0, 2.0, 6.0], np.float32)
+    assert best_constant(task, labels) == 3.0 and constant_scores(task, 3.0, labels) == {"pearson": 0.0}
 
 
 # Answers

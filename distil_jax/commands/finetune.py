@@ -7,7 +7,6 @@ import argparse
 import tomli_w
 
 from distil_jax.config.load import load_task
-from distil_jax.evaluation.tasks import format_metrics
 from distil_jax.runtime import processes
 from distil_jax.runtime.program import keep_compiled
 from distil_jax.schema import quoted, to_dict, user_path
@@ -42,5 +41,5 @@ def run(arguments: argparse.Namespace) -> None:
     output = user_path(arguments.output)
     with processes.first_process_prints():
         keep_compiled(config.compute, output)
-        print(format_metrics(finetune(config, output)))
+        finetune(config, output)
         print(f"Done. {output / 'model'} is the best checkpoint as a folder that transformers opens.")

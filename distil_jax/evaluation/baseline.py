@@ -1,15 +1,49 @@
-"""A linear model of TF-IDF: the score that a task gives without any encoder."""
+"""The scores that a task gives without an encoder: of one answer for every example, and of a linear model of TF-IDF."""
 
 from __future__ import annotations
+
+import itertools
+from collections import Counter
+from typing import Any
 
 import numpy as np
 
 from distil_jax.config.task import TaskConfig
 from distil_jax.data.examples import Example, read_splits
-from distil_jax.evaluation.task_metrics import score_predictions
+from distil_jax.evaluation.task_metrics import normalized, score_predictions
 from distil_jax.schema import InputError, require
 
 _STRENGTHS = (0.1, 1.0, 10.0, 100.0)  # of the fit against the regularisation, chosen on the dev examples
+
+
+def best_constant(task: TaskConfig, labels: Any) -> Any:
+    """The one answer for every example that suits the training labels best: what a model knows that learned nothing.
+
+    Args:
+      task: its kind decides.
+      labels: of the training examples, as `score_predictions` takes them.
+
+    Returns:
+      The most frequent class index; for a regression the mean; for tokens the most frequent label name; for spans the
+      most frequent answer, `normalized`. Of equally frequent ones the first.
+    """
+    if task.kind == "regression":
+        return float(np.mean(labels))
+    if task.kind == "sequence":
+        return int(np.bincount(labels).argmax())
+    if task.kind == "spans":  # each answer of an example once, however many people gave it
+        labels = [dict.fromkeys(map(normalized, answers)) for answers in labels]
+    counts = Counter(itertools.chain.from_iterable(labels))
+    return max(counts, key=counts.__getitem__, default="")
+
+
+def constant_scores(task: TaskConfig, constant: Any, labels: Any) -> dict[str, float]:
+    """The task's metrics if every prediction is `constant`, on examples with these labels."""
+    if task.kind == "tokens":
+        predictions = [[constant] * len(of_words) for of_words in labels]
+    else:
+        predictions = [constant] * len(labels)
+    return score_predictions(task.metric_names, predictions, labels)
 
 
 def baseline_scores(task: TaskConfig) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from distil_jax.data.loader import evaluation_rows, held_out_batches
 from distil_jax.data.spans import answers
 from distil_jax.data.task_table import TaskTable
 from distil_jax.data.tasks import TaskData, read_task
+from distil_jax.evaluation.baseline import best_constant, constant_scores
 from distil_jax.evaluation.held_out import rows_per_call
 from distil_jax.evaluation.task_metrics import score_predictions
 from distil_jax.io.metrics import MetricSums
@@ -28,6 +30,24 @@ from distil_jax.structs import IGNORED
 from distil_jax.training.sharding import jit_eval, local_places, make_mesh, put_params, put_rows, shardings_of
 from distil_jax.training.state import TrainState, abstract_state, eval_state
 from distil_jax.training.step import task_eval_step
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """What a model reaches on a task, and what one answer for every example would.
+
+    Attributes:
+      splits: the metrics, as shares, and the mean loss, on "dev" and, where there are such examples, "test".
+      largest_class: the same metrics, for each split, of `constant`.
+      constant: the answer that suits the training labels best (see `best_constant`), as text.
+      only_prediction: what the model predicts for every example of all splits, as text; None if its predictions differ,
+        or if the labels are all the same.
+    """
+
+    splits: dict[str, dict[str, float]]
+    largest_class: dict[str, dict[str, float]]
+    constant: str
+    only_prediction: str | None
 
 
 class TaskEvaluator:
@@ -45,7 +65,7 @@ class TaskEvaluator:
         self, task: TaskConfig, step: StepConfig, mesh: Mesh, label_names: tuple[str, ...], batch_rows: int
     ) -> None:
         self._task, self._step, self._mesh, self._batch_rows = task, step, mesh, batch_rows
-        self._label_names = np.array(label_names)
+        self._label_names = label_names
         self._eval = jit_eval(task_eval_step, mesh, abstract_state(step).replace(opt_state=None), None)
 
     def evaluate(
@@ -59,6 +79,41 @@ class TaskEvaluator:
           limit: only so many, see `evaluation_rows`; 0: all, as it must be of spans, whose examples have several rows.
           alive: called with every batch.
         """
+        predictions, labels, loss = self._predict(params, table, limit, alive)
+        return {**score_predictions(self._task.metric_names, predictions, labels), **loss}
+
+    def evaluate_splits(self, params: Any, data: TaskData) -> TaskScores:
+        """`evaluate` of the task's "dev" and, where there are such examples, "test", beside the largest class."""
+        splits, predicted, true = {}, [], []
+        for name, table in _judged_tables(data).items():
+            predictions, labels, loss = self._predict(params, table)
+            splits[name] = score_predictions(self._task.metric_names, predictions, labels) | loss
+            predicted.extend(predictions)
+            true.extend(labels)
+        if self._task.kind == "tokens":
+            predicted, true = (list(itertools.chain.from_iterable(names)) for names in (predicted, true))
+        alike = all(each == predicted[0] for each in predicted) and any(each != true[0] for each in true)
+        only = _text(self._task, predicted[0], self._label_names) if alike else None
+        return TaskScores(splits, *self.largest_class(data), only)
+
+    def largest_class(self, data: TaskData, *, limit: int = 0) -> tuple[dict[str, dict[str, float]], str]:
+        """The metrics, for each split, of the one answer that suits the training labels best, and that answer as text.
+
+        Args:
+          data: the examples.
+          limit: as in `evaluate`.
+        """
+        constant = best_constant(self._task, _labels(self._task, data.train, self._label_names))
+        scores = {
+            name: constant_scores(self._task, constant, _labels(self._task, table, self._label_names, limit))
+            for name, table in _judged_tables(data).items()
+        }
+        return scores, _text(self._task, constant, self._label_names)
+
+    def _predict(
+        self, params: Any, table: TaskTable, limit: int = 0, alive: Callable[[], None] = lambda: None
+    ) -> tuple[Any, Any, dict[str, float]]:
+        """Predictions and labels, as `score_predictions` takes them, and the mean loss; arguments as in `evaluate`."""
         state, sums, collected = eval_state(self._step, params), MetricSums(), []
         places = local_places(self._mesh, self._batch_rows)
         for batch in held_out_batches(table, batch_rows=self._batch_rows, limit=limit, places=places):
@@ -68,29 +123,48 @@ class TaskEvaluator:
             collected.append(logits)  # fetched at the end
         judged = evaluation_rows(len(table), limit)
         logits = [row for batch in jax.device_get(collected) for row in batch][: len(judged)]
-        return {**self._scores(logits, table, table.labels[judged]), **sums.means()}
+        labels = _labels(self._task, table, self._label_names, limit)
+        return self._predictions(logits, table, table.labels[judged]), labels, sums.means()
 
-    def evaluate_splits(self, params: Any, data: TaskData) -> dict[str, dict[str, float]]:
-        """`evaluate` of the task's "dev" and, where there are such examples, "test"."""
-        tables = {"dev": data.dev, "test": data.test}
-        return {name: self.evaluate(params, table) for name, table in tables.items() if table is not None}
-
-    def _scores(self, logits: list[np.ndarray], table: TaskTable, labels: np.ndarray) -> dict[str, float]:
-        metrics = self._task.metric_names
+    def _predictions(self, logits: list[np.ndarray], table: TaskTable, labels: np.ndarray) -> Any:
+        """Predictions as `score_predictions` takes them; `labels` say which tokens are words."""
         if self._task.kind == "regression":
-            return score_predictions(metrics, np.array(logits)[:, 0], labels)
+            return np.array(logits)[:, 0]
         if self._task.kind == "sequence":
-            return score_predictions(metrics, np.argmax(logits, axis=-1), labels)
+            return np.argmax(logits, axis=-1)
         if self._task.kind == "tokens":
-            predicted, true = [], []
-            for row, truth in zip(logits, labels, strict=True):
-                truth = truth[: len(row)]
-                labelled = truth != IGNORED
-                predicted.append(self._label_names[row.argmax(axis=-1)[labelled]].tolist())
-                true.append(self._label_names[truth[labelled]].tolist())
-            return score_predictions(metrics, predicted, true)
+            names = np.array(self._label_names)
+            return [
+                names[row.argmax(axis=-1)[truth[: len(row)] != IGNORED]].tolist()
+                for row, truth in zip(logits, labels, strict=True)
+            ]
         starts, ends = ([row[:, end] for row in logits] for end in (0, 1))
-        return score_predictions(metrics, answers(table, starts, ends, self._task.max_answer), table.references)
+        return answers(table, starts, ends, self._task.max_answer)
+
+
+def _judged_tables(data: TaskData) -> dict[str, TaskTable]:
+    tables = {"dev": data.dev, "test": data.test}
+    return {name: table for name, table in tables.items() if table is not None}
+
+
+def _labels(task: TaskConfig, table: TaskTable, label_names: tuple[str, ...], limit: int = 0) -> Any:
+    """The labels of a table's `evaluation_rows`, as `score_predictions` takes them."""
+    if task.kind == "spans":
+        return table.references
+    labels = table.labels[evaluation_rows(len(table), limit)]
+    if task.kind != "tokens":
+        return labels
+    names = np.array(label_names)
+    return [names[of_tokens[of_tokens != IGNORED]].tolist() for of_tokens in labels]
+
+
+def _text(task: TaskConfig, prediction: Any, label_names: tuple[str, ...]) -> str:
+    """A prediction as people read it."""
+    if task.kind == "regression":
+        return f"{prediction:.4g}"
+    if task.kind == "sequence":
+        return label_names[prediction]
+    return prediction or "no answer"
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,8 +210,8 @@ def examples_for(model: Model, task: TaskConfig) -> TaskData:
     return data
 
 
-def evaluate_task(model: Model, task: TaskConfig, data: TaskData) -> dict[str, dict[str, float]]:
-    """The metrics of a model with a task's head, as shares, on the task's "dev" and, where there are such, "test"."""
+def evaluate_task(model: Model, task: TaskConfig, data: TaskData) -> TaskScores:
+    """The scores of a model with a task's head on the task's "dev" and, where there are such, "test"."""
     length = min(task.max_length, model.config.max_positions)
     mesh, compute = make_mesh(MeshConfig()), resolve_compute(ComputeConfig())
     student = with_compute(model.config, compute)
@@ -148,9 +222,28 @@ def evaluate_task(model: Model, task: TaskConfig, data: TaskData) -> dict[str, d
     return judge.evaluate_splits(params, data)
 
 
-def format_metrics(splits: dict[str, dict[str, float]]) -> str:
-    """The metrics of `TaskEvaluator.evaluate_splits` as text, one line for each split."""
-    return "\n".join(
-        f"{split}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-        for split, metrics in splits.items()
+def constant_name(task: TaskConfig) -> str:
+    """What `TaskScores.constant` is called."""
+    names = {"regression": "mean of the training labels", "spans": "most frequent answer"}
+    return names.get(task.kind, "largest class")
+
+
+def format_scores(scores: TaskScores, task: TaskConfig) -> str:
+    """The scores as text: two lines for each split, and a sentence if nothing was learned."""
+    lines = []
+    for split, metrics in scores.splits.items():
+        of_constant = scores.largest_class[split]
+        for who, numbers in ((split, metrics), (f"{split}, {constant_name(task)} ({scores.constant})", of_constant)):
+            lines.append(f"{who}: " + ", ".join(f"{name} {value:.4f}" for name, value in numbers.items()))
+    if scores.only_prediction is not None:
+        lines.append(nothing_learned(scores.only_prediction))
+    return "\n".join(lines)
+
+
+def nothing_learned(only_prediction: str) -> str:
+    """The sentence about a model whose every prediction is this one."""
+    return (
+        f'Every prediction is "{only_prediction}", so the model learned nothing: fine-tune it with a higher learning '
+        "rate (optimizer.learning_rate: 5e-5 suits base-size models, and smaller ones need more) or for more epochs "
+        "(train.epochs)."
     )

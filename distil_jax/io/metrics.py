@@ -17,6 +17,8 @@ from distil_jax.files import write_whole
 from distil_jax.schema import InputError, require
 from distil_jax.structs import Mean, Metrics
 
+# Kinds of lines in metrics.jsonl, of step 0, with what a run's evaluations are read against.
+REFERENCES = {"teacher": "teacher", "largest_class": "largest class"}
 _BATCHES_LATE = 16  # metrics are fetched once so many later batches have been added
 
 
@@ -86,7 +88,7 @@ class MetricsWriter:
         self._events = _event_writer(self.folder / "tensorboard", step) if tensorboard else None
 
     def write(self, step: int, kind: str, metrics: dict[str, Any]) -> None:
-        """Writes the metrics of one step; `kind` is "train", "held_out" or "skipped"."""
+        """Writes the metrics of one step; `kind` is "train", "held_out", "skipped" or one of `REFERENCES`."""
         if self._lines is None:
             return
         self._unwritten += _dumps({"step": step, "kind": kind, **metrics}).encode()

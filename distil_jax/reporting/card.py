@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from distil_jax.io.metrics import read_metrics
 from distil_jax.models.encoder import count_parameters
 from distil_jax.objective.distillation import Distillation
 from distil_jax.reporting.markdown import table
+from distil_jax.reporting.task_scores import read_scores, score_notes, score_table
 from distil_jax.runtime.run_folder import Model
 from distil_jax.schema import build
 
@@ -89,11 +89,10 @@ def _task_card(model: Model) -> str:
         f"{model.config.hidden_dropout:g} and {model.head.dropout:g} before the last layer; seed {config.seed}",
         "",
     ]
-    file = model.run / "scores.json"
-    if file.exists():
-        results = json.loads(file.read_text(encoding="utf-8"))
-        if results["step"] == model.step:  # the file may be of another checkpoint
-            lines += ["## Results", "", *_results(results), ""]
+    scores = read_scores(model.run)
+    if scores and scores["step"] == model.step:  # the file may be of another checkpoint
+        lines += ["## Results", "", *table(*score_table(scores)), ""]
+        lines += [line for note in score_notes(scores) for line in (note, "")]
     return "\n".join(lines)
 
 
@@ -111,14 +110,6 @@ def _model_name(path: str) -> str:
 
 def _code(text: str) -> str:
     return f"`{text}`"
-
-
-def _results(results: dict[str, Any]) -> list[str]:
-    splits = [split for split in ("dev", "test") if split in results]
-    return table(
-        ["examples", *results["dev"]],
-        [[split, *(f"{value:.4f}" for value in results[split].values())] for split in splits],
-    )
 
 
 def _method(config: Config) -> str:
@@ -151,15 +142,16 @@ def _training(model: Model) -> list[str]:
 
 
 def _held_out(model: Model) -> list[str]:
-    """A table of the run's first evaluation and the last one up to the exported step."""
-    evaluations = [
-        line for line in read_metrics(model.run) if line["kind"] == "held_out" and line["step"] <= model.step
-    ]
+    """A table of the run's first evaluation and the last one up to the exported step, and the teacher's own numbers."""
+    lines = read_metrics(model.run)
+    evaluations = [line for line in lines if line["kind"] == "held_out" and line["step"] <= model.step]
     if not evaluations:
         return ["This run has no evaluation up to the exported step."]
     names = [name for name in evaluations[-1] if name not in ("step", "kind")]
     rows = [evaluations[0], evaluations[-1]] if len(evaluations) > 1 else evaluations
     cells = [(f"{row['step']:,}", *(f"{row.get(name, math.nan):.4f}" for name in names)) for row in rows]
+    for row in (line for line in lines if line["kind"] == "teacher"):
+        cells.append(("teacher", *(f"{row[name]:.4f}" if name in row else "" for name in names)))
     return [
         *table(("step", *names), cells, text_columns=0),
         "",

@@ -14,6 +14,7 @@ from distil_jax.files import whole_file, write_whole
 from distil_jax.reporting.markdown import mean_and_spread, table
 from distil_jax.reporting.style import RUN_STYLES
 
+LARGEST_CLASS = "largest class"  # the row of what one answer for every example scores
 # They enclose the section in a model card, so that it can be replaced.
 _MARKS = ("<!-- distil-jax compare -->", "<!-- distil-jax compare: end -->")
 
@@ -23,7 +24,8 @@ class Comparison:
     """The results of a comparison of a teacher, which is the first model, with its students.
 
     Attributes:
-      scores: by task and model, the task's first metric for each seed, on the test examples if there are any.
+      scores: by task and model, the task's first metric for each seed, on the test examples if there are any;
+        `LARGEST_CLASS` and baselines are among the models.
       metrics: by task, the name of that metric.
       examples: by task, the split that it was computed on: "test" or "dev".
       sizes: by model, "parameters" of the encoder, their "bytes" on disk, "latency" in seconds for one row, and
@@ -46,6 +48,25 @@ class Comparison:
             return []
         return [fmean(of_seed) for of_seed in zip(*scores, strict=True)]
 
+    def kept(self, name: str) -> list[float]:
+        """The share of the teacher's macro score that a model keeps, for each seed; empty if there is no such share."""
+        macro, teacher = self.macro(name), self.macro(next(iter(self.sizes)))
+        if not macro or not all(teacher) or not self._is_above(self.macro(LARGEST_CLASS)):
+            return []
+        # Seed by seed, because runs with the same seed see the same data in order.
+        return [ours / theirs for ours, theirs in zip(macro, teacher, strict=True)]
+
+    def unlearned(self) -> list[str]:
+        """The tasks that the teacher does not do better than the largest class, by more than its spread over seeds."""
+        return [task for task, scores in self.scores.items() if not self._is_above(scores.get(LARGEST_CLASS, []), task)]
+
+    def _is_above(self, constant: list[float], task: str = "") -> bool:
+        """Whether the teacher, on a task or over all, is above the constant's scores; True if there are none."""
+        teacher = next(iter(self.sizes))
+        scores = self.scores[task][teacher] if task else self.macro(teacher)
+        spread = stdev(scores) if len(scores) > 1 else 0.0
+        return not constant or fmean(scores) > fmean(constant) + spread
+
     @property
     def names(self) -> list[str]:
         """The names of all models and baselines that have scores, the teacher first."""
@@ -55,15 +76,10 @@ class Comparison:
 def tables(comparison: Comparison) -> list[str]:
     """Two Markdown tables: scores and the share of the teacher's macro score that each model keeps; size and speed."""
     teacher, tasks = next(iter(comparison.sizes)), list(comparison.scores)
-    teacher_macro = comparison.macro(teacher)
     rows = []
     for name in comparison.names:
-        macro = comparison.macro(name)
-        kept = []
-        if macro and all(teacher_macro):  # seed by seed, because runs with the same seed see the same data in order
-            kept = [ours / theirs for ours, theirs in zip(macro, teacher_macro, strict=True)]
         cells = [_percent(comparison.scores[task].get(name, [])) for task in tasks]
-        rows.append([name, *cells, _percent(macro), _percent(kept)])
+        rows.append([name, *cells, _percent(comparison.macro(name)), _percent(comparison.kept(name))])
     heads = [f"{task}, {comparison.metrics[task]}" for task in tasks]
     lines = table(["model", *heads, "macro", f"kept of {teacher}"], rows)
     spread = " ± standard deviation" if len(comparison.seeds) > 1 else ""
@@ -73,6 +89,8 @@ def tables(comparison: Comparison) -> list[str]:
         f"Mean{spread} over {len(comparison.seeds)} seed(s), in %. Split of the examples: {', '.join(sorted(splits))}.",
         "",
     ]
+    if unlearned := comparison.unlearned():
+        lines += [_why_unlearned(comparison, unlearned), ""]
     teacher_size = comparison.sizes[teacher]
     rows = [
         [
@@ -90,8 +108,20 @@ def tables(comparison: Comparison) -> list[str]:
     return lines + table([*head, "speed-up at 1", "speed-up at 32"], rows)
 
 
+def _why_unlearned(comparison: Comparison, tasks: Sequence[str]) -> str:
+    """A sentence about tasks on which the teacher is no better than the largest class, and what follows from it."""
+    teacher = next(iter(comparison.sizes))
+    spread = " by more than its standard deviation over the seeds" if len(comparison.seeds) > 1 else ""
+    share = "" if comparison.kept(teacher) else ", so there is nothing that a student could keep a share of (–)"
+    return (
+        f"{teacher} does not beat the largest class (one answer for every example){spread} on {', '.join(tasks)}: "
+        f"nothing shows that it learned anything there{share}. Try a higher learning rate (optimizer.learning_rate: "
+        "5e-5 suits base-size models, and smaller ones need more) or more epochs (train.epochs)."
+    )
+
+
 def _percent(values: Sequence[float]) -> str:
-    return mean_and_spread([100 * value for value in values], 1) or "-"
+    return mean_and_spread([100 * value for value in values], 1) or "–"
 
 
 def write(comparison: Comparison, lines: Sequence[str], output: Path) -> None:
@@ -143,7 +173,7 @@ def _draw(comparison: Comparison, path: Path) -> None:
             label=name,
             capsize=3,
         )
-        if name in comparison.sizes and comparison.macro(name) and all(comparison.macro(teacher)):
+        if name in comparison.sizes and comparison.kept(name):
             kept = 100 * fmean(comparison.macro(name)) / fmean(comparison.macro(teacher))
             speed = comparison.sizes[teacher]["latency"] / comparison.sizes[name]["latency"]
             right.plot(speed, kept, "o", color=colour, markersize=9)
@@ -153,6 +183,9 @@ def _draw(comparison: Comparison, path: Path) -> None:
     right.set_xlabel(f"times as fast as {teacher}, one row")
     right.set_ylabel(f"macro score kept of {teacher}, %")
     right.margins(0.25)
+    if not comparison.kept(teacher):
+        sentence = f"{teacher} has no score\nto keep a share of"
+        right.text(0.5, 0.5, sentence, transform=right.transAxes, ha="center", va="center")
     for axis in (left, right):
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from distil_jax.files import whole_file
+from distil_jax.io.metrics import REFERENCES
 from distil_jax.reporting.history import PERCENT_METRICS, TASK_METRICS, format_number
 from distil_jax.reporting.page import Curves, printable
 from distil_jax.reporting.style import GRID, INK, MUTED, RUN_STYLES, VARIABLES
@@ -170,6 +171,7 @@ def _draw(axis: Axes, metrics: dict[str, list[dict]], panel: Panel) -> None:
             style = _line_style(run, len(points)) | ({"marker": "o", "markersize": 4} if marked else {})
             axis.plot(*zip(*_downsampled(points), strict=True), label=name, **style)
             values += [value for _, value in points if math.isfinite(value)]
+    references = _draw_references(axis, metrics, panel)
     axis.set_title(panel.title, loc="left", fontsize=10, pad=9)
     axis.set_xlabel("step", color=MUTED, fontsize=9, labelpad=1)
     axis.tick_params(labelsize=9, length=0)
@@ -183,26 +185,50 @@ def _draw(axis: Axes, metrics: dict[str, list[dict]], panel: Panel) -> None:
     if panel.metric == "tokens_per_second":
         axis.yaxis.set_major_formatter(EngFormatter(sep=""))
     in_percent = panel.metric in PERCENT_METRICS
-    _set_limits(axis, values, cut_outliers=not in_percent, from_zero=panel.metric == "tokens_per_second")
+    from_zero = panel.metric == "tokens_per_second"
+    _set_limits(axis, values, references, cut_outliers=not in_percent, from_zero=from_zero)
 
 
-def _set_limits(axis: Axes, values: list[float], *, cut_outliers: bool, from_zero: bool) -> None:
+def _draw_references(axis: Axes, metrics: dict[str, list[dict]], panel: Panel) -> list[float]:
+    """Draws dashed lines at what evaluations are read against, each value once, and returns the values."""
+    if panel.kind != "held_out":
+        return []
+    drawn: dict[tuple[str, float], int] = {}  # kind and value -> the first run that has them
+    for run, lines in enumerate(metrics.values()):
+        for line in lines:
+            if line["kind"] in REFERENCES and math.isfinite(_drawable(line.get(panel.metric, math.nan))):
+                drawn.setdefault((line["kind"], line[panel.metric]), run)
+    for (kind, value), run in drawn.items():
+        colour = MUTED if len(drawn) == 1 else RUN_STYLES[run % len(RUN_STYLES)][0]
+        axis.axhline(value, color=colour, linestyle=(0, (4, 3)), linewidth=1.2, label=f"_{kind}", zorder=1)
+        place = {"xytext": (0, 2), "textcoords": "offset points", "ha": "right", "va": "bottom"}
+        axis.annotate(
+            REFERENCES[kind], (0.98, value), xycoords=axis.get_yaxis_transform(), fontsize=8.5, color=colour, **place
+        )
+    return [value for _, value in drawn]
+
+
+def _set_limits(
+    axis: Axes, values: list[float], references: list[float], *, cut_outliers: bool, from_zero: bool
+) -> None:
     """Sets the limits of the y axis.
 
     Args:
       axis: of a panel.
-      values: all finite values in it.
+      values: all finite values of its curves.
+      references: values that are always shown.
       cut_outliers: leave out values that are further from the middle 90 % than the width of these, as the first losses
         of a run often are. A note in the panel gives the largest or smallest of them.
       from_zero: start the axis at 0.
     """
-    if not values or max(values) == min(values):
+    if not values or max(values + references) == min(values + references):
         return
     low, high = np.quantile(np.asarray(values, np.float64), [0.05, 0.95])
     width = high - low
     bottom, top = min(values), max(values)
     if width > 0 and cut_outliers:
         bottom, top = max(bottom, low - width), min(top, high + width)
+    bottom, top = min([bottom, *references]), max([top, *references])
     bottom = min(0.0, bottom) if from_zero else bottom
     margin = 0.06 * (top - bottom)
     axis.set_ylim(bottom if from_zero and bottom == 0 else bottom - margin, top + margin)

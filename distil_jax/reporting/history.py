@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from distil_jax.config.task import Metric
+from distil_jax.io.metrics import REFERENCES
 
 TASK_METRICS: tuple[str, ...] = get_args(Metric)
 PERCENT_METRICS = ("agreement", *TASK_METRICS)  # shown in percent
@@ -19,6 +20,7 @@ class History:
     Attributes:
       steps: optimiser steps done.
       evaluations: the held-out lines of metrics.jsonl, in order.
+      references: by name, such as "teacher", the lines with what evaluations are read against; older runs have none.
       skipped: the steps whose update was skipped because of a loss or gradient that was not finite.
       throughputs: all measurements of tokens per second, sorted.
       seconds_per_step: the median measurement, or NaN.
@@ -29,6 +31,7 @@ class History:
 
     steps: int
     evaluations: list[dict[str, Any]]
+    references: dict[str, dict[str, Any]]
     skipped: list[int]
     throughputs: list[float]
     seconds_per_step: float
@@ -59,6 +62,7 @@ def history(lines: list[dict[str, Any]]) -> History:
     return History(
         steps=max((line["step"] for line in lines), default=0),
         evaluations=[line for line in lines if line["kind"] == "held_out"],
+        references={REFERENCES[line["kind"]]: line for line in lines if line["kind"] in REFERENCES},
         skipped=[line["step"] for line in lines if line["kind"] == "skipped"],
         throughputs=sorted(_finite(train_lines, "tokens_per_second")),
         seconds_per_step=median(sorted(_finite(train_lines, "seconds_per_step"))),

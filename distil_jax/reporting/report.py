@@ -12,7 +12,7 @@ from distil_jax.reporting.curves import draw_curves
 from distil_jax.reporting.history import history
 from distil_jax.reporting.masked_words import check_texts, masked_word_examples
 from distil_jax.reporting.page import Block, Heading, Paragraph, to_html, to_markdown
-from distil_jax.reporting.sections import by_seed, details, held_out, over_seeds, summary, throughput
+from distil_jax.reporting.sections import best_checkpoint, by_seed, details, held_out, over_seeds, summary, throughput
 from distil_jax.runtime.run_folder import is_run, read_config
 from distil_jax.schema import InputError
 
@@ -61,7 +61,10 @@ def write_report(
     blocks = [Heading(title, 1)]
     for name, folder in runs.items():
         blocks += summary(folder, histories[name], configs[name], lead=f"{name}:" if len(runs) > 1 else "")
-    blocks += [*head, Heading("Held out"), results, Heading("Curves"), curves]
+    blocks += [*head, Heading("Held out"), results]
+    if len(runs) == 1:
+        blocks += best_checkpoint(first)
+    blocks += [Heading("Curves"), curves]
     if repeated:
         blocks += [Paragraph("For each configuration, the curves show the run of its first seed.")]
     blocks += [Heading("Throughput"), *throughput(histories)]

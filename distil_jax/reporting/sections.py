@@ -17,6 +17,7 @@ from distil_jax.models.encoder import count_parameters
 from distil_jax.reporting.history import PERCENT_METRICS, History, format_count, format_duration, format_number
 from distil_jax.reporting.markdown import mean_and_spread
 from distil_jax.reporting.page import Block, Code, Fold, Paragraph, Table
+from distil_jax.reporting.task_scores import read_scores, score_notes, score_table
 from distil_jax.schema import InputError, build, differences, to_dict
 
 _LABELS = {
@@ -93,23 +94,54 @@ def _metadata(folder: Path) -> dict:
 
 
 def held_out(histories: dict[str, History]) -> Block:
-    """The first and the last evaluation: of one run in columns, with the change; of several runs in one column each."""
+    """The first and the last evaluation: of one run in columns, with the change; of several runs in one column each.
+
+    Another column has what they are read against, such as the teacher's own numbers.
+    """
     evaluations = {name: history.evaluations for name, history in histories.items() if history.evaluations}
     if not evaluations:
         return Paragraph("No evaluation yet.")
     metrics = list(dict.fromkeys(name for lines in evaluations.values() for name in _metrics(lines[-1])))
+    references = _references({name: histories[name] for name in evaluations})
+    beside = {name: [_format(name, line[name]) if name in line else "" for _, line in references] for name in metrics}
+    titles = [title for title, _ in references]
     if len(histories) > 1:
-        rows = [[_label(name), *(_first_to_last(lines, name) for lines in evaluations.values())] for name in metrics]
-        return Table(("metric, first → last", *evaluations), rows)
+        rows = [
+            [_label(name), *(_first_to_last(lines, name) for lines in evaluations.values()), *beside[name]]
+            for name in metrics
+        ]
+        return Table(("metric, first → last", *evaluations, *titles), rows)
     (lines,) = evaluations.values()
     first, last = lines[0], lines[-1]
     rows = []
     for name in metrics:
         before, after = first.get(name, math.nan), last[name]
-        rows.append([_label(name), _format(name, before), _format(name, after), _change(name, before, after)])
-    if first["step"] == last["step"]:
-        return Table(("metric", f"step {first['step']:,}"), [row[:2] for row in rows])
-    return Table(("metric", f"step {first['step']:,}", f"step {last['step']:,}", "change"), rows)
+        cells = [_format(name, before)]
+        if first["step"] != last["step"]:
+            cells += [_format(name, after), _change(name, before, after)]
+        rows.append([_label(name), *cells, *beside[name]])
+    steps = [f"step {first['step']:,}"]
+    if first["step"] != last["step"]:
+        steps += [f"step {last['step']:,}", "change"]
+    return Table(("metric", *steps, *titles), rows)
+
+
+def _references(histories: dict[str, History]) -> list[tuple[str, dict]]:
+    """Titles and lines of what runs are read against, each line once; with the run's name where runs differ in it."""
+    lines = [(kind, run, line) for run, told in histories.items() for kind, line in told.references.items()]
+    unique = [item for i, item in enumerate(lines) if item[2] not in [line for _, _, line in lines[:i]]]
+    kinds = [kind for kind, _, _ in unique]
+    return [(kind if kinds.count(kind) == 1 else f"{kind} of {run}", line) for kind, run, line in unique]
+
+
+def best_checkpoint(folder: Path) -> list[Block]:
+    """The scores of a fine-tuning run's best checkpoint, beside the largest class; nothing before they are written."""
+    scores = read_scores(folder)
+    if scores is None:
+        return []
+    head, rows = score_table(scores)
+    sentence = f"The best checkpoint, that of step {scores['step']:,}, on all examples:"
+    return [Paragraph(sentence), Table(tuple(head), rows), *map(Paragraph, score_notes(scores))]
 
 
 def by_seed(configs: dict[str, Config | FinetuneConfig]) -> dict[str, list[str]]:
@@ -156,6 +188,9 @@ def over_seeds(histories: dict[str, list[History]]) -> Block:
         cells = [_format_mean(metric, [line.get(metric, math.nan) for line in last_lines[name]]) for metric in metrics]
         seconds = mean_and_spread([history.step_seconds for history in group], 0)
         rows.append([name, f"{len(group)}", f"{group[0].steps:,}" if group else "", *cells, seconds])
+    for title, line in _references({name: group[0] for name, group in evaluated.items() if group}):
+        cells = [_format_mean(metric, [line[metric]] if metric in line else []) for metric in metrics]
+        rows.append([title, "", "", *cells, ""])
     return Table(("run", "seeds", "steps", *map(_label, metrics), "training, s"), rows)
 
 

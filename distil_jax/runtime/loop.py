@@ -172,6 +172,7 @@ def _loop(
         if start == 0:
             # Printed for comparison only: the state before the first step is never delivered.
             _evaluate(program, state, progress, watchdog, 0)
+            _evaluate_reference(program, state, progress, watchdog)
         for step in range(start + 1, config.steps + 1):
             watchdog.alive()
             profiler.before(step)
@@ -220,3 +221,13 @@ def _evaluate(
         numbers = program.evaluator.evaluate(state, watchdog.alive)
     progress.held_out(step, numbers)
     return numbers
+
+
+def _evaluate_reference(program: Program, state: TrainState, progress: Progress, watchdog: Watchdog) -> None:
+    reference = program.reference
+    if reference is None:
+        return
+    with progress.paused():
+        numbers = reference.evaluate(state, watchdog.alive)
+    if numbers:
+        progress.reference(reference.kind, reference.title, numbers)

@@ -32,6 +32,21 @@ class Evaluator(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
+class Reference:
+    """What the evaluations of a run are read against; it is judged once, beside the state before the first step.
+
+    Attributes:
+      kind: of its line in metrics.jsonl, "teacher" or "largest_class".
+      title: what it is called on the screen.
+      evaluate: (state, alive) -> its metrics, under the names that the run's evaluations have; empty if it has none.
+    """
+
+    kind: str
+    title: str
+    evaluate: Callable[[TrainState, Callable[[], None]], dict[str, float]]
+
+
+@dataclass(frozen=True, eq=False)
 class Program:
     """A run of any objective, compiled for this machine.
 
@@ -49,6 +64,7 @@ class Program:
       stream: the batches.
       evaluator: judges a state.
       first_state: makes the state before the first step, once.
+      reference: what its evaluations are read against, or None.
     """
 
     config: Config | FinetuneConfig
@@ -64,6 +80,7 @@ class Program:
     stream: BatchStream
     evaluator: Evaluator
     first_state: FirstState
+    reference: Reference | None = None
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,11 @@ class Progress:
         self._writer.write(step, "held_out", metrics)
         self.say(f"step {step:>6,}  held-out: {_words(metrics)}")
 
+    def reference(self, kind: str, title: str, metrics: dict[str, float]) -> None:
+        """Shows and writes what the evaluations are read against, as of step 0; see `Reference`."""
+        self._writer.write(0, kind, metrics)
+        self.say(f"{title} held-out: {_words(metrics)}")
+
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Leaves the time spent inside out of the throughput."""

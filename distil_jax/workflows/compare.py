@@ -15,12 +15,12 @@ from distil_jax.config.task import FinetuneConfig
 from distil_jax.evaluation.baseline import baseline_scores
 from distil_jax.evaluation.speed import encoder_seconds
 from distil_jax.models.encoder import count_parameters
-from distil_jax.reporting.comparison import Comparison, add_to_card, tables, write
+from distil_jax.reporting.comparison import LARGEST_CLASS, Comparison, add_to_card, tables, write
 from distil_jax.runtime import processes
 from distil_jax.runtime.program import keep_compiled
 from distil_jax.runtime.run_folder import Model, open_model
 from distil_jax.schema import InputError, expand_home, quoted, require, user_path
-from distil_jax.workflows.finetune import finetune
+from distil_jax.workflows.finetune import finetune_and_score
 
 _LENGTH = 128  # tokens per row when timing, if every model has that many positions
 _BASELINE = "TF-IDF + linear"
@@ -72,16 +72,20 @@ def compare(
         scores[task] = {}
         for name, path in models.items():
             run_config = replace(config, model=replace(config.model, path=str(path)))
-            scores[task][name] = [_score(run_config, seed, output / task / name / str(seed)) for seed in seeds]
+            scored = [_scores(run_config, seed, output / task / name / str(seed)) for seed in seeds]
+            scores[task][name] = [of_model for of_model, _ in scored]
+            # The same for every model with the teacher's tokenizer, and for every seed.
+            scores[task].setdefault(LARGEST_CLASS, [of_class for _, of_class in scored])
         for name in distil:
             distilled = []
             for seed in seeds:
                 tuned_teacher = output / task / teacher / str(seed) / "model"
                 paths = [quoted("model.path", models[name]), quoted("teacher.path", tuned_teacher)]
                 run_config = load_task(task_files[task], [*paths, *overrides])
-                distilled.append(_score(run_config, seed, output / task / f"{name}-distilled" / str(seed)))
+                folder = output / task / f"{name}-distilled" / str(seed)
+                distilled.append(_scores(run_config, seed, folder)[0])
             scores[task][name + _DISTILLED] = distilled
-        scores[task] |= baseline_row
+        scores[task] |= baseline_row | {LARGEST_CLASS: scores[task].pop(LARGEST_CLASS)}  # the last row
         jax.clear_caches()  # the next task cannot use this task's compiled programs, which hold memory
     length = min(_LENGTH, *(model.config.max_positions for model in opened.values()))
     comparison = Comparison(
@@ -155,11 +159,15 @@ def models_by_name(models: Sequence[str]) -> dict[str, str]:
     return paths
 
 
-def _score(config: FinetuneConfig, seed: int, folder: Path) -> float:
-    """Fine-tunes one model; returns the task's first metric, on the test examples if there are any, else on dev."""
+def _scores(config: FinetuneConfig, seed: int, folder: Path) -> tuple[float, float]:
+    """Fine-tunes one model; returns its score and the largest class's.
+
+    They are the task's first metric, on the test examples if there are any, else on dev.
+    """
     print(f"\n== {folder}", flush=True)
-    metrics = finetune(replace(config, seed=seed), folder)
-    return metrics.get("test", metrics["dev"])[config.task.metric_names[0]]
+    scores = finetune_and_score(replace(config, seed=seed), folder)
+    split, metric = "test" if "test" in scores.splits else "dev", config.task.metric_names[0]
+    return scores.splits[split][metric], scores.largest_class[split][metric]
 
 
 def _sizes(models: dict[str, Model], length: int) -> dict[str, dict[str, float]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from distil_jax.config.load import load_task
 from distil_jax.data.summary import summarize
 from distil_jax.evaluation import held_out
-from distil_jax.evaluation.tasks import evaluate_task, examples_for, format_metrics
+from distil_jax.evaluation.tasks import evaluate_task, examples_for, format_scores
 from distil_jax.models.encoder import count_parameters
 from distil_jax.runtime.run_folder import Model, open_model
 from distil_jax.schema import InputError, quoted, require
@@ -48,7 +48,7 @@ def _evaluate_on_task(model: Model, path: str, task: str) -> None:
     config = load_task(task, [quoted("model.path", path)]).task
     examples = examples_for(model, config)
     print(summarize(examples, ("dev", "test")))
-    print(format_metrics(evaluate_task(model, config, examples)))
+    print(format_scores(evaluate_task(model, config, examples), config))
 
 
 def _evaluate_on_text(model: Model, path: str, data: str | None, teacher: str | None, rows: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from distil_jax.config.step import Objective, Optimizer, StepConfig
 from distil_jax.config.task import FinetuneConfig, check_head, head_of, task_encoder
 from distil_jax.data.summary import summarize
 from distil_jax.data.tasks import TaskData, read_task
-from distil_jax.evaluation.tasks import DevEvaluator, TaskEvaluator
+from distil_jax.evaluation.tasks import DevEvaluator, TaskEvaluator, TaskScores, constant_name, format_scores
 from distil_jax.files import write_whole
 from distil_jax.io import huggingface
 from distil_jax.io.checkpoint import Checkpoints
@@ -42,6 +42,7 @@ from distil_jax.runtime.program import (
     BatchStream,
     FirstState,
     Program,
+    Reference,
     describe_micro_batches,
     describe_models,
 )
@@ -60,7 +61,7 @@ def finetune(
     objective: Objective | None = None,
     optimizer: Optimizer | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Fine-tunes a model on a task, or resumes the run in `workdir`.
+    """Fine-tunes a model on a task, or resumes the run in `workdir`, and prints what it reaches.
 
     Args:
       config: of the run.
@@ -74,6 +75,17 @@ def finetune(
     Raises:
       As `run_program`; and InputError if `model/` already holds another checkpoint.
     """
+    return finetune_and_score(config, workdir, objective=objective, optimizer=optimizer).splits
+
+
+def finetune_and_score(
+    config: FinetuneConfig,
+    workdir: str | Path,
+    *,
+    objective: Objective | None = None,
+    optimizer: Optimizer | None = None,
+) -> TaskScores:
+    """As `finetune`; the scores have those of the largest class beside them."""
     workdir = user_path(workdir)
     compiled = cache(lambda: compile_task(config, objective, optimizer))
     run_program(lambda: compiled()[0], workdir)
@@ -85,16 +97,18 @@ def finetune(
         if better:
             print(f"Step {better} was better, but its checkpoint no longer exists, so step {best} is used.")
         evaluated = {"step": best, "task": to_dict(program.config.task), "judged": data.eval_digest}
-        metrics = _earlier_metrics(workdir, evaluated)
-        if metrics:
-            return metrics
+        earlier = _earlier_scores(workdir, evaluated, evaluator, data)
+        if earlier is not None:
+            print(format_scores(earlier, config.task))
+            return earlier
         step, shardings = program.step_config, program.first_state.sharding.params
         params = restore_params(checkpoints, best, step.student, step.head, shardings)
         metadata = checkpoints.metadata(best)
-    metrics = evaluator.evaluate_splits(params, data)
+    scores = evaluator.evaluate_splits(params, data)
+    print(format_scores(scores, config.task))
     params = multihost_utils.process_allgather(params, tiled=True)  # every process holds only a part of them
     if processes.is_first():
-        write_whole(workdir / "scores.json", json.dumps(evaluated | metrics, indent=1) + "\n")
+        write_whole(workdir / "scores.json", json.dumps(evaluated | _plain(scores), indent=1) + "\n")
         model = Model(
             step.student, params, workdir / "tokenizer", head=step.head, run=workdir, step=best, metadata=metadata
         )
@@ -103,7 +117,7 @@ def finetune(
         else:
             export(model, workdir / "model")
     processes.barrier("the model is written")
-    return metrics
+    return scores
 
 
 def _check_exported(workdir: Path, best: int) -> None:
@@ -126,14 +140,24 @@ def _lost_step(workdir: Path, program: Program, checkpoints: Checkpoints) -> int
     return min(better, key=criterion)["step"] if better else None
 
 
-def _earlier_metrics(workdir: Path, evaluated: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """The metrics in scores.json if they are those of the same checkpoint, task and examples; otherwise {}."""
+def _plain(scores: TaskScores) -> dict[str, Any]:
+    """The scores as scores.json holds them: each split under its name. Older files have the splits alone."""
+    values = asdict(scores)
+    return values.pop("splits") | values
+
+
+def _earlier_scores(
+    workdir: Path, evaluated: dict[str, Any], evaluator: TaskEvaluator, data: TaskData
+) -> TaskScores | None:
+    """The scores in scores.json if they are those of the same checkpoint, task and examples; otherwise None."""
     path = workdir / "scores.json"
     if not path.exists() or not (workdir / "model").exists():
-        return {}
-    scores = json.loads(path.read_text(encoding="utf-8"))
-    same = json.loads(json.dumps(evaluated)).items() <= scores.items()  # through JSON: tuples become lists
-    return {split: scores[split] for split in ("dev", "test") if split in scores} if same else {}
+        return None
+    values = json.loads(path.read_text(encoding="utf-8"))
+    if not json.loads(json.dumps(evaluated)).items() <= values.items():  # through JSON: tuples become lists
+        return None
+    splits = {split: values[split] for split in ("dev", "test") if split in values}
+    return TaskScores(splits, *evaluator.largest_class(data), values.get("only_prediction"))
 
 
 def compile_task(
@@ -180,6 +204,7 @@ def compile_task(
     params = with_fresh_head(jax.random.key(config.seed), student, head, start.params)
     state_shapes, batch_rows = abstract_state(step), config.train.batch_rows
     evaluator = TaskEvaluator(config.task, step, mesh, data.label_names, batch_rows // step.accumulation)
+    largest_class, constant = evaluator.largest_class(data, limit=config.train.eval_rows)
 
     program = Program(
         config=config,
@@ -196,6 +221,9 @@ def compile_task(
         stream=BatchStream(lambda: data.train, mesh, batch_rows, config.seed),
         evaluator=DevEvaluator(evaluator, data.dev, config.train.eval_rows, config.task.metric_names[0]),
         first_state=FirstState(step, config.seed, params, shardings_of(state_shapes, mesh)),
+        reference=Reference(
+            "largest_class", f"{constant_name(config.task)} ({constant})", lambda state, alive: largest_class["dev"]
+        ),
     )
     return program, evaluator, data
 
