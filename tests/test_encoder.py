@@ -12,7 +12,7 @@ from distil_jax.config.model import ModelConfig
 from distil_jax.models.attention import attend
 from distil_jax.models.dropout import row_seeds
 from distil_jax.models.encoder import MaskedLm, count_parameters, layers_apart
-from distil_jax.objective.distillation import logits
+from distil_jax.objective.vocabulary import logits
 from distil_jax.schema import InputError
 from distil_jax.structs import Batch
 

@@ -27,7 +27,7 @@ from distil_jax.evaluation.held_out import evaluate
 from distil_jax.io import huggingface
 from distil_jax.io.metrics import MetricSums, read_metrics
 from distil_jax.models.encoder import MaskedLm, count_parameters
-from distil_jax.objective.distillation import logits
+from distil_jax.objective.vocabulary import logits
 from distil_jax.reporting.card import model_card
 from distil_jax.runtime.assemble import assemble
 from distil_jax.runtime.run_folder import Model, open_model
@@ -230,6 +230,9 @@ def test_an_older_step_is_exported_with_its_own_numbers(finished_run, tmp_path, 
     lines = {line["step"]: line for line in read_metrics(finished_run) if line["kind"] == "held_out"}
     assert "10 of 12" in text
     assert f"{lines[10]['mlm']:.4f}" in text and f"{lines[12]['mlm']:.4f}" not in text
+    (teacher,) = [line for line in read_metrics(finished_run) if line["kind"] == "teacher"]
+    row = next(line for line in text.splitlines() if line.startswith("| teacher |"))
+    assert f" {teacher['mlm']:.4f} |" in row and f" {teacher['accuracy']:.4f} |" in row and row.count("|") == 7
     assert cli.main(["export", str(finished_run), str(tmp_path / "none"), "--step", "7"]) == 2
     assert not (tmp_path / "none").exists()
     message = capsys.readouterr().err

@@ -69,12 +69,19 @@ def shortened(run: Path, target: Path, keep) -> Path:
 
 
 def without_teacher(line: dict) -> dict:
+    if line["kind"] == "teacher":
+        return {}
     return {name: number for name, number in line.items() if name not in ("kl", "cosine", "agreement")}
 
 
 def panels(figure: Figure) -> dict[str, list]:
     """What is drawn, by title."""
     return {axis.get_title("left"): axis.get_lines() for axis in figure.axes if axis.axison}
+
+
+def curves_of(lines: list) -> list:
+    """The curves of a panel, without the dashed lines that they are read against."""
+    return [line for line in lines if not line.get_label().startswith("_")]
 
 
 def pixels(picture: Path) -> tuple[int, int]:
@@ -111,7 +118,11 @@ def test_the_curves_show_the_numbers(run, figures, tmp_path):
     lines = read_metrics(run)
     shown = [("held_out", name) for name in ("agreement", "mlm", "kl", "accuracy")]
     shown += [("train", name) for name in ("mlm", "kl", "cosine", "tokens_per_second")]
-    for (curve,), (kind, number) in zip(drawn.values(), shown, strict=True):
+    (teacher,) = [line for line in lines if line["kind"] == "teacher"]
+    for panel, (kind, number) in zip(drawn.values(), shown, strict=True):
+        (curve,) = curves_of(panel)
+        dashed = [line.get_ydata() for line in panel if line is not curve]
+        assert dashed == ([[teacher[number]] * 2] if kind == "held_out" and number in teacher else [])
         points = [(line["step"], line[number]) for line in lines if line["kind"] == kind and number in line]
         assert list(zip(*curve.get_data(), strict=True)) == points
     assert [list(panels(figure)) for figure in figures[1:]] == [[title] for title in drawn], "the same in HTML"
@@ -125,6 +136,7 @@ def test_the_page_of_two_runs(run, figures, tmp_path):
     page = (run / "report.md").read_text()
     assert "## with teacher\n" in page and "## without teacher\n" in page
     drawn = panels(figures[0])
+    drawn = {title: curves_of(lines) for title, lines in drawn.items()}
     counts = {title: len(curves) for title, curves in drawn.items()}
     assert sorted(counts.values()) == [1] * 4 + [2] * 4  # both have an MLM loss, one has a teacher
     assert all(result == 2 for title, result in counts.items() if "MLM" in title)
@@ -331,11 +343,15 @@ def test_the_first_and_the_last_numbers_and_what_the_run_was(reported):
     page, lines = (reported / "report.md").read_text(), read_metrics(reported)
     first, *_, last = [line for line in lines if line["kind"] == "held_out"]
     rows = {name: cells for name, *cells in table_under(page, "Held out")}
+    (teacher,) = [line for line in lines if line["kind"] == "teacher"]
+    assert rows["MLM loss"][3:] == [f"{teacher['mlm']:.4g}"] and rows["perplexity"][3:] == [
+        f"{teacher['perplexity']:.4g}"
+    ]
     assert rows["MLM loss"][:2] == [f"{line['mlm']:.4g}" for line in (first, last)]
     before, after = (100 * line["agreement"] for line in (first, last))
     change = f"{after - before:+.1f} points".replace("-", "−")
     result = [cell.replace("\u00a0", " ") for cell in rows["agreement with the teacher"]]
-    assert result == [f"{before:.1f} %", f"{after:.1f} %", change]
+    assert result == [f"{before:.1f} %", f"{after:.1f} %", change, ""], "a teacher does not agree with itself"
     student = open_model(reported)
     path = student.run_config.teacher.path
     sentence = page.splitlines()[2].replace("\u00a0", " ")
@@ -497,7 +513,9 @@ def test_runs_that_differ_in_their_seed_alone_are_one_line(finished_run, tmp_pat
     runs = [str(tmp_path / name) for name in names]
     assert cli.main(["report", *runs, "--output", str(tmp_path / "out")]) == 0
     page = (tmp_path / "out" / "report.md").read_text()
-    mine, other = table_under(page, "Held out")
+    mine, other, teacher = table_under(page, "Held out")
+    of_teacher = next(line["mlm"] for line in read_metrics(finished_run) if line["kind"] == "teacher")
+    assert teacher[:4] == ["teacher", "", "", f"{of_teacher:.3f}"]
     mlm = [line["mlm"] for line in read_metrics(finished_run) if line["kind"] == "held_out"][-1]
     assert mine[:4] == ["mine", "2", "12", f"{mlm + 0.25:.3f} ± 0.354"] and other[:4] == [
         "other",

@@ -28,6 +28,7 @@ from distil_jax.config.load import load
 from distil_jax.config.run import STUDENT_SHAPE, Config
 from distil_jax.data.manifest import read_manifest
 from distil_jax.data.prepare import PrepareConfig, prepare
+from distil_jax.evaluation.held_out import evaluate
 from distil_jax.io import huggingface
 from distil_jax.io.checkpoint import Checkpoints
 from distil_jax.io.metrics import MetricsWriter, read_metrics
@@ -167,6 +168,14 @@ def test_metrics_have_every_step_and_the_untrained_baseline(finished_run, worksh
     assert held_out[-1]["agreement"] > held_out[0]["agreement"]
 
 
+def test_a_run_says_once_how_good_its_teacher_is(finished_run, workshop):
+    """Judged like a student, on the same rows and masks: `eval` of the teacher alone is another way to the numbers."""
+    (line,) = of_kind(finished_run, "teacher")
+    assert line["step"] == 0 and read_metrics(finished_run).index(line) == 1, "beside the untrained student"
+    alone = evaluate(open_model(workshop / "teacher"), workshop / "rows")
+    assert {name: number for name, number in line.items() if name not in ("step", "kind")} == pytest.approx(alone)
+
+
 def test_the_run_saw_more_than_one_epoch_and_batches_across_their_border(workshop):
     """What is proven here about resuming is proven for data that starts again in the middle of a batch."""
     rows = read_manifest(workshop / "rows").train.rows
@@ -186,10 +195,12 @@ def test_tensorboard_can_be_left_out(workshop, tmp_path):
     assert not (tmp_path / "run" / "tensorboard").exists()
 
 
-def test_the_same_run_again_gives_the_same_bits(finished_run, workshop, tmp_path):
+def test_the_same_run_again_gives_the_same_bits(finished_run, workshop, tmp_path, capsys):
     """And so the comparisons below mean something: nothing in a run depends on the time or the folder."""
     assert train(workshop, tmp_path / "again", "train.steps=4", "train.log_every=2") == 0
-    ours = [line for line in run_numbers(tmp_path / "again") if line["step"] < 4 and line["kind"] == "held_out"]
+    (teacher,) = of_kind(finished_run, "teacher")
+    assert capsys.readouterr().out.count(f"\nteacher held-out: mlm {teacher['mlm']:.4g}, perplexity ") == 1
+    ours = [line for line in run_numbers(tmp_path / "again") if line["step"] < 4 and line["kind"] != "train"]
     assert ours == [line for line in run_numbers(finished_run) if line["step"] == 0]
     whole = [line for line in run_numbers(finished_run) if line["kind"] == "train"]
     (pair,) = [line for line in of_kind(tmp_path / "again", "train") if line["step"] == 4][-1:]
@@ -391,6 +402,7 @@ def test_no_teacher_at_all_is_plain_pretraining(workshop, tmp_path):
     run = tmp_path / "run"
     assert train(workshop, run, *ALONE, "train.eval_every=0", "train.checkpoint_every=100") == 0
     held_out, trained = of_kind(run, "held_out"), of_kind(run, "train")
+    assert not of_kind(run, "teacher")
     assert not {"kl", "agreement"} & {name for line in (*held_out, *trained) for name in line}
     assert held_out[1]["mlm"] < 0.9 * held_out[0]["mlm"] and trained[-1]["loss"] < 0.9 * trained[0]["loss"]
     assert cli.main(["export", str(run), str(tmp_path / "model")]) == 0

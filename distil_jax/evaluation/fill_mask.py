@@ -12,7 +12,7 @@ import numpy as np
 from distil_jax.config.model import ModelConfig
 from distil_jax.data.tokenizer import check_fits, load_tokenizer
 from distil_jax.models.encoder import MaskedLm
-from distil_jax.objective.distillation import logits
+from distil_jax.objective.vocabulary import logits
 from distil_jax.runtime.run_folder import Model
 from distil_jax.schema import InputError
 from distil_jax.structs import Batch

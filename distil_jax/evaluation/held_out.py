@@ -91,7 +91,7 @@ class HeldOutEvaluator:
     """Judges students on held-out rows; the masks of a row are always the same.
 
     Attributes:
-      step: `mask_and_eval_step`, compiled with `jit_eval`.
+      step: `mask_and_eval_step` or `mask_and_eval_teacher_step`, compiled with `jit_eval`.
       teacher_params: the teacher's tree on the mesh, or None.
       open_table: opens the held-out rows.
       weights: [V], on the mesh.
@@ -111,6 +111,8 @@ class HeldOutEvaluator:
     def evaluate(self, state: TrainState, alive: Callable[[], None] = lambda: None) -> dict[str, float]:
         """Means over the rows: mlm, perplexity, accuracy, and kl and agreement with a teacher.
 
+        Those of the teacher itself if `step` is `mask_and_eval_teacher_step`; then {} if it predicts no words.
+
         Args:
           state: of the student.
           alive: called with every batch.
@@ -122,6 +124,8 @@ class HeldOutEvaluator:
             batch = put_rows(rows, self.mesh, batch_rows=self.batch_rows)
             sums.add(self.step(state, self.teacher_params, batch, self.weights))
         metrics = sums.means()
+        if not metrics:
+            return {}
         mlm = metrics.pop("mlm")
         return {"mlm": mlm, "perplexity": perplexity(mlm), **metrics}
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from distil_jax.config.objective import LossConfig
 from distil_jax.objective.fused import fused_loss, in_chunks
 from distil_jax.objective.losses import cosine_loss, kl_loss, mlm_loss, weighted_sum
-from distil_jax.objective.vocabulary import dense_loss, logits, teacher_logits_of
+from distil_jax.objective.vocabulary import dense_loss, teacher_logits_of
 from distil_jax.schema import require
 from distil_jax.structs import IGNORED, Array, Batch, Encoded, Head, Mean, Metrics
 
@@ -120,7 +120,7 @@ def _vocabulary_loss(
     if student.head is None:
         raise ValueError("The student has no MLM head, so there are no logits to compare.")
     soft = bool(scales.keys() & {"kl", "mse"})
-    if soft and not _has_logits(teacher):
+    if soft and not has_logits(teacher):
         raise ValueError("The teacher has neither an MLM head nor logits, so there are no soft targets.")
     features, labels, lost = student.features, batch.labels, jnp.zeros((), bool)
     teacher_features, teacher_head = _features_and_head(teacher) if soft else (None, None)
@@ -142,7 +142,8 @@ def _vocabulary_loss(
     return loss, {name: Mean(total, counts.get(name, everywhere)) for name, total in totals.items()}
 
 
-def _has_logits(encoded: Encoded) -> bool:
+def has_logits(encoded: Encoded) -> bool:
+    """Whether a model predicts words: it has an MLM head, or logits of its own."""
     return encoded.head is not None or encoded.logits is not None
 
 
@@ -159,7 +160,8 @@ def held_out_terms(
     There a model has to predict; elsewhere it need only copy its input, and any two models agree.
 
     Args:
-      student, teacher: of the same masked batch, without dropout; the teacher may be None.
+      student, teacher: of the same masked batch, without dropout; the teacher may be None. A student without an MLM
+        head has its logits (padded to the vocabulary as it is stored).
       batch: [B, L].
       config: its `chunk` says how many positions' logits exist at a time; nothing else is read.
       targets_per_row: as in `StepConfig`; a row with more makes every number NaN.
@@ -169,16 +171,17 @@ def held_out_terms(
       (share of targets where both put the same id first).
     """
     most = batch.labels.shape[1] if targets_per_row is None else targets_per_row
-    features, labels = at_targets(student.features, batch.labels, most)
+    features, head = _features_and_head(student)
+    features, labels = at_targets(features, batch.labels, most)
     teacher_features, teacher_head = None, None
-    if teacher is not None and _has_logits(teacher):
+    if teacher is not None and has_logits(teacher):
         teacher_features, teacher_head = _features_and_head(teacher)
         teacher_features = at_targets(teacher_features, batch.labels, most)[0]
     cut = partial(in_chunks, chunk=config.chunk or labels.size)
     chunks = (cut(features), cut(labels, fill=IGNORED), None if teacher_features is None else cut(teacher_features))
 
     def add(sums: Metrics, chunk: tuple) -> tuple[Metrics, None]:
-        return jax.tree.map(jnp.add, sums, _terms_at_targets(student.head, teacher_head, *chunk)), None
+        return jax.tree.map(jnp.add, sums, _terms_at_targets(head, teacher_head, *chunk)), None
 
     zero = jnp.zeros((), jnp.float32)
     names = ("mlm", "accuracy") if teacher_features is None else ("mlm", "accuracy", "kl", "agreement")
@@ -188,9 +191,9 @@ def held_out_terms(
 
 
 def _terms_at_targets(
-    head: Head, teacher_head: Head | None, features: Array, labels: Array, teacher_features: Array | None
+    head: Head | None, teacher_head: Head | None, features: Array, labels: Array, teacher_features: Array | None
 ) -> Metrics:
-    student_logits, where = logits(features, head), labels != IGNORED
+    student_logits, where = teacher_logits_of(features, head, features.shape[-1]), labels != IGNORED
     best = jnp.argmax(student_logits, axis=-1)
     terms = {"mlm": mlm_loss(student_logits, labels), "accuracy": Mean.of(best == labels, where)}
     if teacher_features is not None:

@@ -13,7 +13,7 @@ from distil_jax.config.model import ModelConfig
 from distil_jax.config.objective import MaskingConfig, TaskLossConfig
 from distil_jax.config.step import Objective, StepConfig
 from distil_jax.models.heads import abstract_model, model_of
-from distil_jax.objective.distillation import Distillation, held_out_terms
+from distil_jax.objective.distillation import Distillation, has_logits, held_out_terms
 from distil_jax.objective.masking import mask_tokens, most_targets
 from distil_jax.objective.tasks import TaskObjective
 from distil_jax.schema import require
@@ -172,10 +172,32 @@ def mask_and_eval_step(state: TrainState, teacher_params: Any, rows: Rows, weigh
       rows: [B, L].
       weights: [V], see `masking_weights`.
     """
-    masking = MaskingConfig(mask_token_id=state.config.masking.mask_token_id)
-    batch = mask_tokens(jax.random.key(_HELD_OUT_SEED), rows, weights=weights, config=masking)
-    config = replace(state.config, targets_per_row=most_targets(rows.input_ids.shape[1], masking.rate))
+    config, batch = _masked_held_out(state.config, rows, weights)
     return eval_step(state.replace(config=config), teacher_params, batch)
+
+
+def mask_and_eval_teacher_step(state: TrainState, teacher_params: Any, rows: Rows, weights: Array) -> Metrics:
+    """The teacher's own "mlm" and "accuracy" on the rows and masks of `mask_and_eval_step`; {} if it has no logits.
+
+    Args:
+      state, teacher_params, rows, weights: as in `mask_and_eval_step`; of the state, only the config is read.
+    """
+    config, batch = _masked_held_out(state.config, rows, weights)
+
+    def shard_terms(batch: Batch, teacher_params: Any) -> Metrics:
+        teacher = _teacher_outputs(config, teacher_params, batch)
+        if not has_logits(teacher):
+            return {}
+        return held_out_terms(teacher, None, batch, config=config.loss, targets_per_row=config.targets_per_row)
+
+    return sum_over_shards(shard_terms)(batch, _gather_teacher(config, teacher_params))
+
+
+def _masked_held_out(config: StepConfig, rows: Rows, weights: Array) -> tuple[StepConfig, Batch]:
+    """The masked batch of `mask_and_eval_step`, and the config with the most targets that its rows have."""
+    masking = MaskingConfig(mask_token_id=config.masking.mask_token_id)
+    batch = mask_tokens(jax.random.key(_HELD_OUT_SEED), rows, weights=weights, config=masking)
+    return replace(config, targets_per_row=most_targets(rows.input_ids.shape[1], masking.rate)), batch
 
 
 def _key(state: TrainState, purpose: int) -> Array:

@@ -21,6 +21,7 @@ from distil_jax.runtime.program import (
     BatchStream,
     FirstState,
     Program,
+    Reference,
     describe_micro_batches,
     describe_models,
 )
@@ -28,7 +29,7 @@ from distil_jax.schema import require
 from distil_jax.structs import Batch, Encoded
 from distil_jax.training.sharding import jit_eval, jit_step, make_mesh, replicate, shardings_of
 from distil_jax.training.state import abstract_state
-from distil_jax.training.step import mask_and_eval_step, mask_and_train_step
+from distil_jax.training.step import mask_and_eval_step, mask_and_eval_teacher_step, mask_and_train_step
 
 
 def train(
@@ -82,6 +83,19 @@ def compile_run(parts: Parts) -> Program:
     # Nothing below may keep a reference to `parts`: its models would stay in the host's memory for the whole run.
     train_rows, held_out_rows = (partial(open_rows, config.data.path, split) for split in ("train", "held_out"))
     batch_rows = config.train.batch_rows
+    evaluator = HeldOutEvaluator(
+        step=jit_eval(mask_and_eval_step, mesh, state_shapes, shapes),
+        teacher_params=teacher_params,
+        open_table=held_out_rows,
+        weights=replicate(parts.held_out_weights, mesh),
+        mesh=mesh,
+        batch_rows=batch_rows // parts.step.accumulation,
+        limit=config.train.eval_rows,
+    )
+    reference = None
+    if parts.step.teacher is not None:
+        of_teacher = replace(evaluator, step=jit_eval(mask_and_eval_teacher_step, mesh, state_shapes, shapes))
+        reference = Reference("teacher", "teacher", of_teacher.evaluate)
     return Program(
         config=config,
         step_config=parts.step,
@@ -102,16 +116,9 @@ def compile_run(parts: Parts) -> Program:
         teacher_params=teacher_params,
         step_arguments=(replicate(parts.weights, mesh),),
         stream=BatchStream(train_rows, mesh, batch_rows, config.seed),
-        evaluator=HeldOutEvaluator(
-            step=jit_eval(mask_and_eval_step, mesh, state_shapes, shapes),
-            teacher_params=teacher_params,
-            open_table=held_out_rows,
-            weights=replicate(parts.held_out_weights, mesh),
-            mesh=mesh,
-            batch_rows=batch_rows // parts.step.accumulation,
-            limit=config.train.eval_rows,
-        ),
+        evaluator=evaluator,
         first_state=FirstState(parts.step, config.seed, parts.student_params, shardings_of(state_shapes, mesh)),
+        reference=reference,
     )
 
 
