@@ -169,8 +169,8 @@ def test_the_largest_class_is_beside_every_score(finished, tasks):
     (line,) = [line for line in read_metrics(finished) if line["kind"] == "largest_class"]
     assert line == {"step": 0, "kind": "largest_class", **expected["dev"]}
     card = (finished / "model" / "README.md").read_text()
-    for split in share:
-        assert re.search(rf"\| {split}, largest class +\| +{share[split]:.4f} \| +0.0000 \| ", card)
+    for split, of_class in share.items():
+        assert re.search(rf"\| {split}, largest class +\| +{of_class:.4f} \| +0.0000 \| ", card)
     assert "learned nothing" not in card
 
 
