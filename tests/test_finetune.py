@@ -15,7 +15,7 @@ from conftest import file_hashes, run_numbers, same_leaves
 from distil_jax import cli
 from distil_jax.config.load import load_task
 from distil_jax.data.tokenizer import load_tokenizer
-from distil_jax.evaluation.tasks import TaskEvaluator
+from distil_jax.evaluation.tasks import TaskEvaluator, nothing_learned
 from distil_jax.io import huggingface
 from distil_jax.io.metrics import MetricsWriter, read_metrics
 from distil_jax.runtime.run_folder import open_model
@@ -183,8 +183,13 @@ def test_a_model_with_one_answer_for_everything_is_said_to_have_learned_nothing(
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     assert cli.main(["eval", str(model), "--task", str(tasks / "sequence.toml")]) == 0
     sentence = capsys.readouterr().out.splitlines()[-1]
-    assert sentence.startswith('Every prediction is "cat", so the model learned nothing: ')
+    assert sentence.startswith('Every prediction is "cat", so the model learned nothing. ')
     assert "optimizer.learning_rate" in sentence and "train.epochs" in sentence
+    # With a few other answers among them it is no better.
+    scores = {"dev": {"accuracy": 0.5, "f1": 0.9}, "test": {"accuracy": 0.4, "f1": 0.9}}
+    of_class = {"dev": {"accuracy": 0.5, "f1": 0.0}, "test": {"accuracy": 0.4, "f1": 0.0}}
+    assert nothing_learned(scores, of_class, None).startswith("By its accuracy the model is no better than one answer")
+    assert nothing_learned(scores | {"test": {"accuracy": 0.6, "f1": 0.0}}, of_class, None) == ""
     # Where every label is the same, one answer is right.
     (tmp_path / "cats.csv").write_text("text,label\n" + "the cat sees the dog,cat\n" * 3)
     cats = (tasks / "sequence.toml").read_text()

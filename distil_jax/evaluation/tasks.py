@@ -235,15 +235,27 @@ def format_scores(scores: TaskScores, task: TaskConfig) -> str:
         of_constant = scores.largest_class[split]
         for who, numbers in ((split, metrics), (f"{split}, {constant_name(task)} ({scores.constant})", of_constant)):
             lines.append(f"{who}: " + ", ".join(f"{name} {value:.4f}" for name, value in numbers.items()))
-    if scores.only_prediction is not None:
-        lines.append(nothing_learned(scores.only_prediction))
+    if sentence := nothing_learned(scores.splits, scores.largest_class, scores.only_prediction):
+        lines.append(sentence)
     return "\n".join(lines)
 
 
-def nothing_learned(only_prediction: str) -> str:
-    """The sentence about a model whose every prediction is this one."""
+def nothing_learned(
+    splits: dict[str, dict[str, float]], largest_class: dict[str, dict[str, float]], only_prediction: str | None
+) -> str:
+    """A sentence about a model that is no better than one answer for every example; empty about a better one.
+
+    Args:
+      splits, largest_class, only_prediction: as in `TaskScores`. The first metric counts.
+    """
+    metric = next(iter(splits["dev"]))
+    if only_prediction is not None:
+        why = f'Every prediction is "{only_prediction}", so the model learned nothing'
+    elif all(splits[split][metric] <= scores[metric] < 1 for split, scores in largest_class.items()):
+        why = f"By its {metric} the model is no better than one answer for every example: it learned nothing that helps"
+    else:
+        return ""
     return (
-        f'Every prediction is "{only_prediction}", so the model learned nothing: fine-tune it with a higher learning '
-        "rate (optimizer.learning_rate: 5e-5 suits base-size models, and smaller ones need more) or for more epochs "
-        "(train.epochs)."
+        f"{why}. Try a higher learning rate (optimizer.learning_rate: 5e-5 suits base-size models, and smaller ones "
+        "need more) or more epochs (train.epochs)."
     )

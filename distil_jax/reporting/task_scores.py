@@ -38,6 +38,7 @@ def score_notes(scores: dict[str, Any]) -> list[str]:
             f'Largest class: what a model scores whose every prediction is "{scores["constant"]}", which suits the '
             "training labels best (the most frequent class or answer, or the mean of numbers)."
         )
-    if scores.get("only_prediction") is not None:
-        notes.append(nothing_learned(scores["only_prediction"]))
+        splits = {split: scores[split] for split in ("dev", "test") if split in scores}
+        if sentence := nothing_learned(splits, scores["largest_class"], scores["only_prediction"]):
+            notes.append(sentence)
     return notes
