@@ -186,6 +186,7 @@ def _draw(comparison: Comparison, path: Path) -> None:
     if not comparison.kept(teacher):
         sentence = f"{teacher} has no score\nto keep a share of"
         right.text(0.5, 0.5, sentence, transform=right.transAxes, ha="center", va="center")
+        right.set(xticks=[], yticks=[])
     for axis in (left, right):
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
