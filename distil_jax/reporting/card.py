@@ -150,13 +150,15 @@ def _held_out(model: Model) -> list[str]:
     names = [name for name in evaluations[-1] if name not in ("step", "kind")]
     rows = [evaluations[0], evaluations[-1]] if len(evaluations) > 1 else evaluations
     cells = [(f"{row['step']:,}", *(f"{row.get(name, math.nan):.4f}" for name in names)) for row in rows]
+    note = ""
     for row in (line for line in lines if line["kind"] == "teacher"):
         cells.append(("teacher", *(f"{row[name]:.4f}" if name in row else "" for name in names)))
+        note = " The teacher's row is how well it predicts the same words itself."
     return [
         *table(("step", *names), cells, text_columns=0),
         "",
         "mlm is the cross entropy at the masked positions. kl (at temperature 1) and agreement compare the student "
-        "with the teacher at these positions.",
+        "with the teacher at these positions." + note,
     ]
 
 
