@@ -261,6 +261,35 @@ def test_what_follows_from_masking_is_no_key(tmp_path):
     assert run_folder.config_from(read_toml(path)).loss == LossConfig(mlm=1.0)
 
 
+def test_a_run_folder_stands_for_its_configuration(tmp_path):
+    """What followed from other choices follows anew, so that each can be changed by one override."""
+    text = """[loss]
+kl = 1.0
+targets_per_row = 3
+[teacher]
+path = "bert"
+[student]
+layers = [0, 5]
+fold_token_types = true
+[optimizer]
+steps = 12
+[train]
+steps = 12
+"""
+    write(tmp_path, text)
+    config = load(tmp_path)
+    assert (config.loss.kl, config.train.steps, config.optimizer.steps) == (1.0, 12, 0)  # 0: as long as the run
+    assert (config.student.layers, config.student.fold_token_types) == ((0, 5), True)
+    other = load(tmp_path, [f"student.init={tmp_path}", "train.epochs=2"])
+    assert (other.student.layers, other.student.fold_token_types) == ((), None)
+    assert (other.train.steps, other.train.epochs, other.optimizer.steps) == (0, 2, 0)
+    write(tmp_path, text.replace("[train]\nsteps = 12", "[train]\nsteps = 9"))
+    assert load(tmp_path).optimizer.steps == 12
+    write(tmp_path, '[task]\ntrain = "my.csv"')
+    with pytest.raises(InputError, match=f"finetune MODEL --task {tmp_path}"):
+        load(tmp_path)
+
+
 def test_differences_name_mathematics_only(tmp_path):
     first = load(write(tmp_path, "[train]\nsteps = 5\nbatch_rows = 8"))
     harmless = ["train.accumulation=2", "mesh.fsdp=2", "train.log_every=1", "compute.remat=full", "data.path=x"]

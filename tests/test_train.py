@@ -7,6 +7,7 @@ import gc
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -326,25 +327,27 @@ def test_nothing_but_rows_goes_to_the_devices_once_a_run_has_begun(workshop, mon
 
 
 def test_every_kind_of_first_student(finished_run, workshop, tmp_path):
-    """Random, from a folder, and from a folder without an MLM head, beside the default from the teacher."""
+    """Random, from a folder, from one without an MLM head, and from a run, beside the default from the teacher."""
     student = open_model(finished_run)
     huggingface.save(tmp_path / "whole", student.config, student.params, tokenizer=student.tokenizer)
     body = {name: tree for name, tree in student.params.items() if name != "mlm"}
     huggingface.save(tmp_path / "bare", replace(student.config, mlm_head=False), body, tokenizer=student.tokenizer)
     first = {}
-    for init in ("random", str(tmp_path / "whole"), str(tmp_path / "bare")):
+    for init in ("random", str(tmp_path / "whole"), str(tmp_path / "bare"), str(finished_run)):
         name = Path(init).name
         run = tmp_path / f"run {name}"
         assert train(workshop, run, f"student.init={init}", "train.steps=3", "train.eval_every=0") == 0
         held_out = of_kind(run, "held_out")
         assert [line["step"] for line in held_out] == [0, 3]
-        assert name == "whole" or held_out[1]["kl"] < held_out[0]["kl"]
+        assert name in ("whole", "finished") or held_out[1]["kl"] < held_out[0]["kl"]
         assert load(run / "config.toml").student.layers == ()
         first[name] = held_out[0]
     # A student that goes on begins where the other ended, on the same held-out words.
     last = of_kind(finished_run, "held_out")[-1]
     compared = [name for name in last if name not in ("step", "kind")]
-    assert [first["whole"][name] for name in compared] == pytest.approx([last[name] for name in compared], rel=1e-5)
+    for init in ("whole", "finished"):
+        assert [first[init][name] for name in compared] == pytest.approx([last[name] for name in compared], rel=1e-5)
+    assert first.pop("finished") == first["whole"]
     untrained = of_kind(finished_run, "held_out")[0]
     assert len({untrained["kl"], *(line["kl"] for line in first.values())}) == 4
 
@@ -519,6 +522,50 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(stopped_copy, finis
     assert run_numbers(stopped_copy) == run_numbers(finished_run)
 
 
+def test_a_run_goes_on_by_its_folder_alone(stopped_copy, finished_run):
+    assert cli.main(["train", str(stopped_copy)]) == 0
+    assert run_numbers(stopped_copy) == run_numbers(finished_run)
+    assert (stopped_copy / "config.toml").read_bytes() == (finished_run / "config.toml").read_bytes()
+
+
+def test_a_run_and_another_folder_are_a_new_run(finished_run, tmp_path):
+    """It has the run's configuration, and begins as the run did; nothing is written into the run."""
+    before, new = file_hashes(finished_run), tmp_path / "new"
+    assert cli.main(["train", str(finished_run), "--output", str(new), "--set", "train.steps=1"]) == 0
+    assert run_numbers(new)[:2] == run_numbers(finished_run)[:2] and file_hashes(finished_run) == before
+
+
+def test_a_finished_run_can_become_longer(finished_run, tmp_path, at_step, capsys):
+    """Its learning rate is that of the new length from there on, also where it is stopped in between."""
+
+    def go_on(run: Path, *overrides: str) -> int:
+        return cli.main(["train", str(run), *(word for override in overrides for word in ("--set", override))])
+
+    unbroken, broken = (shutil.copytree(finished_run, tmp_path / name) for name in ("unbroken", "broken"))
+    longer = ("train.steps=18", "optimizer.steps=24")
+    assert go_on(unbroken, *longer) == 0
+    peak, warmup = 3e-3, 1
+    expected = [peak * (24 - step) / (24 - warmup) for step in range(RUN_STEPS, 18)]
+    trained = [line for line in of_kind(unbroken, "train") if line["step"] > RUN_STEPS]
+    assert [line["learning_rate"] for line in trained] == pytest.approx(expected, rel=1e-5)
+    said = (
+        f"had 12 steps and has 18 now.* 24 steps, {expected[0]:.3g} for .* instead of {peak * 8 / 19:.3g}.* not exactly"
+    )
+    assert re.search(said, capsys.readouterr().out)
+    at_step(14, terminate)
+    assert go_on(broken, *longer) == 75
+    assert go_on(broken) == 0
+    assert same_leaves(params_of(broken), params_of(unbroken)) and run_numbers(broken) == run_numbers(unbroken)
+    # Once more, within the same schedule; and what is done cannot be undone.
+    capsys.readouterr()
+    assert go_on(unbroken, "train.steps=20") == 0
+    assert "has 20 now; its learning rate goes to 0 at step 24, as before" in capsys.readouterr().out
+    before = file_hashes(unbroken)
+    assert go_on(unbroken, "train.steps=19") == 2
+    assert "train.steps is 19, but 20 steps of this run are done" in capsys.readouterr().err
+    assert file_hashes(unbroken) == before
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_stopping_tells_the_status_and_what_to_do(workshop, tmp_path, at_step, capsys, number):
     at_step(2, lambda: os.kill(os.getpid(), number))
@@ -595,7 +642,6 @@ def test_what_changes_no_number_may_change(stopped_copy, workshop, finished_run)
     "change",
     [
         ("seed", "3", "4"),
-        ("train.steps", "12", "13"),
         ("train.batch_rows", "16", "32"),
         ("student.hidden_dropout", "0.1", "0.2"),
         ("student.init", "teacher", "random"),
@@ -610,7 +656,9 @@ def test_other_mathematics_is_refused(stopped_copy, workshop, change, capsys):
     key, old, new = change
     before = file_hashes(stopped_copy)
     assert train(workshop, stopped_copy, f"{key}={new}") == 2
-    assert f"{key}: {old} -> {new}" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert f"{key}: {old} -> {new}" in message and f"`distil-jax train {stopped_copy}`" in message
+    assert "--output" in message and f"--set student.init={stopped_copy}" in message
     assert file_hashes(stopped_copy) == before
 
 

@@ -45,7 +45,8 @@ class StudentConfig:
     the field's comment.
     """
 
-    init: str = path_field("teacher", may_change=False)  # "teacher", "random", or the folder of an existing student
+    # "teacher", "random", or an existing student: a model folder, or a run, whose newest checkpoint is taken.
+    init: str = path_field("teacher", may_change=False)
     layers: tuple[int, ...] = ()  # teacher layers to copy, from 0; empty: evenly spread (0,2,4,7,9,11 for 12 -> 6)
     num_layers: int | None = None  # default: as many as `layers` lists, or half the teacher's; 12 without a teacher
     hidden_size: int | None = None  # default: the teacher's, or 768 without a teacher

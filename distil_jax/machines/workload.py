@@ -21,7 +21,8 @@ from distil_jax.runtime.assemble import (
     total_steps,
     with_compute,
 )
-from distil_jax.schema import InputError
+from distil_jax.runtime.run_folder import is_run, open_model
+from distil_jax.schema import InputError, user_path
 
 # Vocabulary sizes of the published BERT-base teachers in the presets, so that `plan` need not download them.
 _BERT_BASE = {
@@ -116,6 +117,9 @@ def _architecture(path: str) -> ModelConfig:
 def _student(student: StudentConfig, teacher: ModelConfig | None, manifest: Manifest | None) -> ModelConfig:
     if student.init in ("teacher", "random"):
         return student_model(student, teacher, _vocab_size(manifest, teacher))
+    run = user_path(student.init)
+    if is_run(run):
+        return student_from_folder(run, open_model(run).config, student)
     return student_from_folder(local_folder(student.init), _architecture(student.init), student)
 
 

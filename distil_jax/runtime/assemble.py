@@ -29,7 +29,8 @@ from distil_jax.models.student import choose_layers, student_from_teacher
 from distil_jax.objective.masking import masking_weights, most_targets
 from distil_jax.runtime.attention import resolve_attention
 from distil_jax.runtime.processes import is_first
-from distil_jax.schema import InputError, require
+from distil_jax.runtime.run_folder import is_run, open_model
+from distil_jax.schema import InputError, require, user_path
 from distil_jax.training.sharding import check_mesh, make_mesh, put_params, shard_count, shardings_of
 
 
@@ -340,9 +341,19 @@ def _student(
 ) -> tuple[StudentConfig, ModelConfig, Any]:
     """The student's resolved config, its architecture, and its initial parameters (None: random)."""
     if student.init not in ("teacher", "random"):
-        folder = local_folder(student.init)
-        model, params = huggingface.load(folder)
-        check_tokenizer(folder, model, data, manifest)
+        folder = user_path(student.init)
+        if is_run(folder):
+            found = open_model(folder)
+            require(
+                found.head is None,
+                f"{folder} (student.init) is a fine-tuning, whose model has no MLM head: name the run or the model "
+                "folder that it began with.",
+            )
+            model, params, tokenizer = found.config, found.params, found.tokenizer
+        else:
+            tokenizer = folder = local_folder(student.init)
+            model, params = huggingface.load(folder)
+        check_tokenizer(tokenizer, model, data, manifest)
         model = student_from_folder(folder, model, student)
         if "mlm" not in params:
             # A bare encoder gets a new head; everything else is kept.

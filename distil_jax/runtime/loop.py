@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from distil_jax.config.run import Config
+from distil_jax.config.task import FinetuneConfig
 from distil_jax.data.loader import prefetch
 from distil_jax.files import keep, missing_folders, remove_on_exit
 from distil_jax.io.checkpoint import Checkpoints
@@ -24,7 +26,8 @@ from distil_jax.runtime.guards import StopRequest, Watchdog, folder_lock
 from distil_jax.runtime.profiler import Profiler
 from distil_jax.runtime.program import Program
 from distil_jax.runtime.progress import Progress
-from distil_jax.schema import InputError, user_path
+from distil_jax.schema import InputError, require, user_path
+from distil_jax.training.optimizer import learning_rate
 from distil_jax.training.sharding import shard_count
 from distil_jax.training.state import TrainState
 
@@ -104,11 +107,11 @@ def run_program(
         kept = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
         checkpoints = stack.enter_context(contextlib.closing(kept))
         stack.enter_context(signals.delay_exit_while(checkpoints.saving))
-        state, divergence = _begin(program, checkpoints, resume_step)
+        state, divergence, new_length = _begin(program, checkpoints, resume_step)
         step = int(state.step)
         processes.refuse_together(lambda: run_folder.prepare_folder(workdir, program) if processes.is_first() else None)
         going_on = f", going on after step {step:,}" if step else ""
-        print(f"{program.description} in {workdir}{going_on}", flush=True)
+        print(f"{program.description} in {workdir}{going_on}{new_length}", flush=True)
         writer = MetricsWriter(workdir, step=step, tensorboard=config.tensorboard, enabled=processes.is_first())
         processes.barrier("the metrics are as of this step")
         stack.enter_context(contextlib.closing(writer))
@@ -137,17 +140,43 @@ def _ready(make: Callable[[], Program], workdir: Path) -> Program:
     return program
 
 
-def _begin(program: Program, checkpoints: Checkpoints, resume_step: int | None) -> tuple[TrainState, Divergence]:
+def _begin(program: Program, checkpoints: Checkpoints, resume_step: int | None) -> tuple[TrainState, Divergence, str]:
+    """The state to go on from, the memory of the divergence watch, and a line if the run has another length now."""
     step, config = run_folder.choose_checkpoint(checkpoints, resume_step), program.config.train
     if step is None:
-        return program.first_state(), Divergence(config)
+        return program.first_state(), Divergence(config), ""
+    metadata = checkpoints.metadata(step)
+    require(
+        config.steps >= step,
+        f"train.steps is {config.steps}, but {step} steps of this run are done: set it to {step} or more, or leave it "
+        "out to go on as before.",
+    )
     program.first_state.drop()
     state = run_folder.restore(checkpoints, step, program.step_config, program.first_state.sharding)
     for name in checkpoints.set_aside_after(step):
         print(f"Going on after step {step}; what is later is kept as {name}.")
     for problem in checkpoints.best_valid()[1]:
         print(f"{problem} It is not the best one any more.", file=sys.stderr, flush=True)
-    return state, Divergence(config, checkpoints.metadata(step).get("divergence"))
+    new_length = _describe_new_length(run_folder.config_from(metadata["config"]), program, state)
+    return state, Divergence(config, metadata.get("divergence")), new_length
+
+
+def _describe_new_length(before: Config | FinetuneConfig, program: Program, state: TrainState) -> str:
+    """A line about a run that was of another length when the state was saved: what becomes of its learning rate."""
+    config, updates = program.config, int(state.step) - int(state.skipped)
+    if before.train.steps == config.train.steps:
+        return ""
+    line = f"\nThis run had {before.train.steps:,} steps and has {config.train.steps:,} now"
+    if program.step_config.has_own_optimizer:
+        return f"{line}; its optimiser is your own and goes on as it is."
+    if before.optimizer.steps == config.optimizer.steps:
+        return f"{line}; its learning rate goes to 0 at step {config.optimizer.steps:,}, as before."
+    old, new = (float(learning_rate(each.optimizer)(updates)) for each in (before, config))
+    return (
+        f"{line}: from here on its learning rate is that of a run of {config.optimizer.steps:,} steps, {new:.3g} for "
+        f"the next step instead of {old:.3g}. The steps before had the old schedule, so the result is not exactly that "
+        "of a run which had the new one from the start."
+    )
 
 
 def _loop(

@@ -14,7 +14,7 @@ import jax
 import tomli_w
 
 from distil_jax import __version__
-from distil_jax.config.load import read_toml
+from distil_jax.config.load import RUN_CONFIG, read_toml, without_old_keys
 from distil_jax.config.model import HeadConfig, ModelConfig
 from distil_jax.config.run import Config, StudentConfig
 from distil_jax.config.step import StepConfig
@@ -27,7 +27,7 @@ from distil_jax.models.heads import abstract_model
 from distil_jax.runtime import processes
 from distil_jax.runtime.divergence import Divergence
 from distil_jax.runtime.program import Program
-from distil_jax.schema import InputError, build, differences, identify, require, table_of, to_dict, user_path
+from distil_jax.schema import InputError, build, differences, identify, require, to_dict, user_path
 from distil_jax.training.state import TrainState, init_state
 
 
@@ -59,7 +59,7 @@ class Model:
 
 def is_run(folder: Path) -> bool:
     """Whether the folder is a run's."""
-    return (folder / "config.toml").exists() and (folder / "tokenizer").is_dir()
+    return (folder / RUN_CONFIG).exists() and (folder / "tokenizer").is_dir()
 
 
 def check_folder(folder: Path, program: Program | None = None) -> None:
@@ -88,6 +88,10 @@ def check_folder(folder: Path, program: Program | None = None) -> None:
         raise InputError(f"{folder} holds a run of another command: name a new folder; nothing was changed.")
     if isinstance(before, Config):
         before = replace(before, student=_student(before.student, program, newest))
+    steps = program.config.train.steps
+    if before.train.steps != steps:  # a run may become longer or shorter, and its schedule with it
+        schedule = replace(before.optimizer, steps=program.config.optimizer.steps)
+        before = replace(before, train=replace(before.train, steps=steps), optimizer=schedule)
     changed = differences(before, program.config)
     saved = newest.get("custom", {}) if newest else custom
     changed += [
@@ -97,8 +101,7 @@ def check_folder(folder: Path, program: Program | None = None) -> None:
     ]
     if changed:
         raise InputError(
-            f"{folder} holds a run with another configuration ({'; '.join(changed)}): give it the same one to go on, "
-            "or name a new folder."
+            f"{folder} holds a run with another configuration ({'; '.join(changed)}): {_way_on(folder, before)}"
         )
     identity = newest["identity"] if newest else program.identity
     for name, digest in program.identity.items():
@@ -108,6 +111,17 @@ def check_folder(folder: Path, program: Program | None = None) -> None:
                 f"The run was started with other {what[name]}: point the config at the ones it began with, or start a "
                 "new run folder."
             )
+
+
+def _way_on(folder: Path, config: Config | FinetuneConfig) -> str:
+    """What somebody can do who wants to go on with a run, or to go on from it in another way."""
+    new = "name a new folder with --output"
+    if isinstance(config, FinetuneConfig):
+        return f"give it the same one to go on (`--task {folder}`), or {new}; {folder} can be the MODEL to begin with."
+    return (
+        f"`distil-jax train {folder}` goes on with it as it is; to begin a changed run with its student, {new} and add "
+        f"--set student.init={folder} (leave that out to begin anew)."
+    )
 
 
 def custom_parts(step: StepConfig) -> dict[str, Any]:
@@ -149,14 +163,12 @@ def _student(written: StudentConfig, program: Program, newest: dict[str, Any] | 
 
 def read_config(folder: Path) -> Config | FinetuneConfig:
     """The resolved configuration of a run."""
-    return config_from(read_toml(folder / "config.toml"))
+    return config_from(read_toml(folder / RUN_CONFIG))
 
 
 def config_from(values: dict[str, Any]) -> Config | FinetuneConfig:
     """A resolved configuration from its plain values."""
-    # Earlier versions wrote a key here that they never read: it follows from masking.
-    loss = {name: value for name, value in table_of(values, "loss").items() if name != "targets_per_row"}
-    return build(FinetuneConfig if "task" in values else Config, values | {"loss": loss})
+    return build(FinetuneConfig if "task" in values else Config, without_old_keys(values))
 
 
 def prepare_folder(folder: Path, program: Program) -> None:
@@ -169,7 +181,7 @@ def prepare_folder(folder: Path, program: Program) -> None:
         # Kept with the run, so that it can be exported when the data is gone.
         (folder / "tokenizer").mkdir(exist_ok=True)
         copy_tokenizer(program.tokenizer, folder / "tokenizer")
-        write_whole(folder / "config.toml", tomli_w.dumps(to_dict(program.config)))
+        write_whole(folder / RUN_CONFIG, tomli_w.dumps(to_dict(program.config)))
     except OSError as error:
         raise InputError(f"Cannot write the run folder {folder}: {error.strerror or error}.") from error
 
@@ -236,7 +248,8 @@ def choose_checkpoint(checkpoints: Checkpoints, step: int | None) -> int | None:
     """
     if step is not None:
         saved = checkpoints.steps()
-        require(step in saved, f"There is no checkpoint of step {step}, only of the steps {saved}.")
+        known = f"only of the steps {', '.join(map(str, saved))}" if saved else "and none is saved yet"
+        require(step in saved, f"There is no checkpoint of step {step}, {known}.")
         processes.refuse_together(lambda: checkpoints.verify(step) if processes.is_first() else None)
         return step
     return _report(*checkpoints.newest_valid())
