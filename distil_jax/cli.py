@@ -116,6 +116,9 @@ def _split(arguments: list[str]) -> tuple[str, list[str]]:
     )
     parser.add_argument("--version", action="version", version=f"distil-jax {__version__}")
     parser.add_argument("verb", choices=list(_VERBS), metavar="VERB", help="what to do")
+    if not arguments:
+        parser.print_help(sys.stderr)
+        sys.exit(exit_codes.BAD_INPUT)
     chosen = parser.parse_args(arguments[:1]).verb
     return chosen, arguments[1:]
 

@@ -20,6 +20,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 _LONGEST_SENTENCE = 1_500  # characters; ten tensors with their shapes have about a thousand
+_NEAR = (
+    0.65  # of `difflib`: how alike two keys are of which one may be meant for the other; batch_size, batch_rows: 0.7
+)
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which may come from JSON or a shell; UTF-8 has none
 
 
@@ -104,28 +107,48 @@ def user_path(name: str | Path) -> Path:
     return path.absolute() if str(path).startswith("~") else path
 
 
-def build(kind: type, values: Mapping[str, Any], where: str = "") -> Any:
+def build(kind: type, values: Mapping[str, Any], where: str = "", root: type | None = None) -> Any:
     """Makes a dataclass of type `kind` from nested plain values, and checks every key and type.
 
     Args:
       kind: the class.
       values: from TOML or JSON; a nested dataclass is a mapping.
       where: in front of every key in messages, such as "train.".
+      root: the class of the whole, where `kind` is that of a section; among all its keys a mistyped one is looked for.
 
     Raises:
       InputError: an unknown or missing key, a value of a wrong type, or one that the class refuses.
     """
-    types_of = _types_of(kind)
+    types_of, root = _types_of(kind), root or kind
     known = [f.name for f in dataclasses.fields(kind)]
     for key in values:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-            raise InputError(f"Unknown config key {where}{key}: did you mean {where}{near}?")
+            near = _near_keys(where, key, values[key], root)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"the keys there are {', '.join(known)}."
+            raise InputError(f"Unknown config key {where}{key}: {hint}")
     missing = [f.name for f in dataclasses.fields(kind) if f.name not in values and f.default is dataclasses.MISSING]
     require(not missing, f"The config lacks {where}{', '.join(missing)}.")
-    converted = {key: _convert(types_of[key], value, where + key) for key, value in values.items()}
+    converted = {key: _convert(types_of[key], value, where + key, root) for key, value in values.items()}
     paths = [f.name for f in dataclasses.fields(kind) if f.metadata.get("path") and f.name in converted]
     return kind(**converted | {name: expand_home(converted[name]) for name in paths})
+
+
+def _near_keys(where: str, key: str, value: Any, root: type) -> list[str]:
+    """The keys of all sections whose last part is nearest to a mistyped key; empty where none is near."""
+    # A table can only be a mistyped section.
+    known = [path for path, is_section in _keys(root) if is_section or not isinstance(value, Mapping)]
+    near = difflib.get_close_matches(key, {path.rpartition(".")[2] for path in known}, n=1, cutoff=_NEAR)
+    paths = [path for path in known if path.rpartition(".")[2] in near]
+    return [path for path in paths if path == f"{where}{near[0]}"] or paths
+
+
+def _keys(kind: type, where: str = "") -> list[tuple[str, bool]]:
+    """The keys of a dataclass and of those in it, each with whether it is a section."""
+    keys = []
+    for name, hint in _types_of(kind).items():
+        is_section = dataclasses.is_dataclass(hint)
+        keys += [(where + name, is_section), *(_keys(hint, f"{where}{name}.") if is_section else ())]
+    return keys
 
 
 @functools.cache  # a manifest may list thousands of files
@@ -210,20 +233,20 @@ def set_value(values: dict[str, Any], override: str) -> None:
         values[key] = text
 
 
-def _convert(kind: Any, value: Any, where: str) -> Any:
+def _convert(kind: Any, value: Any, where: str, root: type) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
         require(isinstance(value, Mapping), f"Config key {where} must be a table: write [{where}], then its keys.")
-        return build(kind, value, where + ".")
+        return build(kind, value, where + ".", root)
     if origin is Literal:
         choices = " or ".join(map(repr, arguments))
         require(value in arguments, f"Config key {where} must be {choices}, not {short_repr(value)}.")
         return value
     if origin is tuple:
         require(isinstance(value, (list, tuple)), f"Config key {where} must be a list, not {short_repr(value)}.")
-        return tuple(_convert(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+        return tuple(_convert(arguments[0], item, f"{where}[{i}]", root) for i, item in enumerate(value))
     if origin in (types.UnionType, typing.Union):  # `X | None`; it is a typing.Union if X is a Literal
-        return None if value is None else _convert(arguments[0], value, where)
+        return None if value is None else _convert(arguments[0], value, where, root)
     if kind in (int, float) and type(value) is int:
         require(abs(value) < 2**63, f"Config key {where} must be a number of at most 63 bits, not {short_repr(value)}.")
         return kind(value)

@@ -19,7 +19,7 @@ from conftest import LENGTH, file_hashes, random_params
 
 import distil_jax
 from distil_jax import cli
-from distil_jax.config.load import load
+from distil_jax.config.load import load, presets
 from distil_jax.config.run import Config
 from distil_jax.config.task import FinetuneConfig
 from distil_jax.data.prepare import PrepareConfig, prepare
@@ -70,8 +70,22 @@ def test_words_that_are_no_command_end_with_2(arguments, capsys):
     assert ended(arguments) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.startswith("usage: distil-jax")
-    if arguments == ["trian"]:
+    if arguments in ([], ["trian"]):
         assert all(verb in captured.err for verb in VERBS)
+
+
+@pytest.mark.parametrize(("words", "kind"), [("train", ""), ("finetune", "tasks")])
+def test_help_names_every_preset(words, kind, capsys):
+    assert ended([words, "--help"]) == 0
+    shown = "".join(capsys.readouterr().out.split())
+    assert all(name in shown for name in presets(kind)) and len(presets(kind)) > 5
+
+
+def test_the_configuration_of_a_fine_tuning_is_printed_without_a_folder(capsys):
+    words = ["finetune", "my_bert", "--task", "sst2"]
+    assert cli.main([*words, "--print-config"]) == 0
+    assert build(FinetuneConfig, tomllib.loads(capsys.readouterr().out)).model.path == "my_bert"
+    assert cli.main(words) == 2 and "--output" in capsys.readouterr().err
 
 
 def test_print_config_prints_and_writes_nothing(workshop, tmp_path, capsys, monkeypatch):
@@ -134,6 +148,7 @@ def bad(workshop, tmp_path_factory) -> Path:
     (folder / "broken.toml").write_text("[train\nsteps = 3")
     (folder / "picture.toml").write_bytes(b"\x93\xff\x00")
     (folder / "unknown.toml").write_text("[train]\nstps = 3\n")
+    (folder / "task.toml").write_text('[task]\ntrain = "my.csv"\n')
     (folder / "empty.txt").write_text("\n\n")
     return folder
 
@@ -182,16 +197,21 @@ NOT_A_CONFIG = {
     "--set loss.soft_positions=some": ["loss.soft_positions", "'all'", "'targets'"],
     "--set train=5": ["train", "[train]"],
     "--set train.steps": ["section.key=value"],
+    "--set learning_rate=1": ["did you mean optimizer.learning_rate?"],
+    "--set train.batch_size=8": ["did you mean train.batch_rows?"],
+    "--set path=rows": ["did you mean data.path or teacher.path?"],
+    "--set train.wandb=true": ["train.wandb: the keys there are batch_rows, steps, "],
+    "train {b}/task.toml": ["fine-tuning", "finetune MODEL --task {b}/task.toml"],
 }
 IMPOSSIBLE = {
     "--set train.steps=2 --set train.epochs=2": ["train.steps", "train.epochs"],
     "--set train.steps=0": ["train.steps", "train.epochs"],
-    "--set student.layers=[0,1,2]": ["3", "student.num_layers", "2"],
+    "--set student.layers=[0,1,2]": ["names 3 layers", "says 2", "student.num_layers = 3", "student.layers = []"],
     "--set student.layers=[0,9]": ["layers 0 to 3", "9"],
     "--set student.num_layers=5": ["5", "4"],
     "--set student.num_layers=0": ["num_layers"],
     "--set student.num_heads=5": ["32", "5 heads"],
-    "--set student.hidden_size=16": ["16", "32", "random"],
+    "--set student.hidden_size=16": ["16", "32", 'student.init = "random" and loss.cosine = 0'],
     "--set student.hidden_size=16 --set student.init=random": ["loss.cosine"],
     "--set loss.kl=0 --set loss.mlm=0 --set loss.cosine=0": ["loss.kl", "loss.mlm"],
     "--set loss.temperature=0": ["loss.temperature"],
@@ -199,7 +219,8 @@ IMPOSSIBLE = {
     "--set masking.mask_token_id=9999": ["mask_token_id", "9999"],
     "--set teacher.path= --set loss.kl=5": ["loss.kl", "teacher.path"],
     "--set teacher.path= --set student.init=teacher": ["student.init", "teacher.path"],
-    "--set teacher.path={b}/no_head": ["teacher", "head"],
+    "--set teacher.path={b}/no_head": ["teacher", "mlm_head", 'student.init = "random", loss.kl = 0 and loss.mse = 0'],
+    "--set teacher.path={b}/no_head --set student.init=random": ["no MLM head", "loss.kl = 0, loss.mse = 0"],
     "--set data.path={b}/nothing_held_out": ["{b}/nothing_held_out", "--held-out"],
     "eval {w}/teacher --data {b}/nothing_held_out": ["{b}/nothing_held_out", "--held-out"],
     "--set student.max_positions=16": ["24", "16", "student.max_positions"],

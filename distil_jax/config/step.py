@@ -150,7 +150,8 @@ class StepConfig:
         require(
             self.teacher.mlm_head or max(self.loss.kl, self.loss.mse) == 0,
             "The teacher has no MLM head, so it has no soft targets: train its head first "
-            "(`distil-jax train` without a teacher), or set loss.kl = 0 and loss.mse = 0.",
+            "(`distil-jax train` without a teacher, with student.init = its folder), or set loss.kl = 0, loss.mse = 0 "
+            'and student.init = "random".',
         )
 
 

@@ -74,9 +74,10 @@ def _check_copyable(teacher: ModelConfig, student: ModelConfig, layers: tuple[in
     for name in ("vocab_size", "hidden_size", "num_heads", "intermediate_size", "activation"):
         ours, theirs = getattr(student, name), getattr(teacher, name)
         if ours != theirs:
+            also = " and loss.cosine = 0" if student.hidden_size != teacher.hidden_size else ""
             raise InputError(
-                f"The student's {name} is {ours} and the teacher's {theirs}, so layers cannot be copied: "
-                'make them equal, or set student.init = "random".'
+                f"The student's {name} is {ours} and the teacher's {theirs}, so layers cannot be copied: make them "
+                f'equal, or set student.init = "random"{also}.'
             )
     if len(layers) != student.num_layers:
         raise InputError(f"{len(layers)} layers are named for a student of {student.num_layers}.")
@@ -92,9 +93,10 @@ def _check_copyable(teacher: ModelConfig, student: ModelConfig, layers: tuple[in
         raise InputError("The teacher's positions are sinusoidal, so learned ones cannot be copied from it.")
     if student.token_types not in (0, teacher.token_types):
         raise InputError(f"student.token_types must be 0 or the teacher's {teacher.token_types}.")
-    for part in ("mlm_head", "pooler"):
+    # A teacher without an MLM head has no soft targets either.
+    for part, also in (("mlm_head", ", loss.kl = 0 and loss.mse = 0"), ("pooler", "")):
         if getattr(student, part) and not getattr(teacher, part):
             raise InputError(
-                f"The student wants a part ({part}) that the teacher lacks: train it in the teacher first, "
-                'or set student.init = "random".'
+                f"The student wants a part ({part}) that the teacher lacks: train it in the teacher first (`distil-jax "
+                f'train` without a teacher, with student.init = its folder), or set student.init = "random"{also}.'
             )
