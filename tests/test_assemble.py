@@ -17,6 +17,7 @@ from distil_jax.config.model import ModelConfig
 from distil_jax.config.objective import LossConfig
 from distil_jax.config.run import STUDENT_SHAPE, ComputeConfig, MeshConfig, TeacherConfig, TrainConfig
 from distil_jax.config.step import StepConfig
+from distil_jax.io import huggingface
 from distil_jax.models import tpu_attention
 from distil_jax.runtime import attention
 from distil_jax.runtime.assemble import (
@@ -210,6 +211,30 @@ def test_what_would_be_ignored_is_refused(workshop, settings, message):
     settings = [each.format(teacher=workshop / "teacher") for each in settings]
     with pytest.raises(InputError, match=message):
         assemble(load(workshop / "run.toml", settings))
+
+
+def test_a_narrower_student_needs_one_answer(workshop):
+    """All that the refusal names, set at once, is enough."""
+    narrow = ["student.hidden_size=16"]
+    with pytest.raises(InputError) as error:
+        assemble(load(workshop / "run.toml", narrow))
+    named = re.findall(r"(\w+\.\w+) = (\S+?)(?=[ .]|$)", str(error.value))
+    assert named == [("student.init", '"random"'), ("loss.cosine", "0")]
+    parts = assemble(load(workshop / "run.toml", [*narrow, *map("=".join, named)]))
+    assert parts.step.student.hidden_size == 16 and parts.student_params is None
+
+
+def test_a_teacher_without_a_head_needs_one_answer(workshop, tmp_path):
+    config, params = huggingface.load(workshop / "teacher")
+    body = {name: tree for name, tree in params.items() if name != "mlm"}
+    huggingface.save(tmp_path / "bare", replace(config, mlm_head=False), body, tokenizer=workshop / "teacher")
+    bare = [f"teacher.path={tmp_path / 'bare'}"]
+    with pytest.raises(InputError) as error:
+        assemble(load(workshop / "run.toml", bare))
+    named = re.findall(r"(\w+\.\w+) = (\S+?)(?=[ .,]|$)", str(error.value).partition(", or set ")[2])
+    assert [key for key, _ in named] == ["student.init", "loss.kl", "loss.mse"]
+    parts = assemble(load(workshop / "run.toml", [*bare, *map("=".join, named)]))
+    assert not parts.step.teacher.mlm_head and parts.step.student.mlm_head
 
 
 def test_the_batch_that_is_named_can_be(workshop):

@@ -67,7 +67,12 @@ def write(folder, text):
         pytest.param("[loss]\nkl = 0x" + "f" * 5_000, "loss.kl must be a number of at most 63 bits", id="no float"),
         pytest.param(f"data = [0x{'f' * 5_000}]", "data must be a table", id="a giant in a list"),
         pytest.param(f'[data]\n"{"x" * 9_000}" = 1', "Unknown config key .{,2000}$", id="a long name"),
-        ('[data]\n"a\\n\\u001b[31m" = 1', r"data.a\\n\\x1b\[31m: did you mean"),
+        ('[data]\n"a\\n\\u001b[31m" = 1', r"data.a\\n\\x1b\[31m: the keys there are path\.$"),
+        ("[task]\nx = 1\n[data]\nx = 1", "configures a fine-tuning"),
+        ("[train]\nlr = 1", "train.lr: the keys there are batch_rows"),
+        ("[train]\nlearning_rate = 1", r"did you mean optimizer\.learning_rate\?"),
+        ("[optimiser]\nsteps = 1", r"did you mean optimizer\?"),
+        ("steps = 1", r"did you mean optimizer\.steps or train\.steps\?"),
     ],
 )
 def test_a_mistake_is_one_sentence(tmp_path, text, words):
@@ -321,6 +326,16 @@ def test_full_size_students_have_the_published_size(name, vocab_size, body):
     assert count_parameters(dataclasses.replace(student, mlm_head=False)) == body
     assert count_parameters(student) == body + (768 * 768 + 768) + 2 * 768 + vocab_size
     assert choose_layers(teacher.num_layers, student.num_layers) == (0, 2, 4, 7, 9, 11)
+
+
+@pytest.mark.parametrize(
+    "name", ["small", "distilbert_base_uncased", "distilbert_base_cased", "distilbert_base_multilingual"]
+)
+def test_a_preset_serves_any_teacher(name):
+    for layers, half in ((1, 1), (4, 2), (5, 2), (6, 3), (12, 6), (24, 12)):
+        teacher = ModelConfig(90, num_layers=layers, hidden_size=32, num_heads=4)
+        student = student_model(load(name).student, teacher, 90)
+        assert (student.num_layers, student.hidden_size) == (half, 32)
 
 
 def test_model_config_refuses_what_cannot_be():

@@ -218,6 +218,13 @@ def test_the_presets_need_neither_data_nor_teacher_at_hand():
         read_workload(load("demo_teacher"))
 
 
+def test_a_run_is_planned_by_its_folder_and_gives_a_student(finished_run, workshop):
+    whole = read_workload(load(finished_run, ["compute.dtype=auto", "teacher.dtype=auto"]))  # it ran on a CPU
+    begun = read_workload(load(workshop / "run.toml", [f"student.init={finished_run}"]))
+    assert whole.step.student == begun.step.student and whole.step.student.num_layers == 2
+    assert whole.steps == begun.steps == 12
+
+
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 def test_the_real_step_compiles_for_a_tpu(capsys):
     """By libtpu, for four v5e chips: FLOPs as by formula, gradients exchanged once, nothing else but a few numbers."""

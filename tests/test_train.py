@@ -382,6 +382,28 @@ def test_without_its_losses_a_teacher_only_judges_and_token_types_stay(workshop,
     assert moved.any(axis=1).tolist() == [True, False]
 
 
+def test_a_run_says_when_it_evaluates_and_what_is_wrong_with_it(workshop, tmp_path):
+    """Where the config does not say, it evaluates and saves ten times, but at least every 1,000 steps."""
+    text = (workshop / "run.toml").read_text()
+    path = tmp_path / "run.toml"
+    path.write_text(re.sub("(eval|checkpoint)_every.*|steps = 20.*", "", text))
+
+    def about(*settings):
+        program = command.compile_run(assemble(load(path, settings)))
+        return program.config.train, program.description, " ".join(program.warnings)
+
+    for steps, every in ((9, 1), (790, 79), (1_046, 105), (25_000, 1_000)):
+        config, said, warned = about(f"train.steps={steps}")
+        assert (config.eval_every, config.checkpoint_every) == (every, every)
+        assert f"evaluated and saved every {every:,} steps" in said
+        assert ("little is learned" in warned) == (steps < 100) and "no smaller" not in warned
+    config, said, _ = about("train.eval_every=0", "train.steps=790")
+    assert (config.eval_every, config.checkpoint_every) == (0, 79)
+    assert "evaluated at the start and at the end, saved every 79" in said
+    _, _, warned = about("train.steps=790", "student.num_layers=4")
+    assert "the student (4 x 32) is no smaller than its teacher (4 x 32)" in warned and "little" not in warned
+
+
 def test_a_token_type_row_that_the_student_begins_without_is_said(workshop):
     def about(*settings):
         return command.compile_run(assemble(load(workshop / "run.toml", settings))).description

@@ -71,8 +71,8 @@ class StudentConfig:
             require_share(f"student.{name}", getattr(self, name))
         require(
             not self.layers or self.num_layers in (None, len(self.layers)),
-            f"student.layers names {len(self.layers)} layers and student.num_layers says {self.num_layers}: "
-            "set one of them.",
+            f"student.layers names {len(self.layers)} layers and student.num_layers says {self.num_layers}: set "
+            f"student.num_layers = {len(self.layers)} too, or student.layers = [] for {self.num_layers} of them.",
         )
         require(
             not self.layers or self.init == "teacher",
@@ -113,11 +113,13 @@ class TrainConfig:
     tokens_per_device: int = may_change(8192)  # most tokens of a micro-batch on one device, if `accumulation` is 0
     log_every: int = may_change(20)  # steps between two lines of training metrics
     # Steps between two evaluations. 0: only before the first step and after the last; in fine-tuning, every epoch.
-    eval_every: int = may_change(1000)
+    # Default: a tenth of the run, but at most 1,000.
+    eval_every: int | None = may_change(None)
     # Held-out rows (or dev examples) per evaluation; 0: all. They are drawn at random, and every run draws the same.
     eval_rows: int = may_change(512)
-    # Steps between two checkpoints; 0: one at every evaluation. A new best evaluation is always saved.
-    checkpoint_every: int = may_change(1000)
+    # Steps between two checkpoints; 0: one at every evaluation. A new best evaluation is always saved. Default: as for
+    # `eval_every`.
+    checkpoint_every: int | None = may_change(None)
     keep_checkpoints: int = may_change(3)  # how many of the newest checkpoints stay on disk, besides the best one
     patience: int = 0  # stop early after so many evaluations in a row that are not a new best; 0: never
     # Steps with an infinite or NaN loss or gradient change nothing. The run ends after more than so many in a row.
@@ -143,8 +145,6 @@ class TrainConfig:
             "steps",
             "epochs",
             "accumulation",
-            "eval_every",
-            "checkpoint_every",
             "patience",
             "eval_rows",
             "profile_at",
@@ -153,6 +153,8 @@ class TrainConfig:
             "hang_seconds",
         ):
             require_finite(f"train.{name}", getattr(self, name), least=0)
+        for name in ("eval_every", "checkpoint_every"):
+            require_finite(f"train.{name}", getattr(self, name) or 0, least=0)
         require(
             self.spike_factor == 0 or self.spike_factor >= 1,
             f"train.spike_factor must be 0 (never) or at least 1, not {self.spike_factor}.",

@@ -33,6 +33,8 @@ from distil_jax.runtime.run_folder import is_run, open_model
 from distil_jax.schema import InputError, require, user_path
 from distil_jax.training.sharding import check_mesh, make_mesh, put_params, shard_count, shardings_of
 
+_MOST_INTERVAL = 1000  # steps between two evaluations or checkpoints, where the config does not say
+
 
 @dataclass(frozen=True, eq=False)
 class Parts:
@@ -91,6 +93,7 @@ def assemble(config: Config) -> Parts:
     student_config = with_compute(student_config, compute)
     _check_positions(manifest, student=student_config, teacher=teacher_config)
     steps, schedule = schedule_of(config.train, config.optimizer, manifest.train.rows)
+    train, tenth = config.train, min(_MOST_INTERVAL, -(-steps // 10))
     config = replace(
         config,
         compute=replace(config.compute, dtype=compute.dtype),
@@ -98,7 +101,13 @@ def assemble(config: Config) -> Parts:
         student=student,
         masking=replace(config.masking, mask_token_id=manifest.mask_id),
         optimizer=schedule,
-        train=replace(config.train, steps=steps, epochs=0.0),
+        train=replace(
+            train,
+            steps=steps,
+            epochs=0.0,
+            eval_every=tenth if train.eval_every is None else train.eval_every,
+            checkpoint_every=tenth if train.checkpoint_every is None else train.checkpoint_every,
+        ),
     )
     step = StepConfig(
         student=student_config,

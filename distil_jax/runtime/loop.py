@@ -111,7 +111,8 @@ def run_program(
         step = int(state.step)
         processes.refuse_together(lambda: run_folder.prepare_folder(workdir, program) if processes.is_first() else None)
         going_on = f", going on after step {step:,}" if step else ""
-        print(f"{program.description} in {workdir}{going_on}{new_length}", flush=True)
+        warnings = "".join(f"\nWarning: {warning}" for warning in program.warnings)
+        print(f"{program.description} in {workdir}{going_on}{new_length}{warnings}", flush=True)
         writer = MetricsWriter(workdir, step=step, tensorboard=config.tensorboard, enabled=processes.is_first())
         processes.barrier("the metrics are as of this step")
         stack.enter_context(contextlib.closing(writer))
@@ -186,7 +187,8 @@ def _loop(
     history = read_metrics(writer.folder)
     early_stopping = EarlyStopping(config.patience, program, checkpoints, history)
     if start == config.steps or early_stopping.should_stop:
-        print("This run is finished: nothing is left to train.")
+        why = "" if start == config.steps else f"No better score in {config.patience} evaluations (train.patience). "
+        print(f"{why}This run is finished: nothing is left to train.")
         return last_held_out(history)
     numbers: dict[str, float] = {}
     progress = Progress(config, start, writer=writer, row_indices=program.stream.row_indices, divergence=divergence)

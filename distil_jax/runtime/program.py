@@ -20,6 +20,8 @@ from distil_jax.structs import Array
 from distil_jax.training.sharding import local_places, put_rows, shard_count
 from distil_jax.training.state import TrainState, init_state
 
+_FEW_STEPS = 100
+
 
 class Evaluator(Protocol):
     """Judges a state on held-out examples."""
@@ -57,6 +59,7 @@ class Program:
       tokenizer: the folder whose files stay with the run.
       data: what a checkpoint's metadata says of the examples.
       description: printed when the run starts.
+      warnings: printed after it, each on a line that begins with "Warning:".
       mesh: of the devices.
       step: (state, teacher_params, batch, *step_arguments) -> (state, metrics).
       teacher_params: on the mesh, or None.
@@ -73,6 +76,7 @@ class Program:
     tokenizer: Path
     data: dict[str, Any]
     description: str
+    warnings: tuple[str, ...]
     mesh: Mesh
     step: Callable
     teacher_params: Any
@@ -162,6 +166,16 @@ def _describe_teacher(step: StepConfig) -> str:
     if step.teacher_model is None:
         return getattr(step.teacher, "__name__", type(step.teacher).__name__)
     return f"{step.teacher.num_layers} x {step.teacher.hidden_size}"
+
+
+def warn_of_few_steps(train: TrainConfig) -> tuple[str, ...]:
+    """A warning if the run is too short to learn much; otherwise nothing."""
+    if train.steps >= _FEW_STEPS:
+        return ()
+    return (
+        f"in {train.steps:,} steps little is learned: for more of them set train.batch_rows lower (it is "
+        f"{train.batch_rows:,}), or train.epochs or train.steps higher.",
+    )
 
 
 def describe_micro_batches(train: TrainConfig, step: StepConfig, mesh: Mesh, length: int) -> str:

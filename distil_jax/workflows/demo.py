@@ -95,7 +95,7 @@ def demo(
     print("student as a folder that transformers opens.")
     print("\nNext, your own BERT (a folder or a hub id) on your own text:")
     print("  distil-jax prepare YOUR_TEXT.txt --tokenizer YOUR_BERT --output rows")
-    print("  distil-jax train distilbert_base_uncased --set teacher.path=YOUR_BERT --set data.path=rows --output run")
+    print("  distil-jax train small --set teacher.path=YOUR_BERT --set data.path=rows --output run")
     print("  distil-jax export run student")
     return metrics
 

@@ -45,6 +45,7 @@ from distil_jax.runtime.program import (
     Reference,
     describe_micro_batches,
     describe_models,
+    warn_of_few_steps,
 )
 from distil_jax.runtime.run_folder import Model, choose_best_checkpoint, open_model, restore_params
 from distil_jax.schema import InputError, require, to_dict, user_path
@@ -214,6 +215,7 @@ def compile_task(
         data={"examples": len(data.train), "dev": len(data.dev), "test": len(data.test) if data.test else 0}
         | {"counts": {split: dict(counts) for split, counts in data.counts.items()}},
         description=f"{summarize(data)}\n" + _describe(config, step, attention, data, mesh, max_length),
+        warnings=warn_of_few_steps(config.train),
         mesh=mesh,
         step=jit_step(train_step, mesh, state_shapes, shapes),
         teacher_params=teacher_params,

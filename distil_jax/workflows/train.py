@@ -10,11 +10,12 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from distil_jax.config.run import Config
-from distil_jax.config.step import Objective, Optimizer
+from distil_jax.config.run import Config, TrainConfig
+from distil_jax.config.step import Objective, Optimizer, StepConfig
 from distil_jax.data.loader import open_rows
 from distil_jax.evaluation.held_out import HeldOutEvaluator
 from distil_jax.io import huggingface
+from distil_jax.models.encoder import count_parameters
 from distil_jax.runtime.assemble import Parts, assemble, put_teacher
 from distil_jax.runtime.loop import run_program
 from distil_jax.runtime.program import (
@@ -24,6 +25,7 @@ from distil_jax.runtime.program import (
     Reference,
     describe_micro_batches,
     describe_models,
+    warn_of_few_steps,
 )
 from distil_jax.schema import require
 from distil_jax.structs import Batch, Encoded
@@ -111,6 +113,7 @@ def compile_run(parts: Parts) -> Program:
             "counts": dict(manifest.counts),
         },
         description=_describe(parts, mesh),
+        warnings=(*_warn_of_size(parts.step), *warn_of_few_steps(config.train)),
         mesh=mesh,
         step=jit_step(mask_and_train_step, mesh, state_shapes, shapes),
         teacher_params=teacher_params,
@@ -130,7 +133,30 @@ def _describe(parts: Parts, mesh: Mesh) -> str:
     return (
         f"{describe_models(parts.step, parts.attention)}\n{config.steps:,} steps of {config.batch_rows:,} rows (about "
         f"{config.batch_rows * row_sequences:,.0f} sequences, {config.batch_rows * row_tokens:,.0f} tokens)"
-        f"{micro_batches}{_describe_fold(parts)}"
+        f"{micro_batches}{_describe_fold(parts)}; {_describe_intervals(config)}"
+    )
+
+
+def _describe_intervals(config: TrainConfig) -> str:
+    when = f"every {config.eval_every:,} steps" if config.eval_every else "at the start and at the end"
+    if config.checkpoint_every == config.eval_every > 0:
+        return f"evaluated and saved {when}"
+    saved = f"saved every {config.checkpoint_every:,}" if config.checkpoint_every else "saved then"
+    return f"evaluated {when}, {saved}"
+
+
+def _warn_of_size(step: StepConfig) -> tuple[str, ...]:
+    """A warning if the student is no smaller than its teacher; otherwise nothing."""
+    student, teacher = step.student, step.teacher_model
+    if teacher is None:
+        return ()
+    # Parts that a student seldom has make no teacher the larger one.
+    alike = replace(student, token_types=teacher.token_types, pooler=teacher.pooler, mlm_head=teacher.mlm_head)
+    if count_parameters(alike) < count_parameters(teacher):
+        return ()
+    return (
+        f"the student ({student.num_layers} x {student.hidden_size}) is no smaller than its teacher "
+        f"({teacher.num_layers} x {teacher.hidden_size}): leave out student.num_layers for half of its layers.",
     )
 
 
