@@ -29,7 +29,6 @@ from distil_jax.models.student import choose_layers, student_from_teacher
 from distil_jax.objective.masking import masking_weights, most_targets
 from distil_jax.runtime.attention import resolve_attention
 from distil_jax.runtime.processes import is_first
-from distil_jax.runtime.run_folder import is_run, open_model
 from distil_jax.schema import InputError, require, user_path
 from distil_jax.training.sharding import check_mesh, make_mesh, put_params, shard_count, shardings_of
 
@@ -350,6 +349,9 @@ def _student(
 ) -> tuple[StudentConfig, ModelConfig, Any]:
     """The student's resolved config, its architecture, and its initial parameters (None: random)."""
     if student.init not in ("teacher", "random"):
+        # Not above: it needs orbax and tomli_w, and `bench` works without them.
+        from distil_jax.runtime.run_folder import is_run, open_model
+
         folder = user_path(student.init)
         if is_run(folder):
             found = open_model(folder)
