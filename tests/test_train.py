@@ -739,6 +739,12 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew(stopped_copy, work
     assert same_leaves(params_of(stopped_copy), params_of(finished_run))
 
 
+def test_where_nothing_is_saved_no_step_can_be_asked_for(stopped_copy, capsys):
+    shutil.rmtree(stopped_copy / "checkpoints")
+    assert cli.main(["train", str(stopped_copy), "--resume-step", "3"]) == 2
+    assert "There is no checkpoint of step 3, and none is saved yet." in capsys.readouterr().err
+
+
 def test_a_profile_window_that_the_run_stopped_in_does_no_harm(stopped_copy, workshop, tmp_path):
     step = saved_steps(stopped_copy)[-1]
     assert train(workshop, stopped_copy, f"train.profile_at={step - 1}", "train.profile_steps=4") == 0

@@ -248,7 +248,7 @@ def choose_checkpoint(checkpoints: Checkpoints, step: int | None) -> int | None:
     """
     if step is not None:
         saved = checkpoints.steps()
-        known = f"only of the steps {', '.join(map(str, saved))}" if saved else "and none is saved yet"
+        known = f"only of the steps {saved}" if saved else "and none is saved yet"
         require(step in saved, f"There is no checkpoint of step {step}, {known}.")
         processes.refuse_together(lambda: checkpoints.verify(step) if processes.is_first() else None)
         return step
