@@ -194,6 +194,37 @@ def test_transformers_opens_the_export_and_computes_the_same(exported):
     np.testing.assert_allclose(result[mask == 1], expected[mask == 1], atol=1e-4)
 
 
+@pytest.mark.parametrize("limit", [8, 512, int(1e30), None, "no file"])
+def test_the_exported_tokenizer_promises_no_more_than_the_model_takes(workshop, exported, tmp_path, limit):
+    source, positions = (
+        shutil.copytree(workshop / "teacher", tmp_path / "source"),
+        open_model(exported).config.max_positions,
+    )
+    path = source / "tokenizer_config.json"
+    values = json.loads(path.read_text()) | {"model_max_length": limit, "name_or_path": str(source)}
+    path.write_text(json.dumps(values))
+    if limit == "no file":
+        path.unlink()
+    assert cli.main(["export", str(source), str(tmp_path / "model")]) == 0
+    assert load_tokenizer(tmp_path / "model").model_max_length == (8 if limit == 8 else positions)
+    assert fingerprint(tmp_path / "model") == fingerprint(source)
+    assert all(str(tmp_path).encode() not in file.read_bytes() for file in (tmp_path / "model").iterdir())
+
+
+def test_pytorch_runs_a_long_text_through_what_was_exported(workshop, exported, tmp_path):
+    torch = pytest.importorskip("torch", reason="PyTorch is optional")
+    from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+    longer = shutil.copytree(exported, tmp_path / "longer")
+    config = json.loads((longer / "tokenizer_config.json").read_text())
+    (longer / "tokenizer_config.json").write_text(json.dumps(config | {"model_max_length": 512}))
+    assert cli.main(["export", str(longer), str(tmp_path / "model")]) == 0
+    encoded = AutoTokenizer.from_pretrained(tmp_path / "model")("the cat " * 99, truncation=True, return_tensors="pt")
+    assert encoded["input_ids"].shape == (1, open_model(exported).config.max_positions)
+    with torch.no_grad():
+        AutoModelForMaskedLM.from_pretrained(tmp_path / "model")(**encoded)
+
+
 def test_the_card_holds_the_real_numbers(exported, finished_run, workshop, of_the_run):
     text = (exported / "README.md").read_text()
     baseline = read_metrics(finished_run)[0]

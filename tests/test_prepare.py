@@ -222,7 +222,8 @@ def test_preparing_again_gives_the_same_bytes(tmp_path):
     )
     first, second = (prepare(config, tmp_path / name) for name in ("one", "two"))
     assert first == second
-    assert load_tokenizer(tmp_path / "one" / "tokenizer").tokenize("the cat") == ["the", "cat"]
+    trained = load_tokenizer(tmp_path / "one" / "tokenizer")
+    assert trained.tokenize("the cat") == ["the", "cat"] and trained.model_max_length == 64
     again = PrepareConfig(
         sources=config.sources,
         tokenizer=str(tmp_path / "one" / "tokenizer"),

@@ -140,7 +140,7 @@ def _write_folder(config: PrepareConfig, folder: Path, progress: Progress) -> Ma
 def _tokenizer(config: PrepareConfig, folder: Path) -> PreTrainedTokenizerBase:
     """Trains or loads the tokenizer, and saves it in `folder`."""
     if config.train_vocabulary:
-        train_tokenizer(_TrainingText(config), config.train_vocabulary, folder)
+        train_tokenizer(_TrainingText(config), config.train_vocabulary, folder, max_length=config.sequence_length)
         return load_tokenizer(folder)
     tokenizer, source = load_tokenizer(config.tokenizer), Path(config.tokenizer)
     if source.is_dir():

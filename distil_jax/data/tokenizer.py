@@ -109,13 +109,14 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     return tuple(sorted({*tokenizer.all_special_ids, *added}))
 
 
-def train_tokenizer(lines: Iterable[str], vocab_size: int, folder: str | Path) -> None:
+def train_tokenizer(lines: Iterable[str], vocab_size: int, folder: str | Path, *, max_length: int = 512) -> None:
     """Trains an uncased WordPiece vocabulary, and writes a folder that `AutoTokenizer` loads as a `BertTokenizer`.
 
     Args:
       lines: the text. It is iterated twice, so it cannot be an iterator.
       vocab_size: the most tokens; a small text gives fewer.
       folder: the folder to write.
+      max_length: tokens to which the tokenizer truncates a text, if it is asked to truncate.
 
     Raises:
       InputError: there is no text, or the vocabulary is too small for its characters.
@@ -142,7 +143,7 @@ def train_tokenizer(lines: Iterable[str], vocab_size: int, folder: str | Path) -
             f"A vocabulary of {vocab_size} is too small for this text: its characters alone take {len(alphabet)}."
         )
     vocabulary = train(vocab_size, [*SPECIAL_TOKENS, *alphabet])
-    BertTokenizer(vocab=vocabulary, do_lower_case=True, model_max_length=512).save_pretrained(folder)
+    BertTokenizer(vocab=vocabulary, do_lower_case=True, model_max_length=max_length).save_pretrained(folder)
 
 
 def fingerprint(folder: str | Path) -> str:

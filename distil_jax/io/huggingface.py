@@ -26,6 +26,9 @@ from distil_jax.io.task_json import has_task_head, head_to_json
 from distil_jax.io.tensors import SINGLE, check_no_pointer, local_folder, open_tensors, read_json
 from distil_jax.schema import InputError
 
+# Keys of a tokenizer_config.json with a path of the machine that wrote it. Nothing reads them.
+_ORIGINS = ("name_or_path", "special_tokens_map_file", "tokenizer_file")
+
 
 def load(folder: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
     """Reads a BERT or DistilBERT, with or without its MLM head and pooler.
@@ -101,7 +104,7 @@ def save(
       folder: must not exist, or be empty; it appears complete or not at all.
       config: the architecture.
       params: as `load` returns them, NumPy or jax arrays.
-      tokenizer: a folder whose tokenizer files are copied.
+      tokenizer: a folder whose tokenizer files are copied; its `model_max_length` becomes at most the positions.
       card: the text of README.md.
       dtype: of the parameters on disk.
 
@@ -165,6 +168,26 @@ def _tokenizer_class(folder: Path) -> dict[str, str]:
     return {name: value for name, value in values.items() if name == "tokenizer_class" and isinstance(value, str)}
 
 
+def _tokenizer_config(folder: Path, positions: int) -> str | None:
+    """The text of a tokenizer_config.json with which a tokenizer truncates texts to what its model can take.
+
+    Args:
+      folder: of the tokenizer. Without a tokenizer_config.json, `transformers` would truncate nothing.
+      positions: of the model.
+
+    Returns:
+      None if the file can stay as it is.
+    """
+    path = folder / "tokenizer_config.json"
+    values = read_json(path) if path.exists() else {}
+    # `transformers` writes here where it loaded a tokenizer from, and other machines have no such place.
+    shared = {name: value for name, value in values.items() if name not in _ORIGINS}
+    limit = values.get("model_max_length")
+    if not isinstance(limit, int | float) or limit > positions:
+        shared["model_max_length"] = positions
+    return None if shared == values else json.dumps(shared, indent=2, ensure_ascii=False) + "\n"
+
+
 def _check_target(folder: str | Path, dtype: str) -> None:
     check_free(folder)
     if dtype not in ("float32", "float16"):
@@ -181,8 +204,10 @@ def _write(
     copies = tokenizer_files(Path(tokenizer)) if tokenizer is not None else []
     for file in copies:
         check_no_pointer(file)
+    tokenizer_text = None
     if tokenizer is not None:
         values = values | _tokenizer_class(Path(tokenizer))
+        tokenizer_text = _tokenizer_config(Path(tokenizer), values["max_position_embeddings"])
 
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
@@ -198,3 +223,5 @@ def _write(
             (draft / "README.md").write_text(card, encoding="utf-8")
         for file in copies:
             shutil.copyfile(file, draft / file.name)
+        if tokenizer_text is not None:
+            (draft / "tokenizer_config.json").write_text(tokenizer_text, encoding="utf-8")
