@@ -8,19 +8,19 @@ import json
 import random
 import shutil
 from collections import Counter
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from distil_jax.commands import prepare as command
-from distil_jax.data import docstrings, loader
+from distil_jax.data import corpus, docstrings, loader
 from distil_jax.data.corpus import Piece
 from distil_jax.data.manifest import SPLITS, read_manifest, verify
 from distil_jax.data.packing import Packer
 from distil_jax.data.prepare import PrepareConfig, chunks, prepare
-from distil_jax.data.tokenizer import fingerprint, load_tokenizer, train_tokenizer
+from distil_jax.data.tokenizer import fingerprint, load_tokenizer, model_positions, train_tokenizer
 from distil_jax.schema import InputError
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "while", "seven", "small", "dogs", "ran", "over", "green", "hills"]
@@ -166,6 +166,57 @@ def test_packing_is_best_fit():
         assert packer.add([size] * size) == []
     assert packer.add([3] * 3) == [[[7] * 7, [3] * 3]]
     assert packer.add([4] * 4) == [[[6] * 6, [4] * 4]]
+
+
+@pytest.mark.parametrize("share", [1e-9, 0.3, 1 - 1e-9])
+@pytest.mark.parametrize("seed", range(5))
+def test_of_two_documents_or_more_one_is_held_out_and_one_is_not(tmp_path, tokenizer, share, seed):
+    """Among documents that are dropped because they are too short, as headings are."""
+    draw = random.Random(seed)
+    texts = [" ".join(draw.choices(WORDS, k=60)) for _ in range(2 + seed)] + [f"the {word}" for word in WORDS[1:]]
+    (tmp_path / "a.txt").write_text("\n\n".join(draw.sample(texts, len(texts))))
+    config = PrepareConfig((str(tmp_path / "a.txt"),), str(tokenizer), held_out=share, sequence_length=64)
+    manifest = prepare(config, tmp_path / "rows")
+    assert manifest.train.sequences and manifest.held_out.sequences
+    assert manifest.train.sequences + manifest.held_out.sequences == 2 + seed
+    if share != 0.3:  # no more than is needed is moved to the other side
+        assert 1 in (manifest.train.sequences, manifest.held_out.sequences)
+    # The share that was really used is kept, and gives the same rows again.
+    again = prepare(replace(config, held_out=manifest.settings["held_out"]), tmp_path / "again")
+    assert [file.sha256 for file in again.files] == [file.sha256 for file in manifest.files]
+
+
+def test_held_out_text_is_chosen_before_a_vocabulary_is_trained(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("the cat sat on " * 10)
+    monkeypatch.setattr("distil_jax.data.prepare.train_tokenizer", lambda *_, **__: pytest.fail("hours of work"))
+    with pytest.raises(InputError, match="only one document"):
+        prepare(PrepareConfig((str(tmp_path / "a.txt"),), train_vocabulary=99), tmp_path / "rows")
+
+
+def test_a_large_corpus_is_not_read_an_extra_time():
+    pieces = (Piece(hashlib.blake2b(b"%d" % number, digest_size=8).digest(), "x" * 99, True) for number in range(10**5))
+    assert corpus.held_out_share(pieces, 0.01, length=96, join=False) == 0.01
+    assert sum(1 for _ in pieces) > 10**5 - 2000
+
+
+def test_rows_are_no_longer_than_the_model_of_the_tokenizer_takes(tmp_path, tokenizer, capsys):
+    write_corpus(tmp_path / "a.txt")
+    model = shutil.copytree(tokenizer, tmp_path / "model")
+    (model / "config.json").write_text('{"model_type": "bert", "max_position_embeddings": 40}')
+    for name, folder, flags, length in (
+        ("model's", model, [], 40),
+        ("shorter", model, ["--sequence-length", "32"], 32),
+        ("longer", model, ["--sequence-length", "64"], 64),
+        ("no model", tokenizer, [], 512),
+    ):
+        output = tmp_path / name
+        command.run(parse(str(tmp_path / "a.txt"), "--output", str(output), "--tokenizer", str(folder), *flags))
+        warning = capsys.readouterr().err
+        assert read_manifest(output).sequence_length == read_manifest(output).settings["sequence_length"] == length
+        assert ("longer than the 40 positions" in warning and "--sequence-length 40" in warning) == (length == 64)
+    (model / "config.json").write_text("{")
+    with pytest.raises(InputError, match=r"config\.json cannot be read"):
+        model_positions(model)
 
 
 def test_the_split_is_by_document_and_does_not_depend_on_the_rest(tmp_path, tokenizer):
@@ -402,10 +453,14 @@ def files_below(folder: Path) -> dict[str, bytes]:
         (b"\xff\n\xff\n", {}, r"contain no text \(2 lines are not UTF-8\)"),
         ("the cat\n\nthe mat", {}, "2 sequences are shorter than 12 tokens"),
         ("ω " * 30, {}, "1 have 50% unknown words or more"),
-        ("the cat sat on " * 10, {"held_out": 0.999}, "1 are held out"),
-        ("the cat sat on " * 10, {"held_out": 1e-9}, "No sequence is held out"),
+        ("the cat sat on " * 10 + "\n\nthe mat", {"held_out": 0.5}, "1 are held out"),
+        ("the cat sat on " * 10 + "\n\nthe hills", {"held_out": 0.1}, "No sequence is held out: 1 of 2 documents"),
+        ("the cat sat on " * 10, {"held_out": 0.999}, "only one document, which cannot be both"),
+        ("the cat sat on " * 10, {"held_out": 1e-9}, "only one document, which cannot be both"),
+        ("the cat\n\nthe cat", {"held_out": 0.5}, "only one document, which cannot be both"),
+        ("", {"held_out": 0.5}, "contain no text"),
         ("the cat sat on " * 10, {"tokenizer": "", "train_vocabulary": 10}, "too small for this text"),
-        ("the cat", {"tokenizer": "", "train_vocabulary": 99, "held_out": 0.999}, "no text to train a vocabulary on"),
+        ("the cat", {"tokenizer": "", "train_vocabulary": 99, "held_out": 0.999}, "only one document, which cannot"),
         ("the cat", {"sources": ("gone.txt",)}, "no file, folder or match 'gone.txt'"),
     ],
 )
@@ -492,6 +547,9 @@ def test_the_command_tells_what_became_of_the_text(tmp_path, tokenizer, capsys):
     manifest = read_manifest(tmp_path / "rows")
     assert "documents   60" in text
     assert f"{manifest.counts['sequences']} kept" in text
+    tokens = [sum(map(len, sequences_of(tmp_path / "rows", split))) for split in SPLITS]
+    share = f"{100 * tokens[1] / sum(tokens):.2f}%"
+    assert f"held out    {manifest.counts['held_out_documents']} documents, with {share} of the tokens" in text
     assert f"{manifest.counts['dropped_short']} too short" in text
     assert "1 lines that are not UTF-8" in text
     assert f"data.path={tmp_path / 'rows'}" in text
@@ -524,12 +582,12 @@ def test_the_command_tells_what_it_passed_over(tmp_path, tokenizer, capsys):
     [
         ("the cat\n\nthe mat", r"join the lines of a document \(--sequence document\), or lower --min-tokens\.$"),
         ("ω " * 30, r"use a tokenizer for the language of the text"),
-        ("the cat sat on " * 10, r"lower --held-out"),
+        ("the cat sat on " * 10 + "\n" + "the cat sat on " * 4 + "\n\nthe mat", r"lower --held-out"),
         (b"the cat\n" + b"\xff\n" * 9, r"convert the text to UTF-8\.$"),
     ],
 )
 def test_the_advice_is_for_what_took_the_most(tmp_path, tokenizer, text, advice):
     (tmp_path / "a.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
-    config = PrepareConfig((str(tmp_path / "a.txt"),), str(tokenizer), held_out=0.999 if "sat" in str(text) else 0)
+    config = PrepareConfig((str(tmp_path / "a.txt"),), str(tokenizer), held_out=0.5 if "sat" in str(text) else 0)
     with pytest.raises(InputError, match=advice):
         prepare(config, tmp_path / "rows")

@@ -31,9 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="train an uncased WordPiece vocabulary of this size instead",
     )
     defaults = {field.name: field.default for field in fields(PrepareConfig)}
+    parser.add_argument(
+        "--sequence-length",
+        type=int,
+        help="tokens per row (default: 512, or the positions of the tokenizer's model if it has fewer)",
+    )
     for flag, choices, text in (
-        ("--sequence-length", None, "tokens per row"),
-        ("--held-out", None, "share of the documents to hold out from training"),
+        ("--held-out", None, "share of the documents to hold out from training; at least one of them, unless it is 0"),
         ("--document", ("block", "file", "line"), "what to take as a document of a text file; blank lines end a block"),
         ("--sequence", ("line", "document"), "what to tokenise as one sequence: a line, or a whole document"),
         ("--text-field", None, "the field with the text in JSONL, CSV, Parquet and hub records"),

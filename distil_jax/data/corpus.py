@@ -12,6 +12,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import itertools
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -40,6 +41,44 @@ class Piece(NamedTuple):
 def is_held_out(key: bytes, fraction: float) -> bool:
     """Whether the document with this key is held out. Equal documents have equal keys and so are never separated."""
     return int.from_bytes(key) < fraction * 2**64
+
+
+def held_out_share(pieces: Iterable[Piece], share: float, *, length: int, join: bool) -> float | None:
+    """The share nearest to `share` with which `is_held_out` holds out some document, but not every one.
+
+    It reads on only until it has seen a document of both kinds. If there are two documents that are long enough, one of
+    them is held out and another one is not.
+
+    Args:
+      pieces: of the documents.
+      share: of the documents, above 0.
+      length: characters that give a sequence which is long enough to be kept.
+      join: whether the lines of a document are joined to sequences; otherwise every line is one.
+
+    Returns:
+      The share, or None without two different documents.
+    """
+    ends: dict[
+        bool, tuple[bytes, bytes]
+    ] = {}  # is it long enough -> the smallest and the largest key of such documents
+    characters = 0
+    for key, text, starts_document in pieces:
+        characters = len(text) + (characters if join and not starts_document else 0)
+        is_long = characters >= length
+        low, high = ends.get(is_long, (key, key))
+        low, high = ends[is_long] = min(low, key), max(high, key)
+        if is_long and is_held_out(low, share) and not is_held_out(high, share):
+            return share
+    low, high = ends.get(True, (b"", b""))
+    if low == high:
+        low = min((low for low, _ in ends.values()), default=b"")
+        high = max((high for _, high in ends.values()), default=b"")
+    if low == high:
+        return None
+    least, most = (
+        int.from_bytes(key) / 2**64 for key in (low, high)
+    )  # rounded; the next numbers are on the other side
+    return min(max(share, math.nextafter(least, 1)), math.nextafter(most, 0))
 
 
 def expand(sources: Sequence[str], counts: Counter[str] | None = None) -> list[str]:

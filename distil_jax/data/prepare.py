@@ -12,7 +12,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -25,6 +25,7 @@ from distil_jax.data.tokenizer import (
     encode_pieces,
     identity,
     load_tokenizer,
+    model_positions,
     special_ids,
     train_tokenizer,
     vocabulary_size,
@@ -35,6 +36,8 @@ from distil_jax.schema import InputError, require, to_dict
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_LONGEST_ROW = 512  # tokens, unless the config says otherwise; most models have so many positions
+_CHARACTERS = 8  # per token: more than words have on average, so a text of so many has at least so many tokens
 _LARGEST_VOCABULARY = 10_000_000  # more is a typing error
 
 Progress = Callable[[Counter[str]], None]
@@ -47,8 +50,10 @@ class PrepareConfig:
     sources: tuple[str, ...]  # see corpus.py
     tokenizer: str = ""  # folder or hub id; set either this or `train_vocabulary`
     train_vocabulary: int = 0  # size of a WordPiece vocabulary to train on the text that is not held out
-    sequence_length: int = 512  # tokens of a row
-    held_out: float = 0.01  # share of the documents that are held out for evaluation
+    # Tokens of a row; default: 512, or the positions of the tokenizer's model if it has fewer.
+    sequence_length: int | None = None
+    # Share of the documents that are held out for evaluation, chosen by a hash; at least one is, of two or more.
+    held_out: float = 0.01
     document: corpus.Document = "block"  # the unit of a text file that is one document; see `corpus.read`
     sequence: Literal["line", "document"] = "line"  # the unit that becomes one sequence; it is split if too long
     text_field: str = "text"  # the field that holds the text, in JSONL, CSV, Parquet and hub data sets
@@ -64,10 +69,11 @@ class PrepareConfig:
             raise InputError(
                 f"train_vocabulary must be from 0 to {_LARGEST_VOCABULARY:,} tokens, not {self.train_vocabulary}."
             )
-        if not 3 <= self.min_tokens <= self.sequence_length <= 65_535:  # segment ids have 16 bits
+        length = _LONGEST_ROW if self.sequence_length is None else self.sequence_length
+        if not 3 <= self.min_tokens <= length <= 65_535:  # segment ids have 16 bits
             raise InputError(
                 "min_tokens must be at least 3, and sequence_length from min_tokens to 65,535, but they are "
-                f"{self.min_tokens} and {self.sequence_length}."
+                f"{self.min_tokens} and {length}."
             )
         if not 0 <= self.held_out < 1:
             raise InputError(f"held_out is a share of the documents, at least 0 and below 1, not {self.held_out}.")
@@ -90,13 +96,40 @@ def prepare(config: PrepareConfig, output: str | Path, *, progress: Progress = l
       InputError: a source, tokenizer or output folder that cannot be used, or no rows to train on or to hold out.
     """
     check_free(output)
-    corpus.expand(config.sources)  # reports a mistyped path before anything is loaded or written
+    corpus.expand(config.sources)  # reports a mistyped path before anything is loaded
+    named = load_tokenizer(config.tokenizer) if config.tokenizer else None
+    config = _resolved(config)
     with whole_folder(output) as folder:
-        return _write_folder(config, folder, progress)
+        return _write_folder(config, named, folder, progress)
 
 
-def _write_folder(config: PrepareConfig, folder: Path, progress: Progress) -> Manifest:
-    tokenizer = _tokenizer(config, folder / "tokenizer")
+def _resolved(config: PrepareConfig) -> PrepareConfig:
+    """The config with the length of the rows and the share that is held out, known before anything is written."""
+    if config.sequence_length is None:
+        positions = model_positions(config.tokenizer) if config.tokenizer else None
+        config = replace(config, sequence_length=min(_LONGEST_ROW, positions or _LONGEST_ROW))
+    if not config.held_out:
+        return config
+    counts: Counter[str] = Counter()
+    share = corpus.held_out_share(
+        _read(config, counts),
+        config.held_out,
+        length=_CHARACTERS * config.min_tokens,
+        join=config.sequence == "document",
+    )
+    _check_text(counts)
+    if share is None:
+        raise InputError(
+            "The text is only one document, which cannot be both trained on and held out: choose smaller documents "
+            "(--document line), add other text, or hold out none (--held-out 0)."
+        )
+    return replace(config, held_out=share)
+
+
+def _write_folder(
+    config: PrepareConfig, named: PreTrainedTokenizerBase | None, folder: Path, progress: Progress
+) -> Manifest:
+    tokenizer = _tokenizer(config, named, folder / "tokenizer")
     vocab_size = vocabulary_size(tokenizer)
     counts: Counter[str] = Counter()
     writers, packers = {}, {}
@@ -137,20 +170,20 @@ def _write_folder(config: PrepareConfig, folder: Path, progress: Progress) -> Ma
     return manifest
 
 
-def _tokenizer(config: PrepareConfig, folder: Path) -> PreTrainedTokenizerBase:
-    """Trains or loads the tokenizer, and saves it in `folder`."""
-    if config.train_vocabulary:
+def _tokenizer(config: PrepareConfig, named: PreTrainedTokenizerBase | None, folder: Path) -> PreTrainedTokenizerBase:
+    """Saves the tokenizer that the config names in `folder`; None: trains one there."""
+    if named is None:
         train_tokenizer(_TrainingText(config), config.train_vocabulary, folder, max_length=config.sequence_length)
         return load_tokenizer(folder)
-    tokenizer, source = load_tokenizer(config.tokenizer), Path(config.tokenizer)
+    source = Path(config.tokenizer)
     if source.is_dir():
         folder.mkdir()
         copy_tokenizer(source, folder)
     else:  # a hub id
-        tokenizer.save_pretrained(folder)
+        named.save_pretrained(folder)
     saved = load_tokenizer(folder)
     require(
-        identity(saved) == identity(tokenizer),
+        identity(saved) == identity(named),
         f"A copy of the tokenizer {source} gives other ids than the original, which seems to depend on other files: "
         "save it with its `save_pretrained` first.",
     )
@@ -179,6 +212,8 @@ def _sequences(
 
     def encoded() -> Iterator[tuple[corpus.Piece, Ids]]:
         for batch in encode_pieces(tokenizer, _read(config, counts)):
+            for piece, _ in batch:
+                counts["held_out_documents"] += piece.starts_document and corpus.is_held_out(piece.key, config.held_out)
             yield from batch
             progress(counts)
 
@@ -227,10 +262,15 @@ def chunks(
         yield key, pending
 
 
-def _check_rows(config: PrepareConfig, train_rows: int, held_out_rows: int, counts: Counter[str]) -> None:
-    """Raises `InputError` if a split that should have rows has none."""
+def _check_text(counts: Counter[str]) -> None:
+    """Raises `InputError` if no document was read."""
     if not counts["documents"]:
         raise InputError(f"The sources contain no text ({counts['invalid_lines']} lines are not UTF-8): name others.")
+
+
+def _check_rows(config: PrepareConfig, train_rows: int, held_out_rows: int, counts: Counter[str]) -> None:
+    """Raises `InputError` if a split that should have rows has none."""
+    _check_text(counts)
     if not train_rows:
         raise InputError(
             f"No sequence is left to train on: of {counts['documents']} documents, {counts['dropped_short']} sequences "
@@ -240,8 +280,9 @@ def _check_rows(config: PrepareConfig, train_rows: int, held_out_rows: int, coun
         )
     if config.held_out and not held_out_rows:
         raise InputError(
-            f"No sequence is held out: {config.held_out:.2%} of {counts['documents']} documents left none, so raise "
-            "--held-out, choose smaller documents (--document line), or hold out none (--held-out 0)."
+            f"No sequence is held out: {counts['held_out_documents']} of {counts['documents']} documents were to "
+            "be, but all of their sequences were dropped, so raise --held-out, lower --min-tokens, or hold out none "
+            "(--held-out 0)."
         )
 
 

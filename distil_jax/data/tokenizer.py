@@ -75,6 +75,27 @@ def _check_json(path: Path) -> None:
         raise InputError(f"{path} is not a tokenizer file ({error!r}): copy it again.") from error
 
 
+def model_positions(path: str | Path) -> int | None:
+    """The most tokens that the model takes whose tokenizer this is, by the config.json in its folder or on the hub.
+
+    Returns:
+      None if there is no config.json, or it does not say so.
+
+    Raises:
+      InputError: the config.json of a folder is damaged.
+    """
+    from transformers import PretrainedConfig
+
+    try:
+        values, _ = PretrainedConfig.get_config_dict(str(path))
+    except OSError as error:
+        file = Path(path) / "config.json"
+        require(not file.exists(), f"{file} cannot be read ({error}): copy it again, or remove it.")
+        return None
+    positions = values.get("max_position_embeddings") if isinstance(values, dict) else None
+    return positions if isinstance(positions, int) and positions > 0 else None
+
+
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     """One more than the largest id that a text can be given.
 

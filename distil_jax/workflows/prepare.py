@@ -14,6 +14,7 @@ from tqdm import tqdm
 from distil_jax.data.corpus import FOLDER_SUFFIXES, size_in_bytes
 from distil_jax.data.manifest import Manifest
 from distil_jax.data.prepare import PrepareConfig, Progress, prepare
+from distil_jax.data.tokenizer import model_positions
 
 LOG_SECONDS = 30.0  # between progress lines if stderr is not a terminal
 
@@ -21,9 +22,22 @@ LOG_SECONDS = 30.0  # between progress lines if stderr is not a terminal
 def prepare_rows(config: PrepareConfig, output: str | Path) -> str:
     """Prepares the rows, shows progress, and returns `summary` of the counts."""
     start = time.monotonic()
+    if config.tokenizer and Path(config.tokenizer).is_dir():  # `prepare` is the first to look for a hub id
+        _warn_of_long_rows(config)
     with _progress(config) as progress:
         manifest = prepare(config, output, progress=progress)
     return summary(manifest, time.monotonic() - start)
+
+
+def _warn_of_long_rows(config: PrepareConfig) -> None:
+    """Warns of rows that are longer than the model takes whose tokenizer prepares them."""
+    positions, length = model_positions(config.tokenizer), config.sequence_length
+    if positions and length and length > positions:
+        print(
+            f"Rows of {length:,} tokens are longer than the {positions:,} positions of {config.tokenizer}, which can "
+            f"therefore not be the teacher: if it is to be, stop and use --sequence-length {positions}.",
+            file=sys.stderr,
+        )
 
 
 @contextmanager
@@ -53,6 +67,7 @@ def summary(manifest: Manifest, seconds: float) -> str:
     count = Counter(manifest.counts)
     train, held_out, length = manifest.train, manifest.held_out, manifest.sequence_length
     filled = count["tokens"] / ((train.rows + held_out.rows) * length)
+    held_out_tokens = held_out.tokens / (train.tokens + held_out.tokens)
     return "\n".join(
         (
             f"documents   {count['documents']:,}",
@@ -61,6 +76,7 @@ def summary(manifest: Manifest, seconds: float) -> str:
             f"skipped     {count['invalid_lines']:,} lines that are not UTF-8",
             *_rare_counts(count),
             f"tokens      {count['tokens']:,}, of a vocabulary of {manifest.vocab_size:,}",
+            f"held out    {count['held_out_documents']:,} documents, with {held_out_tokens:.2%} of the tokens",
             f"rows        {train.rows:,} to train on, {held_out.rows:,} held out; {filled:.1%} of {length} tokens used",
             f"time        {seconds:.1f} s, {count['tokens'] / seconds:,.0f} tokens/s",
         )
