@@ -107,7 +107,7 @@ def test_long_lines_come_in_parts_that_lose_nothing(tmp_path, monkeypatch, alpha
 
 def test_folders_and_globs_in_a_fixed_order_once(tmp_path):
     (tmp_path / "sub").mkdir()
-    for name in ("b.txt", "a.txt", "sub/c.txt", "notes.md", ".hidden.txt"):
+    for name in ("b.txt", "a.txt", "sub/c.txt", "notes.rst", ".hidden.txt"):
         write(tmp_path / name, name)
     assert [piece.text for piece in read(tmp_path)] == ["a.txt", "b.txt", "sub/c.txt"]
     assert [piece.text for piece in read(tmp_path / "*.txt", tmp_path / "a.txt")] == ["a.txt", "b.txt"]

@@ -560,7 +560,7 @@ def test_the_command_tells_what_it_passed_over(tmp_path, tokenizer, capsys):
     folder = tmp_path / "texts"
     folder.mkdir()
     write_corpus(folder / "a.txt")
-    (folder / "notes.md").write_text("notes")
+    (folder / "notes.rst").write_text("notes")
     (folder / "b.jsonl").write_text('{"text": ""}\n{"text": " "}\n')
     (folder / "c.csv").write_text("text,,x\nthe cat,sat,1\n")
     named = (folder, folder / "a.txt", folder / "c.csv")

@@ -212,7 +212,16 @@ def test_fields_without_a_name_are_nobodys_and_what_they_hold_is_counted(tmp_pat
 def test_what_a_folder_holds_beside_its_text_is_counted(tmp_path):
     for folder in ("a", ".git", "a/.checkpoints"):
         (tmp_path / folder).mkdir()
-    for name in ("a/1.txt", "a/2.TXT", "a/3.txt.gz", "a/notes.md", "a/.4.txt", ".git/5.txt", "a/.checkpoints/1.txt"):
+    for name in (
+        "a/1.txt",
+        "a/2.TXT",
+        "a/3.txt.gz",
+        "a/4.md",
+        "a/notes.rst",
+        "a/.4.txt",
+        ".git/5.txt",
+        "a/.checkpoints/1.txt",
+    ):
         write(tmp_path / name, gzip.compress(name.encode()) if name.endswith("gz") else name.encode())
     (tmp_path / "a" / "linked").symlink_to(tmp_path / "a")
     (tmp_path / "a" / "same.txt").symlink_to(tmp_path / "a" / "1.txt")
@@ -222,6 +231,7 @@ def test_what_a_folder_holds_beside_its_text_is_counted(tmp_path):
         "a/1.txt",
         "a/2.TXT",
         "a/3.txt.gz",
+        "a/4.md",
     ]
     assert counts["left_out_files"] == 6 and counts["repeated_files"] == 2
 

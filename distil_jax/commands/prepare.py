@@ -15,9 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "sources",
         nargs="+",
-        help="text, JSONL, CSV or Parquet files, also compressed (.gz, .bz2, .xz), folders or globs of them, "
-        "hub:NAME[:CONFIG[:SPLIT]] for a data set of the Hugging Face hub, or the word docstrings for the English "
-        "docstrings of the installed packages",
+        help="text (Markdown too), JSONL, CSV, TSV or Parquet files, also compressed (.gz, .bz2, .xz), folders or "
+        "globs of them, hub:NAME[:CONFIG[:SPLIT]] for a data set of the Hugging Face hub, or the word docstrings for "
+        "the English docstrings of the installed packages",
     )
     parser.add_argument("--output", required=True, metavar="FOLDER", help="the folder to write; must be new or empty")
     vocabulary = parser.add_mutually_exclusive_group(required=True)
@@ -40,7 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--held-out", None, "share of the documents to hold out from training; at least one of them, unless it is 0"),
         ("--document", ("block", "file", "line"), "what to take as a document of a text file; blank lines end a block"),
         ("--sequence", ("line", "document"), "what to tokenise as one sequence: a line, or a whole document"),
-        ("--text-field", None, "the field with the text in JSONL, CSV, Parquet and hub records"),
+        (
+            "--text-field",
+            None,
+            "the field (of a table: the column) with the text in JSONL, CSV, TSV, Parquet and hub records",
+        ),
         ("--min-tokens", None, "drop shorter sequences; [CLS] and [SEP] count"),
         ("--max-unknown", None, "drop sequences with this share of unknown words or more"),
     ):

@@ -1,7 +1,7 @@
 """Streams the text of all sources, document by document, in bounded memory.
 
 A source is one of:
-- a text, JSONL, CSV or Parquet file; all but Parquet may be compressed with gzip, bzip2 or xz;
+- a text (also Markdown), JSONL, CSV, TSV or Parquet file; all but Parquet may be compressed with gzip, bzip2 or xz;
 - a folder or a glob of such files;
 - `hub:NAME[:CONFIG[:SPLIT]]`, for any data set that the `datasets` library can stream;
 - the word `docstrings`.
@@ -27,7 +27,7 @@ Document = Literal["block", "file", "line"]
 
 KEY_BYTES = 1 << 16  # how much of a document's start decides whether it is held out
 LONGEST_LINE = 1 << 20  # bytes; longer lines are split, because a whole text file may be one line
-FOLDER_SUFFIXES = (".txt", ".text", ".jsonl", ".ndjson", ".parquet")  # the files of a folder that are read
+FOLDER_SUFFIXES = (".txt", ".text", ".md", ".jsonl", ".ndjson", ".parquet")  # the files of a folder that are read
 
 
 class Piece(NamedTuple):

@@ -85,7 +85,7 @@ def summary(manifest: Manifest, seconds: float) -> str:
 
 def _rare_counts(count: Counter[str]) -> list[str]:
     """Lines for counts that are usually 0, if they are not."""
-    others = f"other suffixes than {', '.join(FOLDER_SUFFIXES)}, or hidden"
+    others = f"other suffixes than {', '.join(FOLDER_SUFFIXES)}, or hidden; CSV and TSV are read where a file is named"
     rare = (
         ("left out", "left_out_files", f"files of the folders ({others})"),
         ("named twice", "repeated_files", "files, which are read once"),
