@@ -5,6 +5,7 @@ import gc
 import hashlib
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -230,6 +231,11 @@ def write_sentences(path: Path, *, documents: int, seed: int) -> None:
         )
         lines.append(" ".join(what))
     path.write_text("\n".join(lines) + "\n")
+
+
+# What must not be in anything that is shared: a path of this machine.
+_FOLDERS = (tempfile.gettempdir(), Path.home(), Path(__file__).parents[1])
+PLACES = "|".join([*(re.escape(f"{folder}/") for folder in _FOLDERS), "site-packages"])
 
 
 def run_numbers(folder: Path) -> list[dict]:

@@ -1,10 +1,12 @@
 """The demonstration on a few lines of text, and the embedded teacher that it stands on."""
 
+import re
 from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import pytest
+from conftest import PLACES
 
 from distil_jax.config.model import ModelConfig
 from distil_jax.config.run import EMBEDDED_TEACHER
@@ -43,6 +45,9 @@ def test_the_whole_path_and_that_a_second_call_goes_on(text, tmp_path, capsys, m
         assert f"{numbers[name][0]['mlm']:.3f}"[:4] in shown
     for file in ("report.md", "curves.png", "student/config.json", "student/model.safetensors", "student/README.md"):
         assert (tmp_path / "demo" / file).stat().st_size > 0
+    for file in ("report.md", "report.html", "student/README.md"):
+        shared = (tmp_path / "demo" / file).read_text()
+        assert not re.search(PLACES, shared) and "distil_jax-teacher" in shared
     config, _ = huggingface.load(tmp_path / "demo" / "student")
     assert (config.num_layers, config.token_types) == (2, 0)
     assert demo(tmp_path / "demo", overrides=overrides, text=text) == numbers

@@ -12,11 +12,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import file_hashes, random_params, same_leaves
+from conftest import PLACES, file_hashes, random_params, same_leaves
+from huggingface_hub import ModelCard
 
 from distil_jax import cli
 from distil_jax.config.load import load
 from distil_jax.config.model import ModelConfig
+from distil_jax.config.run import EMBEDDED_TEACHER
 from distil_jax.data import loader
 from distil_jax.data.loader import open_rows
 from distil_jax.data.manifest import read_manifest
@@ -29,6 +31,7 @@ from distil_jax.io.metrics import MetricSums, read_metrics
 from distil_jax.models.encoder import MaskedLm, count_parameters
 from distil_jax.objective.vocabulary import logits
 from distil_jax.reporting.card import model_card
+from distil_jax.reporting.names import short_name
 from distil_jax.runtime.assemble import assemble
 from distil_jax.runtime.run_folder import Model, open_model
 from distil_jax.schema import InputError
@@ -237,6 +240,57 @@ def test_the_card_holds_the_real_numbers(exported, finished_run, workshop, of_th
     assert [words for words in told if words not in text] == []
     front = text.split("---\n")[1]
     assert "library_name: transformers" in front and "pipeline_tag: fill-mask" in front
+
+
+def test_the_head_of_the_card_says_what_is_known_and_no_more(exported, workshop, tmp_path, capsys):
+    card = ModelCard.load(exported / "README.md")
+    assert card.data.to_dict() == {
+        "library_name": "transformers",
+        "pipeline_tag": "fill-mask",
+        "base_model": "teacher",
+        "tags": ["distil_jax", "distillation"],
+    }
+    assert card.text.strip().startswith("# A 2-layer student of teacher\n"), "not the name of the run's folder"
+    # The licence is the user's to give; written again, the model keeps it.
+    given = ["--license", "mit", "--language", "en", "--language", "de"]
+    assert cli.main(["export", str(exported), str(tmp_path / "licensed"), *given]) == 0
+    assert f"hf upload YOUR_NAME/MODEL {tmp_path / 'licensed'}\n" in capsys.readouterr().out
+    assert cli.main(["export", str(tmp_path / "licensed"), str(tmp_path / "again")]) == 0
+    for name in ("licensed", "again"):
+        data = ModelCard.load(tmp_path / name / "README.md").data
+        assert (data.license, data.language, data.base_model) == ("mit", ["en", "de"], "teacher")
+    (tmp_path / "again" / "README.md").write_text("---\ntags: [\n---\n")
+    assert cli.main(["export", str(tmp_path / "again"), str(tmp_path / "third")]) == 2
+    assert "begins with lines that are not a card's" in capsys.readouterr().err
+
+
+def test_nothing_that_is_exported_names_a_place_of_this_machine(exported):
+    for file in exported.iterdir():
+        assert not re.search(PLACES.encode(), file.read_bytes()), file
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("google-bert/bert-base-cased", "google-bert/bert-base-cased"),
+        ("bert-base-uncased", "bert-base-uncased"),
+        ("/home/me/tuned/model", "tuned"),
+        ("compared/sst2/my_bert/0/model", "my_bert"),
+        ("../my_bert/", "my_bert"),
+        ("./my_bert", "my_bert"),
+        ("/model", "model"),
+        (str(EMBEDDED_TEACHER), "distil_jax-teacher"),
+        ("", ""),
+    ],
+)
+def test_models_have_names_without_places(path, name):
+    assert short_name(path) == name
+
+
+def test_a_local_folder_is_no_hub_id(tmp_path, monkeypatch):
+    (tmp_path / "models" / "bert").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert short_name("models/bert") == "bert"
 
 
 def test_what_the_text_lost_travels_into_the_card(finished_run, workshop):

@@ -10,7 +10,7 @@ import signal
 import jax
 import numpy as np
 import pytest
-from conftest import file_hashes, run_numbers, same_leaves
+from conftest import PLACES, file_hashes, run_numbers, same_leaves
 
 from distil_jax import cli
 from distil_jax.config.load import load_task
@@ -108,6 +108,9 @@ def test_a_task_is_learnt_and_the_best_checkpoint_is_what_remains(finished, task
     kept = {file.name for file in (finished / "tokenizer").iterdir()}
     assert "tokenizer.json" in kept and "model.safetensors" not in kept  # the model it started from is not kept with it
     card = (finished / "model" / "README.md").read_text()
+    assert (
+        not re.search(PLACES, card) and "base_model: teacher\n" in card and "# teacher fine-tuned on train.csv" in card
+    )
     assert f"{scores['test']['f1']:.4f}" in card and "text-classification" in card and "160 examples" in card
     lines = [line.split(",") for line in (tasks / "train.csv").read_text().splitlines()[1:]]
     assert f"- train: {len(lines) - len({*map(tuple, lines)}):,} with the same text as an earlier one" in card
@@ -369,6 +372,7 @@ def test_the_runs_of_both_commands_are_told_apart(finished, finished_run, worksh
 def test_its_report_shows_the_tasks_own_numbers(finished):
     assert cli.main(["report", str(finished)]) == 0
     page, drawn = (finished / "report.md").read_text(), (finished / "report.html").read_text()
+    assert not re.search(PLACES, page + drawn) and "teacher, fine-tuned on train.csv" in page
     held_out = [line for line in read_metrics(finished) if line["kind"] == "held_out"]
     first, last = (f"{100 * line['accuracy']:.1f} %" for line in (held_out[0], held_out[-1]))
     assert f"accuracy {first} → {last}" in page.replace("\u00a0", " ") and "Masked words" not in page

@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from conftest import LENGTH
+from conftest import LENGTH, PLACES
 from test_finetune import QUICK, tasks  # noqa: F401 - a fixture
 
 from distil_jax import cli
@@ -35,6 +35,7 @@ def test_the_guide(workshop, tasks, tmp_path, monkeypatch, capsys):  # noqa: F81
         words += SMALLER.get(verb, []) + (quick if verb in ("train", "finetune", "compare") else [])
         assert cli.main([verb, *words]) == 0, (line, capsys.readouterr().err)
     page, result = Path("compared/compare.md").read_text(), json.loads(Path("compared/compare.json").read_text())
+    assert not re.search(PLACES, page + Path("my_student/README.md").read_text())  # with the comparison in the card
     scores = result["scores"]["my_task"]
     folders = {"teacher": "teacher", "my_student": "my_student", "my_student + its logits": "my_student-distilled"}
     assert (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,9 +26,11 @@ from distil_jax.io.config_json import from_json, to_json
 from distil_jax.io.task_json import head_from_json, head_to_json
 from distil_jax.models.encoder import MaskedLm, abstract_params, layers_apart
 from distil_jax.models.heads import TaskModel, abstract_task_params, with_fresh_head
+from distil_jax.runtime.run_folder import Model
 from distil_jax.schema import InputError, build, to_dict
 from distil_jax.structs import IGNORED, Batch
 from distil_jax.training.sharding import make_mesh, shardings_of
+from distil_jax.workflows.export import export
 
 TOKENIZER = Path(__file__).parents[1] / "distil_jax" / "teacher"
 HEADS = {"sequence": HeadConfig("sequence", 3), "tokens": HeadConfig("tokens", 5), "spans": HeadConfig("spans")}
@@ -224,6 +227,24 @@ def test_labels_are_called_as_transformers_calls_them(named: dict, tmp_path: Pat
     assert dict(enumerate(head.names)) == {number: str(name) for number, name in theirs.id2label.items()}
     written = head_to_json(encoder(2), head)
     assert head_from_json(written, path, encoder(2)) == head
+
+
+@pytest.mark.parametrize("kind", ["sequence", "regression", "tokens", "spans", "words", "no head"])
+def test_the_program_of_a_card_runs(tmp_path: Path, transformers: ModuleType, monkeypatch, capsys, kind: str) -> None:
+    config = encoder(0 if kind in ("sequence", "spans") else 2, vocab_size=6144, mlm_head=kind == "words")
+    head = {
+        "sequence": HeadConfig("sequence", 3),
+        "regression": HeadConfig("sequence", 1),
+        "tokens": HeadConfig("tokens", 3),
+        "spans": HeadConfig("spans", 2),
+    }.get(kind)
+    params = random_task_params(config, head) if head else trained(config)
+    export(Model(config, params, TOKENIZER, head=head), tmp_path / "model")
+    (program,) = re.findall(r"```python\n(.*?)```", (tmp_path / "model" / "README.md").read_text(), re.S)
+    monkeypatch.chdir(tmp_path / "model")
+    exec(compile(program, "README.md", "exec"), {})
+    printed = {"sequence": "'score'", "regression": "'score'", "words": "'token_str'", "no head": "torch.Size"}
+    assert printed.get(kind, "") in capsys.readouterr().out
 
 
 def test_pipelines_open_what_we_save(tmp_path: Path, transformers: ModuleType) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from distil_jax.config.model import ModelConfig
@@ -12,38 +12,43 @@ from distil_jax.data.summary import data_problems
 from distil_jax.io.metrics import read_metrics
 from distil_jax.models.encoder import count_parameters
 from distil_jax.objective.distillation import Distillation
+from distil_jax.reporting.card_head import head_lines
 from distil_jax.reporting.markdown import table
+from distil_jax.reporting.names import short_name, source_name
+from distil_jax.reporting.usage import usage
 from distil_jax.reporting.task_scores import read_scores, score_notes, score_table
 from distil_jax.runtime.run_folder import Model
 from distil_jax.schema import build
 
-_PIPELINES = {"sequence": "text-classification", "tokens": "token-classification", "spans": "question-answering"}
+
+def model_card(model: Model, *, licence: str = "", languages: Sequence[str] = ()) -> str:
+    """The text of README.md for an exported model.
+
+    Args:
+      model: from `open_model`.
+      licence: by the name that the Hugging Face hub has for it, such as "apache-2.0"; empty: the card says none.
+      languages: of the text, by their codes, such as "en".
+    """
+    body = _short_card if model.run is None else _language_model_card if model.head is None else _task_card
+    return "\n".join([*head_lines(model, licence, languages), *body(model)])
 
 
-def model_card(model: Model) -> str:
-    """The text of README.md for an exported model."""
-    if model.run is None:
-        return _short_card(model)
-    return _language_model_card(model) if model.head is None else _task_card(model)
-
-
-def _language_model_card(model: Model) -> str:
+def _language_model_card(model: Model) -> list[str]:
     metadata, config = model.metadata, model.run_config
     data = metadata["data"]
-    lines = [*_front_matter(model), f"# {model.run.resolve().name}", ""]
     if metadata["teacher"]:
         teacher = build(ModelConfig, metadata["teacher"])
-        lines += [
+        lines = [
             f"A {model.config.num_layers}-layer student ({count_parameters(model.config):,} parameters) of "
-            f"`{Path(config.teacher.path).name}` ({teacher.num_layers} layers, {count_parameters(teacher):,} "
+            f"`{short_name(config.teacher.path)}` ({teacher.num_layers} layers, {count_parameters(teacher):,} "
             f"parameters), {_method(config)} with distil_jax {metadata['version']}.",
         ]
     else:
-        lines += [
+        lines = [
             f"A {model.config.num_layers}-layer masked language model ({count_parameters(model.config):,} parameters), "
             f"trained without a teacher with distil_jax {metadata['version']}.",
         ]
-    lines += ["", "## Training", "", *_training(model), ""]
+    lines += ["", *usage(model), "", "## Training", "", *_training(model), ""]
     lines += ["## Held-out text", "", *_held_out(model), ""]
     lines += [
         *_text(data),
@@ -54,29 +59,31 @@ def _language_model_card(model: Model) -> str:
         "The licences of the text and of the teacher also apply to it.",
         "",
     ]
-    return "\n".join(lines)
+    return lines
 
 
-def _task_card(model: Model) -> str:
+def _task_card(model: Model) -> list[str]:
     metadata, config = model.metadata, model.run_config
     task, loss, optimizer = config.task, config.loss, config.optimizer
     teacher = ""
     if metadata["teacher"]:
         teacher = (
-            f", with `{_model_name(config.teacher.path)}` as its teacher (weight {loss.soft:g} at temperature "
+            f", with `{short_name(config.teacher.path)}` as its teacher (weight {loss.soft:g} at temperature "
             f"{loss.temperature:g}, {loss.task:g} on the labels)"
         )
-    dev = f"from {_code(task.dev)}" if task.dev else "held out of them by a hash"
-    lines = [*_front_matter(model), f"# {model.run.resolve().name}", ""]
-    lines += [
-        f"`{Path(config.model.path).name}` ({model.config.num_layers} layers, {count_parameters(model.config):,} "
+    train = _code(source_name(task.train))
+    dev = f"from {_code(source_name(task.dev))}" if task.dev else "held out of them by a hash"
+    lines = [
+        f"`{short_name(config.model.path)}` ({model.config.num_layers} layers, {count_parameters(model.config):,} "
         f"parameters in the encoder) fine-tuned with distil_jax {metadata['version']}{teacher}.",
+        "",
+        *usage(model),
         "",
         "## Task",
         "",
         f"- {task.kind}: {', '.join(map(_code, task.text))} to {_code(task.label)}"
         + (f" ({', '.join(task.label_names[:20])})" if task.label_names else ""),
-        f"- {metadata['data']['examples']:,} examples to train on from {_code(task.train)}; the best checkpoint was "
+        f"- {metadata['data']['examples']:,} examples to train on from {train}; the best checkpoint was "
         f"chosen on {metadata['data']['dev']:,} examples {dev}",
         f"- at most {task.max_length} tokens per row",
         *_data_problems(metadata["data"].get("counts", {})),  # older runs have no counts
@@ -93,19 +100,13 @@ def _task_card(model: Model) -> str:
     if scores and scores["step"] == model.step:  # the file may be of another checkpoint
         lines += ["## Results", "", *table(*score_table(scores)), ""]
         lines += [line for note in score_notes(scores) for line in (note, "")]
-    return "\n".join(lines)
+    return lines
 
 
 def _data_problems(counts: dict[str, dict[str, int]]) -> list[str]:
     """A line for each split with examples that were cut, lost or doubtful."""
     problems = {split: ", ".join(data_problems(of_split)) for split, of_split in counts.items()}
     return [f"- {split}: {text}" for split, text in problems.items() if text]
-
-
-def _model_name(path: str) -> str:
-    """The folder that names a model: NAME of NAME, of a run's NAME/model, or of compare's NAME/SEED/model."""
-    parts = [part for part in Path(path).parts if part != "model" and not part.isdigit()]
-    return parts[-1] if parts else path
 
 
 def _code(text: str) -> str:
@@ -127,7 +128,7 @@ def _training(model: Model) -> list[str]:
     elif config.student.init == "random":
         start = "random parameters"
     else:
-        start = f"`{Path(config.student.init).name}`"
+        start = f"`{short_name(config.student.init)}`"
     tokens = model.step * batch_rows * data["tokens"] / data["rows"]
     return [
         f"- initialised from: {start}",
@@ -163,7 +164,7 @@ def _held_out(model: Model) -> list[str]:
 
 
 def _text(data: dict[str, Any]) -> list[str]:
-    sources = ", ".join(f"`{source}`" for source in data["sources"])
+    sources = ", ".join(_code(source_name(source)) for source in data["sources"])
     lines = [
         f"The text: {sources}. {data['held_out_tokens']:,} tokens of it were held out, chosen by a hash of each "
         "document, and not trained on in this run."
@@ -197,13 +198,6 @@ def _text_problems(counts: dict[str, int]) -> str:
     return ", ".join(f"{counts[name]:,} {text}" for name, text in texts.items() if counts.get(name))
 
 
-def _short_card(model: Model) -> str:
+def _short_card(model: Model) -> list[str]:
     """The card of a model that does not come from a run."""
-    return "\n".join(
-        [*_front_matter(model), f"{count_parameters(model.config):,} parameters. Written by distil_jax.", ""]
-    )
-
-
-def _front_matter(model: Model) -> list[str]:
-    pipeline = _PIPELINES[model.head.kind] if model.head else "fill-mask"
-    return ["---", "library_name: transformers", f"pipeline_tag: {pipeline}", "tags: [distil_jax]", "---", ""]
+    return [f"{count_parameters(model.config):,} parameters. Written by distil_jax.", "", *usage(model), ""]

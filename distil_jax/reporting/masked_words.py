@@ -12,6 +12,7 @@ from distil_jax.data.manifest import read_manifest
 from distil_jax.data.tokenizer import load_tokenizer, special_ids
 from distil_jax.evaluation.fill_mask import fill_mask
 from distil_jax.io import huggingface
+from distil_jax.reporting.names import short_name
 from distil_jax.reporting.page import Block, Paragraph, Table
 from distil_jax.runtime.assemble import check_tokenizer
 from distil_jax.runtime.run_folder import Model, open_model, read_config
@@ -45,10 +46,11 @@ def masked_word_examples(run: Path, texts: Sequence[str] = ()) -> list[Block]:
       run: a run folder. Its data and its teacher may have been moved or deleted.
       texts: sentences with one [MASK] each; if there are none, they come from the run's held-out rows.
     """
+    config = read_config(run)
     try:
         if not (run / "checkpoints").is_dir():
             raise InputError("the run has no checkpoint yet.")
-        student, config = open_model(run), read_config(run)
+        student = open_model(run)
         teacher = _teacher(config.teacher.path, student) if config.teacher.path else None
         words = [""] * len(texts)
         if not texts:
@@ -56,7 +58,11 @@ def masked_word_examples(run: Path, texts: Sequence[str] = ()) -> list[Block]:
             texts, words = zip(*held_out_examples(config.data.path, student.tokenizer), strict=True)
         return prediction_table(teacher, student, texts, words)
     except (InputError, OSError) as error:
-        return [Paragraph(f"No examples: {error}")]
+        reason = str(error)
+        for place in (config.data.path, config.teacher.path, str(run)):  # a page is shared, this machine is not
+            if place:
+                reason = reason.replace(place, short_name(place))
+        return [Paragraph(f"No examples: {reason}")]
 
 
 def prediction_table(

@@ -16,6 +16,7 @@ from distil_jax.io.checkpoint import Checkpoints
 from distil_jax.models.encoder import count_parameters
 from distil_jax.reporting.history import PERCENT_METRICS, History, format_count, format_duration, format_number
 from distil_jax.reporting.markdown import mean_and_spread
+from distil_jax.reporting.names import short_name, source_name, without_places
 from distil_jax.reporting.page import Block, Code, Fold, Paragraph, Table
 from distil_jax.reporting.task_scores import read_scores, score_notes, score_table
 from distil_jax.schema import InputError, build, differences, to_dict
@@ -64,10 +65,10 @@ def summary(folder: Path, history: History, config: Config | FinetuneConfig, *, 
 def _describe_models(folder: Path, config: Config | FinetuneConfig) -> tuple[str, str]:
     """The student and its teacher in words; with their sizes if the run has a checkpoint, whose metadata has them."""
     metadata = _metadata(folder)
-    path = config.teacher.path
+    path = short_name(config.teacher.path)
     if isinstance(config, FinetuneConfig):
         teacher = f" with the logits of {path}" if config.loss.needs_teacher else ""
-        return config.model.path, f"fine-tuned on {config.task.train}{teacher}"
+        return short_name(config.model.path), f"fine-tuned on {source_name(config.task.train)}{teacher}"
     training = "distilled from" if config.loss.needs_teacher else "trained without a teacher and compared with"
     student = f"A {config.student.num_layers}-layer student"
     teacher = f"{training} {path}" if path else "trained without a teacher"
@@ -274,5 +275,5 @@ def details(history: History, config: Config | FinetuneConfig) -> list[Block]:
             for line in history.evaluations
         ]
         blocks.append(Fold("all evaluations", [Table(("step", *names), rows)]))
-    blocks.append(Fold("configuration", [Code("toml", tomli_w.dumps(to_dict(config)))]))
+    blocks.append(Fold("configuration", [Code("toml", tomli_w.dumps(without_places(to_dict(config))))]))
     return blocks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from distil_jax.io import huggingface
@@ -9,7 +10,15 @@ from distil_jax.reporting.card import model_card
 from distil_jax.runtime.run_folder import Model
 
 
-def export(model: Model, output: str | Path, *, dtype: str = "float32", card: str | None = None) -> None:
+def export(
+    model: Model,
+    output: str | Path,
+    *,
+    dtype: str = "float32",
+    card: str | None = None,
+    licence: str = "",
+    languages: Sequence[str] = (),
+) -> None:
     """Writes config.json, model.safetensors, the tokenizer's files and a model card.
 
     Args:
@@ -17,8 +26,13 @@ def export(model: Model, output: str | Path, *, dtype: str = "float32", card: st
       output: the folder to write, which must be new or empty; it is written completely or not at all.
       dtype: "float32" or "float16", for the parameters on disk.
       card: the text of the model card; None: `model_card` writes it.
+      licence, languages: for that card.
     """
-    options = {"tokenizer": model.tokenizer, "card": card or model_card(model), "dtype": dtype}
+    options = {
+        "tokenizer": model.tokenizer,
+        "card": card or model_card(model, licence=licence, languages=languages),
+        "dtype": dtype,
+    }
     if model.head is None:
         huggingface.save(output, model.config, model.params, **options)
     else:
