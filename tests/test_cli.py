@@ -337,6 +337,7 @@ TEXTS = {
     "finetune": {"set"},
     "compare": {"set", "distil"},
     "report": {"text"},
+    "export": {"license", "language"},
     "demo": {"set"},
     "plan": {"set", "topology", "sweep"},
     "bench": {"set", "topology", "peer", "dropout", "batches", "lengths", "vocabularies", "tokens", "measurement"},

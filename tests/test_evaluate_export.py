@@ -31,7 +31,7 @@ from distil_jax.io.metrics import MetricSums, read_metrics
 from distil_jax.models.encoder import MaskedLm, count_parameters
 from distil_jax.objective.vocabulary import logits
 from distil_jax.reporting.card import model_card
-from distil_jax.reporting.names import short_name
+from distil_jax.reporting.names import short_name, source_name, without_places
 from distil_jax.runtime.assemble import assemble
 from distil_jax.runtime.run_folder import Model, open_model
 from distil_jax.schema import InputError
@@ -279,12 +279,29 @@ def test_nothing_that_is_exported_names_a_place_of_this_machine(exported):
         ("../my_bert/", "my_bert"),
         ("./my_bert", "my_bert"),
         ("/model", "model"),
+        ("/data/2024", "2024"),
         (str(EMBEDDED_TEACHER), "distil_jax-teacher"),
         ("", ""),
     ],
 )
 def test_models_have_names_without_places(path, name):
     assert short_name(path) == name
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("docstrings", "docstrings"),
+        ("hub:nyu-mll/glue:sst2:train", "hub:nyu-mll/glue:sst2:train"),
+        ("hub:/home/me/texts::train", "hub:texts::train"),
+        ("/home/me/texts/*.txt", "*.txt"),
+        ("docstrings/a.txt", "a.txt"),
+    ],
+)
+def test_sources_have_names_without_places(source, name):
+    assert source_name(source) == name
+    if source != "docstrings/a.txt":  # a relative path says nothing of this machine
+        assert without_places({"sources": [source]}) == {"sources": [name]}
 
 
 def test_a_local_folder_is_no_hub_id(tmp_path, monkeypatch):

@@ -193,6 +193,16 @@ def test_held_out_text_is_chosen_before_a_vocabulary_is_trained(tmp_path, monkey
         prepare(PrepareConfig((str(tmp_path / "a.txt"),), train_vocabulary=99), tmp_path / "rows")
 
 
+def test_a_share_that_would_hold_out_none_or_all_is_told(tmp_path, tokenizer, capsys):
+    (tmp_path / "a.txt").write_text("\n".join(f"{' '.join(WORDS)} {word}" for word in WORDS))
+    for share, told in (("1e-9", "0.00% of the documents would be none"), ("0.999999", "would be all"), ("0.5", "")):
+        output = tmp_path / share
+        words = ["--document", "line", "--held-out", share, "--output", str(output), "--tokenizer", str(tokenizer)]
+        command.run(parse(str(tmp_path / "a.txt"), *words))
+        text = capsys.readouterr().out
+        assert told in text and ("would be" in text) == bool(told)
+
+
 def test_a_large_corpus_is_not_read_an_extra_time():
     pieces = (Piece(hashlib.blake2b(b"%d" % number, digest_size=8).digest(), "x" * 99, True) for number in range(10**5))
     assert corpus.held_out_share(pieces, 0.01, length=96, join=False) == 0.01

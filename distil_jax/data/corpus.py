@@ -58,9 +58,8 @@ def held_out_share(pieces: Iterable[Piece], share: float, *, length: int, join: 
     Returns:
       The share, or None without two different documents.
     """
-    ends: dict[
-        bool, tuple[bytes, bytes]
-    ] = {}  # is it long enough -> the smallest and the largest key of such documents
+    # Of the documents that are long enough (True) and of the others: the smallest and the largest key.
+    ends: dict[bool, tuple[bytes, bytes]] = {}
     characters = 0
     for key, text, starts_document in pieces:
         characters = len(text) + (characters if join and not starts_document else 0)
@@ -75,9 +74,8 @@ def held_out_share(pieces: Iterable[Piece], share: float, *, length: int, join: 
         high = max((high for _, high in ends.values()), default=b"")
     if low == high:
         return None
-    least, most = (
-        int.from_bytes(key) / 2**64 for key in (low, high)
-    )  # rounded; the next numbers are on the other side
+    # The quotients are rounded, so the numbers next to them are those that are surely on the other side of the keys.
+    least, most = (int.from_bytes(key) / 2**64 for key in (low, high))
     return min(max(share, math.nextafter(least, 1)), math.nextafter(most, 0))
 
 

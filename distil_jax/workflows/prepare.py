@@ -26,7 +26,7 @@ def prepare_rows(config: PrepareConfig, output: str | Path) -> str:
         _warn_of_long_rows(config)
     with _progress(config) as progress:
         manifest = prepare(config, output, progress=progress)
-    return summary(manifest, time.monotonic() - start)
+    return summary(manifest, time.monotonic() - start, asked=config.held_out)
 
 
 def _warn_of_long_rows(config: PrepareConfig) -> None:
@@ -62,12 +62,20 @@ def _progress(config: PrepareConfig) -> Iterator[Progress]:
         yield show
 
 
-def summary(manifest: Manifest, seconds: float) -> str:
-    """How much text was kept, cut, dropped and skipped, as one line per kind of count."""
+def summary(manifest: Manifest, seconds: float, *, asked: float) -> str:
+    """How much text was kept, cut, dropped and skipped, as one line per kind of count.
+
+    Args:
+      manifest: of the rows.
+      seconds: that it took.
+      asked: the share of the documents that was to be held out.
+    """
     count = Counter(manifest.counts)
     train, held_out, length = manifest.train, manifest.held_out, manifest.sequence_length
     filled = count["tokens"] / ((train.rows + held_out.rows) * length)
     held_out_tokens = held_out.tokens / (train.tokens + held_out.tokens)
+    used = manifest.settings["held_out"]
+    instead = f"; {asked:.2%} of the documents would be {'none' if used > asked else 'all'}" if used != asked else ""
     return "\n".join(
         (
             f"documents   {count['documents']:,}",
@@ -76,7 +84,7 @@ def summary(manifest: Manifest, seconds: float) -> str:
             f"skipped     {count['invalid_lines']:,} lines that are not UTF-8",
             *_rare_counts(count),
             f"tokens      {count['tokens']:,}, of a vocabulary of {manifest.vocab_size:,}",
-            f"held out    {count['held_out_documents']:,} documents, with {held_out_tokens:.2%} of the tokens",
+            f"held out    {count['held_out_documents']:,} documents, with {held_out_tokens:.2%} of the tokens{instead}",
             f"rows        {train.rows:,} to train on, {held_out.rows:,} held out; {filled:.1%} of {length} tokens used",
             f"time        {seconds:.1f} s, {count['tokens'] / seconds:,.0f} tokens/s",
         )
