@@ -15,8 +15,8 @@ from distil_jax.objective.distillation import Distillation
 from distil_jax.reporting.card_head import head_lines
 from distil_jax.reporting.markdown import table
 from distil_jax.reporting.names import short_name, source_name
-from distil_jax.reporting.usage import usage
 from distil_jax.reporting.task_scores import read_scores, score_notes, score_table
+from distil_jax.reporting.usage import usage
 from distil_jax.runtime.run_folder import Model
 from distil_jax.schema import build
 
