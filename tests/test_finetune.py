@@ -247,6 +247,9 @@ def test_a_run_that_was_stopped_ends_as_the_unbroken_one(finished, workshop, tas
     with monkeypatch.context() as patch:
         patch.setattr(MetricsWriter, "write", write_and_stop)
         assert finetune(workshop / "teacher", tasks / "sequence.toml", run, *LONG) == 75
+    shown = capsys.readouterr().out
+    assert "MLM" not in shown and shown.count("Compiling the step for rows of") == 1
+    assert shown.index("Compiling the evaluation for rows of") < shown.index("step      0  held-out")
     signal.signal(signal.SIGTERM, before)
     assert not (run / "model").exists()
     assert finetune(workshop / "teacher", tasks / "sequence.toml", run, *LONG) == 0

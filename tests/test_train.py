@@ -258,7 +258,10 @@ def test_patience_counts_from_the_best_that_can_be_had(workshop, tmp_path, score
     scored({0: 0.1, 2: 3.0, 4: 2.0, 6: 2.5, 8: math.nan, 10: 1.0, 12: 1.0})
     settings = (*QUIET, "train.eval_every=2", "train.checkpoint_every=100", "train.patience=2")
     assert train(workshop, tmp_path / "unbroken", *settings) == 0
-    assert "the run ends after step 8" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "the run ends after step 8" in shown
+    why = "higher than on held-out text: in training, rarer words are masked more often and dropout is on."
+    assert shown.count(why) == 1
     at_step(6, terminate)
     assert train(workshop, tmp_path / "run", *settings) == 75
     for printed in ("the run ends after step 8", "nothing is left to train"):
@@ -538,8 +541,12 @@ def test_a_stopped_run_says_so_and_saves_between_two_intervals(stopped_run, fini
 
 def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(stopped_copy, finished_run, workshop, capsys):
     step = saved_steps(stopped_copy)[-1]
+    (seconds,) = [line["compile_seconds"] for line in of_kind(stopped_copy, "train") if "compile_seconds" in line]
     assert train(workshop, stopped_copy) == 0
-    assert f"going on after step {step}" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"going on after step {step}" in shown
+    known = f" (the last time took {seconds:.0f} s)" if seconds >= 1 else ""
+    assert f"Compiling the step for rows of {LENGTH} tokens{known} ...\nstep {step + 1:>6}  " in shown
     assert same_leaves(params_of(stopped_copy), params_of(finished_run))
     assert run_numbers(stopped_copy) == run_numbers(finished_run)
 

@@ -36,7 +36,14 @@ from distil_jax.training.step import mask_and_eval_step
 _BATCH_TOKENS = 8192  # per device and call; the metrics do not depend on it
 
 
-def evaluate(model: Model, data: str | Path, *, teacher: Model | None = None, limit: int = 0) -> dict[str, float]:
+def evaluate(
+    model: Model,
+    data: str | Path,
+    *,
+    teacher: Model | None = None,
+    limit: int = 0,
+    before_batch: Callable[[int], None] = lambda length: None,
+) -> dict[str, float]:
     """Held-out metrics of any masked language model.
 
     Args:
@@ -44,6 +51,7 @@ def evaluate(model: Model, data: str | Path, *, teacher: Model | None = None, li
       data: a folder of prepared rows.
       teacher: adds kl and agreement with it.
       limit: judge only so many rows, see `evaluation_rows`; 0: all.
+      before_batch: called with the length of the rows of every batch; a new length makes XLA compile.
 
     Raises:
       InputError: a model without an MLM head, or rows of another tokenizer.
@@ -83,7 +91,7 @@ def evaluate(model: Model, data: str | Path, *, teacher: Model | None = None, li
         batch_rows=rows_per_call(mesh, manifest.sequence_length),
         limit=limit,
     )
-    return evaluator.evaluate(eval_state(config, params))
+    return evaluator.evaluate(eval_state(config, params), before_batch)
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,19 +116,21 @@ class HeldOutEvaluator:
     batch_rows: int
     limit: int
 
-    def evaluate(self, state: TrainState, alive: Callable[[], None] = lambda: None) -> dict[str, float]:
+    def evaluate(
+        self, state: TrainState, before_batch: Callable[[int], None] = lambda length: None
+    ) -> dict[str, float]:
         """Means over the rows: mlm, perplexity, accuracy, and kl and agreement with a teacher.
 
         Those of the teacher itself if `step` is `mask_and_eval_teacher_step`; then {} if it predicts no words.
 
         Args:
           state: of the student.
-          alive: called with every batch.
+          before_batch: as for `evaluate`.
         """
         sums, places = MetricSums(), local_places(self.mesh, self.batch_rows)
         table = self.open_table()
         for rows in held_out_batches(table, batch_rows=self.batch_rows, limit=self.limit, places=places):
-            alive()
+            before_batch(rows.input_ids.shape[1])
             batch = put_rows(rows, self.mesh, batch_rows=self.batch_rows)
             sums.add(self.step(state, self.teacher_params, batch, self.weights))
         metrics = sums.means()

@@ -69,7 +69,12 @@ class TaskEvaluator:
         self._eval = jit_eval(task_eval_step, mesh, abstract_state(step).replace(opt_state=None), None)
 
     def evaluate(
-        self, params: Any, table: TaskTable, *, limit: int = 0, alive: Callable[[], None] = lambda: None
+        self,
+        params: Any,
+        table: TaskTable,
+        *,
+        limit: int = 0,
+        before_batch: Callable[[int], None] = lambda length: None,
     ) -> dict[str, float]:
         """The metrics, as shares, and the mean loss.
 
@@ -77,16 +82,18 @@ class TaskEvaluator:
           params: on the mesh.
           table: the examples.
           limit: only so many, see `evaluation_rows`; 0: all, as it must be of spans, whose examples have several rows.
-          alive: called with every batch.
+          before_batch: called with the length of the rows of every batch.
         """
-        predictions, labels, loss = self._predict(params, table, limit, alive)
+        predictions, labels, loss = self._predict(params, table, limit, before_batch)
         return {**score_predictions(self._task.metric_names, predictions, labels), **loss}
 
-    def evaluate_splits(self, params: Any, data: TaskData) -> TaskScores:
+    def evaluate_splits(
+        self, params: Any, data: TaskData, *, before_batch: Callable[[int], None] = lambda length: None
+    ) -> TaskScores:
         """`evaluate` of the task's "dev" and, where there are such examples, "test", beside the largest class."""
         splits, predicted, true = {}, [], []
         for name, table in _judged_tables(data).items():
-            predictions, labels, loss = self._predict(params, table)
+            predictions, labels, loss = self._predict(params, table, before_batch=before_batch)
             splits[name] = score_predictions(self._task.metric_names, predictions, labels) | loss
             predicted.extend(predictions)
             true.extend(labels)
@@ -111,13 +118,17 @@ class TaskEvaluator:
         return scores, _text(self._task, constant, self._label_names)
 
     def _predict(
-        self, params: Any, table: TaskTable, limit: int = 0, alive: Callable[[], None] = lambda: None
+        self,
+        params: Any,
+        table: TaskTable,
+        limit: int = 0,
+        before_batch: Callable[[int], None] = lambda length: None,
     ) -> tuple[Any, Any, dict[str, float]]:
         """Predictions and labels, as `score_predictions` takes them, and the mean loss; arguments as in `evaluate`."""
         state, sums, collected = eval_state(self._step, params), MetricSums(), []
         places = local_places(self._mesh, self._batch_rows)
         for batch in held_out_batches(table, batch_rows=self._batch_rows, limit=limit, places=places):
-            alive()
+            before_batch(batch.input_ids.shape[1])
             metrics, logits = self._eval(state, None, put_rows(batch, self._mesh, batch_rows=self._batch_rows))
             sums.add(metrics)
             collected.append(logits)  # fetched at the end
@@ -183,9 +194,9 @@ class DevEvaluator:
     limit: int
     metric: str
 
-    def evaluate(self, state: TrainState, alive: Callable[[], None]) -> dict[str, float]:
+    def evaluate(self, state: TrainState, before_batch: Callable[[int], None]) -> dict[str, float]:
         """`TaskEvaluator.evaluate` of the state's parameters."""
-        return self.evaluator.evaluate(state.params, self.table, limit=self.limit, alive=alive)
+        return self.evaluator.evaluate(state.params, self.table, limit=self.limit, before_batch=before_batch)
 
     def criterion(self, metrics: Mapping[str, Any]) -> float:
         """The negative of the first metric, of which more is better."""
@@ -210,7 +221,9 @@ def examples_for(model: Model, task: TaskConfig) -> TaskData:
     return data
 
 
-def evaluate_task(model: Model, task: TaskConfig, data: TaskData) -> TaskScores:
+def evaluate_task(
+    model: Model, task: TaskConfig, data: TaskData, *, before_batch: Callable[[int], None] = lambda length: None
+) -> TaskScores:
     """The scores of a model with a task's head on the task's "dev" and, where there are such, "test"."""
     length = min(task.max_length, model.config.max_positions)
     mesh, compute = make_mesh(MeshConfig()), resolve_compute(ComputeConfig())
@@ -219,7 +232,7 @@ def evaluate_task(model: Model, task: TaskConfig, data: TaskData) -> TaskScores:
     step, _ = resolve_attention(step, "auto", mesh, length)
     params = put_params(model.params, shardings_of(abstract_state(step).replace(opt_state=None), mesh).params)
     judge = TaskEvaluator(task, step, mesh, data.label_names, rows_per_call(mesh, length))
-    return judge.evaluate_splits(params, data)
+    return judge.evaluate_splits(params, data, before_batch=before_batch)
 
 
 def constant_name(task: TaskConfig) -> str:

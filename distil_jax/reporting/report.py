@@ -57,6 +57,7 @@ def write_report(
         metrics, histories, configs, runs = (
             {name: values[group[0]] for name, group in groups.items()} for values in (metrics, histories, configs, runs)
         )
+    print("Drawing the curves ...", flush=True)
     curves = draw_curves(metrics, output / "curves.png")
     blocks = [Heading(title, 1)]
     for name, folder in runs.items():
@@ -69,7 +70,10 @@ def write_report(
         blocks += [Paragraph("For each configuration, the curves show the run of its first seed.")]
     blocks += [Heading("Throughput"), *throughput(histories)]
     if isinstance(next(iter(configs.values())), Config):  # a fine-tuned model has no MLM head
-        blocks += [Heading("Masked words"), *(masked_word_examples(first, texts) if examples is None else examples)]
+        if examples is None:
+            print("Asking the models for masked words ...", flush=True)
+            examples = masked_word_examples(first, texts)
+        blocks += [Heading("Masked words"), *examples]
     for name in runs:
         blocks += [Heading(name if len(runs) > 1 else "Details"), *details(histories[name], configs[name])]
     write_whole(output / "report.html", to_html(title, blocks))

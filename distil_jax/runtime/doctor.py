@@ -27,6 +27,7 @@ from distil_jax.training.state import init_state
 from distil_jax.training.step import mask_and_train_step
 
 _GIB = 2**30
+_LONG = 2**28  # bytes of files: reading more is announced
 
 
 def examine(folder: Path | None) -> None:
@@ -64,6 +65,7 @@ def _memory() -> str:
 
 def _devices() -> str:
     """The same tiny training step on each device alone: all must find the same finite loss."""
+    _announce("Compiling a small training step for each device")
     model = ModelConfig(vocab_size=128, num_layers=2, hidden_size=32, num_heads=2, intermediate_size=64)
     step = StepConfig(
         student=replace(model, num_layers=1, token_types=0),
@@ -125,12 +127,21 @@ def _folder(folder: Path) -> str:
     return f"{finding}; {free / _GIB:.1f} GiB free"
 
 
-def _size(checkpoint: Path) -> int:
+def _size(folder: Path) -> int:
     """In bytes; 0 where the run that is under way has just removed it."""
     try:
-        return sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
+        return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     except FileNotFoundError:
         return 0
+
+
+def _announce(what: str) -> None:
+    print(f"{what} ...", flush=True)
+
+
+def _announce_reading(what: str, folder: Path) -> None:
+    if (size := _size(folder)) > _LONG:
+        _announce(f"Reading {what} ({size / _GIB:.1f} GiB)")
 
 
 def _try_to_write(folder: Path) -> None:
@@ -146,6 +157,7 @@ def _try_to_write(folder: Path) -> None:
 
 
 def _checkpoint(folder: Path, step: int) -> str:
+    _announce_reading(f"checkpoint {step}", folder / "checkpoints" / str(step))
     with contextlib.closing(Checkpoints(folder / "checkpoints")) as checkpoints:
         try:
             checkpoints.verify(step)
@@ -157,6 +169,7 @@ def _checkpoint(folder: Path, step: int) -> str:
 
 
 def _rows(config: Config) -> str:
+    _announce_reading(config.data.path, Path(config.data.path))
     manifest = verify_rows(config.data.path)
     return f"{manifest.train.rows:,} + {manifest.held_out.rows:,} rows in {config.data.path}, every file as written"
 

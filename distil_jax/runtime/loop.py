@@ -191,7 +191,15 @@ def _loop(
         print(f"{why}This run is finished: nothing is left to train.")
         return last_held_out(history)
     numbers: dict[str, float] = {}
-    progress = Progress(config, start, writer=writer, row_indices=program.stream.row_indices, divergence=divergence)
+    compiled = [line["compile_seconds"] for line in history if "compile_seconds" in line]
+    progress = Progress(
+        config,
+        start,
+        compile_seconds=compiled[-1] if compiled else None,
+        writer=writer,
+        row_indices=program.stream.row_indices,
+        divergence=divergence,
+    )
     with (
         contextlib.closing(progress),
         contextlib.closing(prefetch(program.stream.batches(start))) as batches,
@@ -203,11 +211,15 @@ def _loop(
         if start == 0:
             # Printed for comparison only: the state before the first step is never delivered.
             _evaluate(program, state, progress, watchdog, 0)
+            if program.held_out_note:
+                progress.say(program.held_out_note)
             _evaluate_reference(program, state, progress, watchdog)
         for step in range(start + 1, config.steps + 1):
             watchdog.alive()
             profiler.before(step)
-            state, metrics = program.step(state, program.teacher_params, next(batches), *program.step_arguments)
+            batch = next(batches)
+            with progress.step(batch.input_ids.shape[1]):
+                state, metrics = program.step(state, program.teacher_params, batch, *program.step_arguments)
             profiler.after(step)
             progress.add(step, metrics)
             keep(writer.folder)
@@ -249,9 +261,19 @@ def _evaluate(
 ) -> dict[str, float]:
     progress.flush()
     with progress.paused():
-        numbers = program.evaluator.evaluate(state, watchdog.alive)
+        numbers = program.evaluator.evaluate(state, _before_batch("the evaluation", progress, watchdog))
     progress.held_out(step, numbers)
     return numbers
+
+
+def _before_batch(name: str, progress: Progress, watchdog: Watchdog) -> Callable[[int], None]:
+    """What an evaluation calls with the length of the rows of every batch: it is alive, and may begin to compile."""
+
+    def call(length: int) -> None:
+        watchdog.alive()
+        progress.announce(name, length)
+
+    return call
 
 
 def _evaluate_reference(program: Program, state: TrainState, progress: Progress, watchdog: Watchdog) -> None:
@@ -259,6 +281,8 @@ def _evaluate_reference(program: Program, state: TrainState, progress: Progress,
     if reference is None:
         return
     with progress.paused():
-        numbers = reference.evaluate(state, watchdog.alive)
+        numbers = reference.evaluate(
+            state, _before_batch(f"the evaluation of the {reference.title}", progress, watchdog)
+        )
     if numbers:
         progress.reference(reference.kind, reference.title, numbers)

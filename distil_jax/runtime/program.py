@@ -26,8 +26,8 @@ _FEW_STEPS = 100
 class Evaluator(Protocol):
     """Judges a state on held-out examples."""
 
-    def evaluate(self, state: TrainState, alive: Callable[[], None]) -> dict[str, float]:
-        """The metrics of a state; calls `alive` with every batch."""
+    def evaluate(self, state: TrainState, before_batch: Callable[[int], None]) -> dict[str, float]:
+        """The metrics of a state; calls `before_batch` with the length of the rows of every batch."""
 
     def criterion(self, metrics: Mapping[str, Any]) -> float:
         """What evaluations are compared by, from their metrics: the lower the better."""
@@ -40,12 +40,12 @@ class Reference:
     Attributes:
       kind: of its line in metrics.jsonl, "teacher" or "largest_class".
       title: what it is called on the screen.
-      evaluate: (state, alive) -> its metrics, under the names that the run's evaluations have; empty if it has none.
+      evaluate: (state, before_batch) -> its metrics, as an `Evaluator` gives them, under the names that the run's evaluations have; empty if it has none.
     """
 
     kind: str
     title: str
-    evaluate: Callable[[TrainState, Callable[[], None]], dict[str, float]]
+    evaluate: Callable[[TrainState, Callable[[int], None]], dict[str, float]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +68,7 @@ class Program:
       evaluator: judges a state.
       first_state: makes the state before the first step, once.
       reference: what its evaluations are read against, or None.
+      held_out_note: printed after the first evaluation, if there is something to say.
     """
 
     config: Config | FinetuneConfig
@@ -85,6 +86,7 @@ class Program:
     evaluator: Evaluator
     first_state: FirstState
     reference: Reference | None = None
+    held_out_note: str = ""
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,7 @@ def compare(
             scores[task][name + _DISTILLED] = distilled
         scores[task] |= baseline_row | {LARGEST_CLASS: scores[task].pop(LARGEST_CLASS)}  # the last row
         jax.clear_caches()  # the next task cannot use this task's compiled programs, which hold memory
+    print("\n== Measuring the speed of the encoders", flush=True)
     length = min(_LENGTH, *(model.config.max_positions for model in opened.values()))
     comparison = Comparison(
         scores=scores,

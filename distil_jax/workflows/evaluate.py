@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from functools import cache
+
 from distil_jax.config.load import load_task
 from distil_jax.data.summary import summarize
 from distil_jax.evaluation import held_out
@@ -48,7 +51,12 @@ def _evaluate_on_task(model: Model, path: str, task: str) -> None:
     config = load_task(task, [quoted("model.path", path)]).task
     examples = examples_for(model, config)
     print(summarize(examples, ("dev", "test")))
-    print(format_scores(evaluate_task(model, config, examples), config))
+    scores = evaluate_task(model, config, examples, before_batch=cache(_announce))
+    print(format_scores(scores, config))
+
+
+def _announce(length: int) -> None:
+    print(f"Compiling the evaluation for rows of {length} tokens ...", file=sys.stderr, flush=True)
 
 
 def _evaluate_on_text(model: Model, path: str, data: str | None, teacher: str | None, rows: int) -> None:
@@ -59,7 +67,8 @@ def _evaluate_on_text(model: Model, path: str, data: str | None, teacher: str | 
         teacher = teacher or model.run_config.teacher.path
     if not data:
         raise InputError("Name the prepared rows to evaluate on: --data FOLDER.")
-    metrics = held_out.evaluate(model, data, teacher=open_model(teacher) if teacher else None, limit=rows)
+    other = open_model(teacher) if teacher else None
+    metrics = held_out.evaluate(model, data, teacher=other, limit=rows, before_batch=cache(_announce))
     print(f"{path}{f', step {model.step:,}' if model.step else ''} on the held-out rows of {data}")
     print(f"  {'parameters':12} {count_parameters(model.config):,}")
     for name, value in metrics.items():

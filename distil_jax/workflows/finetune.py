@@ -105,6 +105,7 @@ def finetune_and_score(
         step, shardings = program.step_config, program.first_state.sharding.params
         params = restore_params(checkpoints, best, step.student, step.head, shardings)
         metadata = checkpoints.metadata(best)
+    print(f"Evaluating the checkpoint of step {best} ...", flush=True)
     scores = evaluator.evaluate_splits(params, data)
     print(format_scores(scores, config.task))
     params = multihost_utils.process_allgather(params, tiled=True)  # every process holds only a part of them
@@ -224,7 +225,9 @@ def compile_task(
         evaluator=DevEvaluator(evaluator, data.dev, config.train.eval_rows, config.task.metric_names[0]),
         first_state=FirstState(step, config.seed, params, shardings_of(state_shapes, mesh)),
         reference=Reference(
-            "largest_class", f"{constant_name(config.task)} ({constant})", lambda state, alive: largest_class["dev"]
+            "largest_class",
+            f"{constant_name(config.task)} ({constant})",
+            lambda state, before_batch: largest_class["dev"],
         ),
     )
     return program, evaluator, data

@@ -122,7 +122,24 @@ def compile_run(parts: Parts) -> Program:
         evaluator=evaluator,
         first_state=FirstState(parts.step, config.seed, parts.student_params, shardings_of(state_shapes, mesh)),
         reference=reference,
+        held_out_note=_why_training_is_higher(parts),
     )
+
+
+def _why_training_is_higher(parts: Parts) -> str:
+    """A sentence on the two MLM losses that a run shows: the one in training is higher, and that is no mistake."""
+    student, config = parts.step.student, parts.config
+    reasons = [
+        reason
+        for reason, applies in (
+            ("rarer words are masked more often", config.masking.smoothing > 0),
+            ("dropout is on", student.hidden_dropout > 0 or student.attention_dropout > 0),
+        )
+        if applies
+    ]
+    if not reasons or not config.loss.mlm or parts.step.objective is not None:
+        return ""
+    return f"The MLM loss in training will be higher than on held-out text: in training, {' and '.join(reasons)}."
 
 
 def _describe(parts: Parts, mesh: Mesh) -> str:
