@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import os
@@ -18,7 +19,7 @@ import pytest
 from conftest import LENGTH, MASK, VOCAB, packed_rows, random_params
 
 from distil_jax import cli
-from distil_jax.commands.bench import batching, peers, record
+from distil_jax.commands.bench import batching, inference, peers, record, step
 from distil_jax.config.objective import LossConfig, MaskingConfig
 from distil_jax.models.encoder import MaskedLm
 from distil_jax.objective.distillation import distill_loss
@@ -91,6 +92,14 @@ def test_the_data(workshop, tmp_path, capsys):
     assert lines[1]["of_bare_tokenizer"] > 0 and lines[2]["length"] == LENGTH
     synthetic = bench(["data", "--positions", "1000", "--rounds", "1"], tmp_path, capsys)[0]["lines"]
     assert [(line["work"], line["length"]) for line in synthetic] == [("loader", 128), ("loader", 512)]
+
+
+@pytest.mark.parametrize(("shape", "lengths"), [("tiny", [32, 64]), ("demo", [32, 128]), ("base", [32, 128])])
+def test_rows_are_no_longer_than_the_model_takes_unless_one_says_so(shape, lengths):
+    parser = argparse.ArgumentParser()
+    step.add_arguments(parser)
+    assert step.read_work(parser.parse_args(["--shape", shape]), 0.1).length == lengths[-1]
+    assert inference.row_lengths(None, peers.shape_model(shape).max_positions) == lengths
 
 
 # The same work

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `distil-jax bench inference`."""
     peers.add_model_flags(parser)
     parser.add_argument("--batches", default="1,32", metavar="LIST", help="rows per call (default: %(default)s)")
-    parser.add_argument("--lengths", default="32,128", metavar="LIST", help="tokens per row (default: %(default)s)")
+    parser.add_argument("--lengths", metavar="LIST", help="tokens per row (default: 32,128 at most)")
     parser.add_argument("--calls", type=int, default=20, help="of each encoder per round (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="in each, all encoders take turns (default: %(default)s)")
     parser.add_argument("--peer", metavar="LIST", help="torch, to measure the same encoders in PyTorch")
@@ -49,10 +49,8 @@ def run(arguments: argparse.Namespace) -> Measurement:
     both, mesh = StepConfig(student, with_compute(shape, compute)), make_mesh(MeshConfig(), jax.devices()[:1])
     lines = []
     for batch in timing.parse_list("--batches", arguments.batches, int):
-        for length in timing.parse_list("--lengths", arguments.lengths, int):
+        for length in row_lengths(arguments.lengths, shape.max_positions):
             timing.require_positive(batches=batch, lengths=length)
-            most = shape.max_positions
-            require(length <= most, f"--lengths {length} is too long: the model has {most} positions.")
             step, _ = resolve_attention(both, "auto", mesh, length)
             models = {"teacher": step.teacher, "student": step.student}
             calls = {(OURS, name): encoder(model, batch, length) for name, model in models.items()}
@@ -62,6 +60,20 @@ def run(arguments: argparse.Namespace) -> Measurement:
                 milliseconds = timing.medians(calls, times=arguments.calls, rounds=arguments.rounds)
             lines += [{"batch": batch, "length": length} | line for line in _lines(milliseconds)]
     return Measurement(lines)
+
+
+def row_lengths(text: str | None, positions: int) -> list[int]:
+    """The lengths in the value of --lengths; without one, 32 and 128, or as many as the model has positions.
+
+    Raises:
+      InputError: something else than numbers, or more than the model's positions.
+    """
+    if text is None:
+        return sorted({min(length, positions) for length in (32, 128)})
+    lengths = timing.parse_list("--lengths", text, int)
+    longest = max(lengths)
+    require(longest <= positions, f"--lengths {longest} is too long: the model has {positions} positions.")
+    return lengths
 
 
 def encoder(model: ModelConfig, batch: int, length: int) -> TimedCall:

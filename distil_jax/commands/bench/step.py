@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `distil-jax bench step`."""
     peers.add_model_flags(parser)
     parser.add_argument("--batch-rows", type=int, default=8, help="rows per step (default: %(default)s)")
-    parser.add_argument("--length", type=int, help="tokens per row (default: as in --rows, or 128)")
+    parser.add_argument("--length", type=int, help="tokens per row (default: as in --rows, or 128 at most)")
     parser.add_argument("--accumulation", type=int, default=0, help="micro-batches per step (default: as in train)")
     parser.add_argument("--dropout", default="0.1", metavar="LIST", help="rates, one after the other (default: 0.1)")
     parser.add_argument("--steps", type=int, default=10, help="per timed block (default: %(default)s)")
@@ -168,7 +168,7 @@ def _rows(arguments: argparse.Namespace, config: Config, student: ModelConfig) -
         require(fits, f"The rows have {ids} ids, but the model has {student.vocab_size}: choose a larger --shape.")
         weights = assemble.token_weights(arguments.rows, manifest, student, smoothing=config.masking.smoothing)
         return open_rows(arguments.rows), weights, manifest.mask_id
-    length = 128 if arguments.length is None else arguments.length
+    length = min(128, student.max_positions) if arguments.length is None else arguments.length
     timing.require_positive(length=length)
     shape = (_RANDOM_BATCHES * config.train.batch_rows, length)
     ids_NxL = np.random.default_rng(0).integers(_SPECIAL, student.vocab_size, shape, np.int32)
