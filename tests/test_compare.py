@@ -1,6 +1,8 @@
 """The tables of a comparison; that they say what real runs reached is seen in test_guide.py."""
 
 import pytest
+from matplotlib.figure import Figure
+from test_report import texts
 
 from distil_jax import cli
 from distil_jax.reporting import comparison
@@ -53,6 +55,41 @@ def test_nothing_is_kept_of_a_teacher_that_learned_nothing(tmp_path, teacher, ke
         assert f" on {', '.join(named)}: " in sentences[0] and "optimizer.learning_rate" in sentences[0]
         assert ("(–)" in sentences[0]) != kept
     comparison.write(result, lines, tmp_path)  # the picture has no share to draw either
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+@pytest.mark.parametrize("tasks", [("sst2",), ("sst2", "rte", "mnli")])
+def test_the_picture_holds_all_its_words(tmp_path, monkeypatch, seeds, tasks):
+    """Names as long as on the hub, and scores near 100 %."""
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *rest, **more: figures.append(figure) or save(figure, *rest))
+    names = (
+        "google-bert/bert-base-uncased-finetuned",
+        "a-rather-long-name-of-a-student",
+        "a-rather-long-name + logits",
+    )
+    sizes = {
+        name: {"parameters": 10, "bytes": 40, "latency": 2.0 - 0.5 * i, "throughput": 5.0}
+        for i, name in enumerate(names[:2])
+    }
+    scores = {task: dict.fromkeys(names, [1.0, 0.98, 0.99][:seeds]) for task in tasks}
+    every = dict.fromkeys(tasks, "accuracy"), dict.fromkeys(tasks, "test")
+    comparison.write(comparison.Comparison(scores, *every, sizes, tuple(range(seeds)), 16), [], tmp_path)
+    (figure,) = figures
+    shown, (legend,) = texts(figure), figure.legends
+    assert all(min(edges) >= 0 and max(edges) <= 1 for edges in shown.values()), shown
+    assert [text.get_text() for text in legend.get_texts()] == [f"{names[0]} (teacher)", *names[1:]]
+    assert ("macro" in shown) == (len(tasks) > 1)
+    left, right = figure.axes
+    assert len(left.containers) == (0 if seeds == 1 else len(names) * len(left.get_xticks())), (
+        "bars only where there is spread"
+    )
+    assert left.get_ylim()[1] <= 100.5 and left.get_ylim()[0] > 90
+    assert 97 < right.get_ylim()[0] < 100 < right.get_ylim()[1] < 103
+    for axis in figure.axes:
+        box = axis.get_window_extent()
+        drawn = [axis.transData.transform(line.get_xydata()) for line in axis.get_lines()]
+        assert all(box.contains(*point) for points in drawn for point in points)
 
 
 def test_a_card_holds_the_newest_tables_once(tmp_path):

@@ -18,6 +18,7 @@ from distil_jax.data.tokenizer import load_tokenizer
 from distil_jax.evaluation.tasks import TaskEvaluator, nothing_learned
 from distil_jax.io import huggingface
 from distil_jax.io.metrics import MetricsWriter, read_metrics
+from distil_jax.reporting import report
 from distil_jax.runtime.run_folder import open_model
 from distil_jax.workflows.finetune import compile_task
 
@@ -201,6 +202,16 @@ def test_a_model_with_one_answer_for_everything_is_said_to_have_learned_nothing(
     (tmp_path / "cats.toml").write_text(cats)
     assert cli.main(["eval", str(model), "--task", str(tmp_path / "cats.toml")]) == 0
     assert "learned nothing" not in capsys.readouterr().out
+
+
+def test_its_report_has_the_scores_on_the_test_examples(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "draw_curves", lambda metrics, path: report.Heading(""))  # matplotlib takes a second
+    assert cli.main(["report", str(finished), "--output", str(tmp_path / "out")]) == 0
+    scores = json.loads((finished / "scores.json").read_text())
+    shown = (tmp_path / "out" / "report.md").read_text().replace("\u00a0", " ")
+    assert f"The best checkpoint, that of step {scores['step']}" in shown
+    assert re.search(rf"\| test +\| +{scores['test']['accuracy']:.4f} \| +{scores['test']['f1']:.4f} \| ", shown)
+    assert re.search(rf"\| test, largest class +\| +{scores['largest_class']['test']['accuracy']:.4f} ", shown)
 
 
 def test_eval_refuses_another_task_and_what_has_none(finished, tasks, workshop, tmp_path, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import re
 import shutil
 import tomllib
@@ -14,21 +15,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import PLACES, file_hashes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import imread
+from matplotlib.text import Text
 
 from distil_jax import cli
 from distil_jax.config.load import load
 from distil_jax.config.run import Config
 from distil_jax.data.tokenizer import load_tokenizer
 from distil_jax.evaluation.fill_mask import fill_mask
-from distil_jax.io.metrics import read_metrics
+from distil_jax.io.metrics import format_number, read_metrics
 from distil_jax.reporting import masked_words, report
-from distil_jax.reporting.curves import draw_curves
+from distil_jax.reporting.curves import PANELS, draw_curves
 from distil_jax.reporting.history import format_count, format_duration, history
 from distil_jax.reporting.markdown import table
 from distil_jax.reporting.masked_words import held_out_examples
-from distil_jax.reporting.page import Code, Curves, Fold, Heading, Paragraph, Table, to_html, to_markdown
+from distil_jax.reporting.page import Code, Curves, Fold, Heading, Paragraph, Table, panel_spans, to_html, to_markdown
 from distil_jax.runtime.run_folder import open_model
 from distil_jax.schema import build
 
@@ -479,6 +482,114 @@ def test_the_first_loss_does_not_flatten_the_rest(tmp_path, figures):
     assert axis.get_ylim()[0] < 3.6 and axis.get_ylim()[1] > 5 and not axis.texts, "of a few numbers all are shown"
 
 
+def texts(figure: Figure) -> dict[str, tuple[float, float, float, float]]:
+    """Every text that a figure shows, with its edges as shares of the figure: left, bottom, right, top."""
+    canvas, (width, height) = FigureCanvasAgg(figure), figure.bbox.size
+    canvas.draw()
+    shown = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
+    for axis in figure.axes:  # matplotlib makes ticks beyond the limits too, and does not draw them
+        for one, limits in ((axis.xaxis, axis.get_xlim()), (axis.yaxis, axis.get_ylim())):
+            beyond = [tick for tick in one.get_major_ticks() if not limits[0] <= tick.get_loc() <= limits[1]]
+            shown = [text for text in shown if not any(text in (tick.label1, tick.label2) for tick in beyond)]
+    boxes = {text.get_text(): text.get_window_extent(canvas.get_renderer()) for text in shown}
+    return {name: (box.x0 / width, box.y0 / height, box.x1 / width, box.y1 / height) for name, box in boxes.items()}
+
+
+RANGES = [
+    (0.17, 0.19),
+    (0.991, 0.9999),
+    (0.99991, 0.99999),
+    (0.0, 1.0),
+    (1e-7, 3e-7),
+    (12_345.0, 23_456.0),
+    (-0.2, 7e5),
+]
+
+
+@pytest.mark.parametrize("low, high", RANGES)
+def test_no_label_of_a_curve_is_cut(tmp_path, figures, low, high):
+    names = ["mlm"] if high > 1 else ["agreement", "mlm"]  # in percent, and not
+    lines = [
+        {"step": step, "kind": "held_out", **dict.fromkeys(names, value)}
+        for step, value in ((0, low), (500_000, high), (1_000_000, (low + high) / 2))
+    ]
+    draw_curves({"run": lines}, tmp_path / "curves.png")
+    for figure in figures:
+        for text, edges in texts(figure).items():
+            assert min(edges) >= 0 and max(edges) <= 1, (text, edges)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "labels"),
+    [
+        (0.172, 0.191, ["17.5 %", "18.0 %", "18.5 %", "19.0 %"]),
+        (0.12, 0.93, ["20 %", "40 %", "60 %", "80 %"]),
+        (0.9991, 0.9999, ["99.92 %", "99.94 %", "99.96 %", "99.98 %"]),
+    ],
+)
+def test_percent_axes_have_the_decimals_that_they_need(tmp_path, figures, low, high, labels):
+    lines = [{"step": step, "kind": "held_out", "accuracy": value} for step, value in ((0, low), (9, high))]
+    draw_curves({"run": lines}, tmp_path / "curves.png")
+    for figure in figures:
+        assert [text for text in texts(figure) if "%" in text] == labels
+
+
+@pytest.mark.parametrize("count", range(1, len(PANELS) + 1))
+def test_every_row_of_panels_is_full(count):
+    spans, row = panel_spans(count), 0
+    assert len(spans) == count
+    for span in spans:
+        row = (row + span) % 6 if row + span <= 6 else pytest.fail("a panel would go over the edge")
+    assert row == 0 and (min(spans) > 1)
+
+
+def test_where_a_run_was_resumed_is_marked_and_explained(run, figures, tmp_path):
+    short = shortened(run, tmp_path / "never", lambda line: line)
+    assert cli.main(["report", str(short)]) == 0
+    assert "resumed" not in (short / "report.md").read_text() + (short / "report.html").read_text()
+
+    def again(line: dict) -> dict:  # the process began again with step 7
+        if line["kind"] == "train" and line["step"] == 7:
+            line = {
+                name: number for name, number in line.items() if "per_second" not in name and "per_step" not in name
+            }
+            line["compile_seconds"] = 3.0
+        if line["kind"] == "train" and line["step"] == 9:
+            line["compile_seconds"] = 2.0  # for another length of text, which is no start
+        return line
+
+    figures.clear()
+    resumed = shortened(run, tmp_path / "once", again)
+    assert cli.main(["report", str(resumed)]) == 0
+    for curves in panels(figures[0]).values():
+        marks = [curve for curve in curves if str(curve.get_gid()).startswith("resumed")]
+        assert [list(mark.get_xdata()) for mark in marks] == [[6, 6]]
+    assert "marks where a run was resumed" in (resumed / "report.md").read_text()
+
+
+def test_a_table_that_goes_on_beyond_a_phone_has_a_shadow_at_its_edge(reported):
+    page = (reported / "report.html").read_text()
+    tables = page.count("<table")
+    assert page.count('<div class="wide"><table') == tables == 4
+    (rule,) = re.findall(r"\.wide \{(.*?)\}", page.partition("@media print")[0], re.S)
+    assert "overflow-x: auto" in rule and rule.count("local") == 2 and rule.count("scroll") == 2
+    assert page.count("--shadow: ") == 2, "in the light and in the dark"
+
+
+def test_one_measurement_is_one(run, without_curves, tmp_path):
+    short = shortened(run, tmp_path / "short", lambda line: line if line["step"] <= 2 else {})
+    assert cli.main(["report", str(short)]) == 0
+    assert "The speed was measured once while training." in (short / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("number", "shown"),
+    [(-1.659e-9, "0"), (0.0, "0"), (4e-6, "4e-06"), (-0.25, "-0.25"), (36_000.4, "36,000"), (math.nan, "nan")],
+)
+def test_what_rounding_leaves_of_zero_is_zero(number, shown):
+    assert format_number(number) == shown
+
+
 def test_a_long_run_is_drawn_by_its_means(tmp_path, figures):
     lines = [{"step": step, "kind": "train", "mlm": float(step % 4)} for step in range(10_000)]
     draw_curves({"run": lines}, tmp_path / "curves.png")
@@ -517,10 +628,9 @@ def test_runs_that_differ_in_their_seed_alone_are_one_line(finished_run, tmp_pat
             line.update({"mlm": line["mlm"] + more} if line["kind"] == "held_out" else {})
         (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     names = ("mine-3", "mine-4", "other")
-    (tmp_path / "out").mkdir()
     runs = [str(tmp_path / name) for name in names]
-    assert cli.main(["report", *runs, "--output", str(tmp_path / "out")]) == 0
-    page = (tmp_path / "out" / "report.md").read_text()
+    assert cli.main(["report", *runs, "--output", str(tmp_path / "new" / "out")]) == 0
+    page = (tmp_path / "new" / "out" / "report.md").read_text()
     mine, other, teacher = table_under(page, "Held out")
     of_teacher = next(line["mlm"] for line in read_metrics(finished_run) if line["kind"] == "teacher")
     assert teacher[:4] == ["teacher", "", "", f"{of_teacher:.3f}"]
@@ -531,4 +641,4 @@ def test_runs_that_differ_in_their_seed_alone_are_one_line(finished_run, tmp_pat
         "12",
         f"{mlm:.3f}",
     ]
-    assert cli.main(["report", *runs, "--output", str(tmp_path / "absent")]) == 2
+    assert cli.main(["report", *runs, "--output", str(tmp_path / "other" / "config.toml")]) == 2

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rows",
         type=int,
         default=0,
-        help="evaluate on this many held-out rows, always the same ones (default: all)",
+        help="evaluate on this many held-out rows, always the same ones; 0: all of them (default: 0)",
     )
 
 

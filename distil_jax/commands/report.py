@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "runs", nargs="+", metavar="RUN", help="run folders; runs that differ only in their seed are shown as one"
     )
-    parser.add_argument("--output", metavar="FOLDER", help="an existing folder to write to (default: the first run)")
+    parser.add_argument("--output", metavar="FOLDER", help="the folder to write to (default: the first run)")
     parser.add_argument(
         "--text",
         action="append",
@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> None:
     jax.config.update("jax_platforms", "cpu")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     output = user_path(arguments.output or arguments.runs[0])
-    if not output.is_dir():
-        raise InputError(f"{output} is not a folder: make it first, or leave --output out.")
+    if output.exists() and not output.is_dir():
+        raise InputError(f"{output} is a file: name a folder.")
     written = write_report(runs, output, texts=arguments.text)
     print(f"Wrote {written} and, to open in a browser, {written.with_suffix('.html')}.")

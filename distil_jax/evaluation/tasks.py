@@ -247,7 +247,7 @@ def format_scores(scores: TaskScores, task: TaskConfig) -> str:
     for split, metrics in scores.splits.items():
         of_constant = scores.largest_class[split]
         for who, numbers in ((split, metrics), (f"{split}, {constant_name(task)} ({scores.constant})", of_constant)):
-            lines.append(f"{who}: " + ", ".join(f"{name} {value:.4f}" for name, value in numbers.items()))
+            lines.append(f"{who}: " + ", ".join(f"{name} {value:z.4f}" for name, value in numbers.items()))
     if sentence := nothing_learned(scores.splits, scores.largest_class, scores.only_prediction):
         lines.append(sentence)
     return "\n".join(lines)

@@ -19,6 +19,7 @@ from distil_jax.structs import Mean, Metrics
 
 # Kinds of lines in metrics.jsonl, of step 0, with what a run's evaluations are read against.
 REFERENCES = {"teacher": "teacher", "largest_class": "largest class"}
+_ROUNDING = 5e-7  # about what float32 leaves of a 0 that is a difference of numbers above 1
 _BATCHES_LATE = 16  # metrics are fetched once so many later batches have been added
 
 
@@ -54,6 +55,16 @@ class MetricSums:
         for name, mean in jax.device_get(self._late.popleft()).items():
             mean = Mean(float(mean.total), float(mean.count))
             self._sums[name] = self._sums[name] + mean if name in self._sums else mean
+
+
+def format_number(number: float, digits: int = 4) -> str:
+    """A metric with a few significant digits; from 1,000 on all digits before the point, instead of 3.6e+04.
+
+    What rounding leaves of 0, such as a KL of -1.7e-09, is shown as 0.
+    """
+    if abs(number) < _ROUNDING:
+        return "0"
+    return f"{number:,.0f}" if 1000 <= abs(number) < 1e12 else f"{number:.{digits}g}"
 
 
 def perplexity(mlm: float) -> float:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -15,6 +16,7 @@ from distil_jax.reporting.markdown import mean_and_spread, table
 from distil_jax.reporting.style import RUN_STYLES
 
 LARGEST_CLASS = "largest class"  # the row of what one answer for every example scores
+_LEGEND_CHARACTERS = 9.0  # that fit into an inch of the picture's width
 # They enclose the section in a model card, so that it can be replaced.
 _MARKS = ("<!-- distil-jax compare -->", "<!-- distil-jax compare: end -->")
 
@@ -154,43 +156,57 @@ def _draw(comparison: Comparison, path: Path) -> None:
     """Draws the scores of each task with their standard deviation, and the share of the macro score against speed."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     colours = [light for light, _, _ in RUN_STYLES]
     names, teacher = comparison.names, next(iter(comparison.sizes))
-    columns = {**comparison.scores, "macro": {name: comparison.macro(name) for name in names if comparison.macro(name)}}
+    columns = dict(comparison.scores)
+    if len(columns) > 1:
+        columns["macro"] = {name: comparison.macro(name) for name in names if comparison.macro(name)}
     figure = Figure(figsize=(3.5 + 1.1 * len(columns) + 4.5, 4.4), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, width_ratios=(1.1 * len(columns) + 2, 4))
+    handles = []
     for i, (colour, name) in enumerate(zip(colours * len(names), names, strict=False)):
         shift = (i - (len(names) - 1) / 2) * 0.7 / len(names)  # points of one task are side by side
         points = [(x + shift, by_model[name]) for x, by_model in enumerate(columns.values()) if name in by_model]
-        left.errorbar(
-            [x for x, _ in points],
-            [100 * fmean(values) for _, values in points],
-            yerr=[100 * stdev(values) if len(values) > 1 else 0 for _, values in points],
-            fmt="o",
-            color=colour,
-            label=name,
-            capsize=3,
+        left.plot([x for x, _ in points], [100 * fmean(values) for _, values in points], "o", color=colour)
+        handles.append(
+            Line2D([], [], color=colour, marker="o", linestyle="", label=f"{name}{' (teacher)' if not i else ''}")
         )
+        for x, values in points:
+            if len(values) > 1:
+                left.errorbar(x, 100 * fmean(values), yerr=100 * stdev(values), color=colour, capsize=3)
         if name in comparison.sizes and comparison.kept(name):
             kept = 100 * fmean(comparison.macro(name)) / fmean(comparison.macro(teacher))
             speed = comparison.sizes[teacher]["latency"] / comparison.sizes[name]["latency"]
             right.plot(speed, kept, "o", color=colour, markersize=9)
-            right.annotate(name, (speed, kept), xytext=(6, 6), textcoords="offset points", fontsize=9)
     left.set_xticks(range(len(columns)), list(columns))
     left.set_ylabel("score, %")
-    right.set_xlabel(f"times as fast as {teacher}, one row")
-    right.set_ylabel(f"macro score kept of {teacher}, %")
-    right.margins(0.25)
+    # The teacher's name may be longer than an axis.
+    right.set_xlabel("times as fast as the teacher, one row")
+    right.set_ylabel("of the teacher's score, %" if len(comparison.scores) == 1 else "of the teacher's macro score, %")
+    _widen(right.set_xlim, [line.get_xdata()[0] for line in right.get_lines()], least=0.5)
+    _widen(right.set_ylim, [line.get_ydata()[0] for line in right.get_lines()], least=5)
+    _widen(left.set_ylim, left.dataLim.intervaly.tolist(), least=5, most=100)
+    left.set_xlim(-0.5, len(columns) - 0.5)
     if not comparison.kept(teacher):
-        sentence = f"{teacher} has no score\nto keep a share of"
+        sentence = "the teacher has no score\nto keep a share of"
         right.text(0.5, 0.5, sentence, transform=right.transAxes, ha="center", va="center")
         right.set(xticks=[], yticks=[])
     for axis in (left, right):
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(
-        *left.get_legend_handles_labels(), loc="outside lower center", ncols=min(len(names), 4), frameon=False
-    )
+    fitting = int(_LEGEND_CHARACTERS * figure.get_figwidth() / (max(map(len, names)) + 15))
+    columns_of_legend = max(1, min(len(names), 4, fitting))
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns_of_legend, frameon=False)
     figure.savefig(path, dpi=130)
+
+
+def _widen(set_limits: Callable[[float, float], Any], values: Sequence[float], *, least: float, most: float = math.inf):
+    """Sets the limits of an axis around its values, at least so far apart and little above the most they can be."""
+    if not values:
+        return
+    low, high = min(values), max(values)
+    room = max(high - low, least)
+    set_limits(low - 0.25 * room, min(high + 0.25 * room, max(most, high) + 0.05 * room))

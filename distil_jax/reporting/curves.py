@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from distil_jax.files import whole_file
-from distil_jax.io.metrics import REFERENCES
-from distil_jax.reporting.history import PERCENT_METRICS, TASK_METRICS, format_number
-from distil_jax.reporting.page import Curves, printable
+from distil_jax.io.metrics import REFERENCES, format_number
+from distil_jax.reporting.history import PERCENT_METRICS, TASK_METRICS
+from distil_jax.reporting.page import Curves, panel_spans, printable
 from distil_jax.reporting.style import GRID, INK, MUTED, RUN_STYLES, VARIABLES
 from distil_jax.schema import require
 
@@ -49,6 +49,7 @@ PANELS = (
     Panel("train", "tokens_per_second", "training: tokens per second"),
 )
 _COLUMNS, _WIDTH, _HEIGHT = 3, 4.2, 2.9  # columns of panels in the PNG, and a panel's width and height in inches
+_LEFT, _MARGIN = 0.13, 0.01  # of a panel in HTML, as shares of its width: room for labels, and the least around them
 _TICKS = (1, 2, 2.5, 5, 10)
 _MOST_POINTS = 1200  # of one curve
 _SETTINGS = {
@@ -58,6 +59,7 @@ _SETTINGS = {
     "axes.edgecolor": MUTED,
     "axes.linewidth": 0.8,
     "axes.formatter.useoffset": False,
+    "axes.formatter.limits": (-9, 9),  # whole numbers: a power of ten above the axis would move the title out
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.axisbelow": True,
@@ -100,16 +102,15 @@ def _png(metrics: dict[str, list[dict]], shown: Sequence[Panel], path: Path) -> 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    columns = min(_COLUMNS, len(shown))
-    rows = math.ceil(len(shown) / columns)
-    figure = Figure(figsize=(_WIDTH * columns, _HEIGHT * rows), layout="constrained")
+    rows = math.ceil(len(shown) / _COLUMNS)
+    figure = Figure(figsize=(_WIDTH * min(_COLUMNS, len(shown)), _HEIGHT * rows), layout="constrained")
     FigureCanvasAgg(figure)
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axis in axes[len(shown) :]:
-        axis.set_axis_off()
-    for axis, panel in zip(axes, shown, strict=False):
-        _draw(axis, metrics, panel)
+    tracks, end, spans = figure.add_gridspec(rows, 6), 0, panel_spans(len(shown))
+    for panel, span in zip(shown, spans, strict=True):
+        row, column = divmod(end, 6)
+        _draw(figure.add_subplot(tracks[row, column : column + span]), metrics, panel)
+        end += span
     if len(metrics) > 1:
         _legend(figure, list(metrics))
     with whole_file(path) as draft:
@@ -127,11 +128,16 @@ def _legend(figure: Figure, names: list[str]) -> None:
 
 def _svg(metrics: dict[str, list[dict]], panel: Panel) -> str:
     """One panel as an SVG to put into HTML: coloured by the page's CSS variables, without style sheet or metadata."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3.8, 2.75))
-    # The position is fixed, so that the axes of all panels line up.
-    _draw(figure.add_axes((0.13, 0.17, 0.84, 0.70)), metrics, panel)
+    # The position is fixed, so that the axes of all panels line up, unless the labels need more room.
+    axis = figure.add_axes((_LEFT, 0.17, 0.97 - _LEFT, 0.70))
+    _draw(axis, metrics, panel)
+    beyond = _MARGIN - axis.yaxis.get_tightbbox(FigureCanvasAgg(figure).get_renderer()).x0 / figure.bbox.width
+    if beyond > 0:
+        axis.set_position((_LEFT + beyond, 0.17, 0.97 - _LEFT - beyond, 0.70))
     file = io.StringIO()
     no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     figure.savefig(file, format="svg", transparent=True, metadata=no_metadata)
@@ -162,7 +168,7 @@ def _line_style(run: int, points: int = 0) -> dict:
 
 
 def _draw(axis: Axes, metrics: dict[str, list[dict]], panel: Panel) -> None:
-    from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
+    from matplotlib.ticker import EngFormatter, MaxNLocator
 
     values = []
     for run, (name, lines) in enumerate(metrics.items()):
@@ -171,6 +177,10 @@ def _draw(axis: Axes, metrics: dict[str, list[dict]], panel: Panel) -> None:
             style = _line_style(run, len(points)) | ({"marker": "o", "markersize": 4} if marked else {})
             axis.plot(*zip(*_downsampled(points), strict=True), label=name, **style)
             values += [value for _, value in points if math.isfinite(value)]
+            for step in resumed_after(lines):
+                axis.axvline(
+                    step, color=_line_style(run)["color"], linestyle=":", linewidth=1, gid=f"resumed-{run}-{step}"
+                )
     references = _draw_references(axis, metrics, panel)
     axis.set_title(panel.title, loc="left", fontsize=10, pad=9)
     axis.set_xlabel("step", color=MUTED, fontsize=9, labelpad=1)
@@ -180,13 +190,22 @@ def _draw(axis: Axes, metrics: dict[str, list[dict]], panel: Panel) -> None:
     axis.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=_TICKS))
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     axis.yaxis.set_major_locator(MaxNLocator(5, steps=_TICKS))
-    if panel.metric in PERCENT_METRICS:
-        axis.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
     if panel.metric == "tokens_per_second":
         axis.yaxis.set_major_formatter(EngFormatter(sep=""))
     in_percent = panel.metric in PERCENT_METRICS
     from_zero = panel.metric == "tokens_per_second"
     _set_limits(axis, values, references, cut_outliers=not in_percent, from_zero=from_zero)
+    if in_percent:
+        _label_in_percent(axis)
+
+
+def _label_in_percent(axis: Axes) -> None:
+    """Labels the y axis in percent, with as few decimals as tell its ticks exactly."""
+    from matplotlib.ticker import PercentFormatter
+
+    ticks = 100 * np.asarray(axis.get_yticks())
+    decimals = next(n for n in range(10) if n == 9 or np.allclose(ticks, np.round(ticks, n), rtol=0, atol=1e-9))
+    axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=decimals, symbol=" %"))
 
 
 def _draw_references(axis: Axes, metrics: dict[str, list[dict]], panel: Panel) -> list[float]:
@@ -243,6 +262,12 @@ def _points(lines: list[dict], panel: Panel) -> list[tuple[float, float]]:
     """The step and the value of every line that has the panel's metric."""
     lines = [line for line in lines if line["kind"] == panel.kind and panel.metric in line]
     return [(line["step"], _drawable(line[panel.metric])) for line in lines]
+
+
+def resumed_after(lines: list[dict]) -> list[int]:
+    """The steps after which a run was resumed: the first step after a start has a line of its own, without a speed."""
+    starts = [line["step"] for line in lines if "compile_seconds" in line and "seconds_per_step" not in line]
+    return [step - 1 for step in starts if step > 1]
 
 
 def _downsampled(points: list[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -101,11 +101,6 @@ def format_count(number: float) -> str:
     return f"{float(f'{number:.3g}'):,.0f}"
 
 
-def format_number(number: float, digits: int = 4) -> str:
-    """A number with a few significant digits; from 1,000 on all digits before the point, instead of 3.6e+04."""
-    return f"{number:,.0f}" if 1000 <= abs(number) < 1e12 else f"{number:.{digits}g}"
-
-
 def _finite(lines: list[dict[str, Any]], name: str) -> list[float]:
     """The finite values of a metric, in order."""
     return [line[name] for line in lines if name in line and math.isfinite(line[name])]

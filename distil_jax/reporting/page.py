@@ -99,6 +99,12 @@ def to_html(title: str, blocks: Sequence[Block]) -> str:
     )
 
 
+def panel_spans(count: int) -> list[int]:
+    """How many sixths of the width each of so many panels takes: three or two stand in a row, and every row is full."""
+    halves = {0: 0, 1: 4, 2: 2}[count % 3] if count > 1 else 0
+    return [2] * (count - halves) + [3] * halves if count > 1 else [6]
+
+
 def printable(text: str) -> str:
     """The text with control characters written as escapes, so that they cannot move a cursor or end a line."""
     kept = "\u00a0\u200c\u200d"  # the no-break space, and the joiners that Persian and Hindi need
@@ -141,7 +147,10 @@ def _html(block: Block) -> str:
             return _html_table(block)
         case Curves(_, panels, legend):
             names = "\n".join(f"<li>{line}<span>{_escape_html(name)}</span></li>" for line, name in legend)
-            figures = "\n".join(f"<figure>{panel}</figure>" for panel in panels)
+            spans = panel_spans(len(panels)) if panels else []
+            figures = "\n".join(
+                f'<figure class="sixths-{span}">{panel}</figure>' for panel, span in zip(panels, spans, strict=True)
+            )
             list_of_runs = f'<ul class="legend">\n{names}\n</ul>\n' if names else ""
             return f'{list_of_runs}<div class="curves">\n{figures}\n</div>'
         case Code(_, text):

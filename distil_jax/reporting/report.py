@@ -8,13 +8,18 @@ from pathlib import Path
 from distil_jax.config.run import Config
 from distil_jax.files import write_whole
 from distil_jax.io.metrics import read_metrics
-from distil_jax.reporting.curves import draw_curves
+from distil_jax.reporting.curves import draw_curves, resumed_after
 from distil_jax.reporting.history import history
 from distil_jax.reporting.masked_words import check_texts, masked_word_examples
 from distil_jax.reporting.page import Block, Heading, Paragraph, to_html, to_markdown
 from distil_jax.reporting.sections import best_checkpoint, by_seed, details, held_out, over_seeds, summary, throughput
 from distil_jax.runtime.run_folder import is_run, read_config
 from distil_jax.schema import InputError
+
+_RESUMED = (
+    "A dotted vertical line marks where a run was resumed. The first number of training after it is that of one step, "
+    "while the others are means over several."
+)
 
 
 def write_report(
@@ -30,7 +35,7 @@ def write_report(
 
     Args:
       runs: run folders, by the names under which they are shown.
-      output: an existing folder.
+      output: a folder, which is made if it does not exist.
       title: of the page; default: the names of the runs.
       head: blocks to put before the held-out results and the curves.
       examples: what the models predict for masked words; None: `masked_word_examples` of the first run.
@@ -58,14 +63,17 @@ def write_report(
             {name: values[group[0]] for name, group in groups.items()} for values in (metrics, histories, configs, runs)
         )
     print("Drawing the curves ...", flush=True)
+    output.mkdir(parents=True, exist_ok=True)
     curves = draw_curves(metrics, output / "curves.png")
     blocks = [Heading(title, 1)]
     for name, folder in runs.items():
         blocks += summary(folder, histories[name], configs[name], lead=f"{name}:" if len(runs) > 1 else "")
     blocks += [*head, Heading("Held out"), results]
-    if len(runs) == 1:
-        blocks += best_checkpoint(first)
+    for name, folder in runs.items():
+        blocks += best_checkpoint(folder, lead=f"{name}:" if len(runs) > 1 else "")
     blocks += [Heading("Curves"), curves]
+    if any(resumed_after(lines) for lines in metrics.values()):
+        blocks += [Paragraph(_RESUMED)]
     if repeated:
         blocks += [Paragraph("For each configuration, the curves show the run of its first seed.")]
     blocks += [Heading("Throughput"), *throughput(histories)]

@@ -13,8 +13,9 @@ from distil_jax.config.model import ModelConfig
 from distil_jax.config.run import Config
 from distil_jax.config.task import FinetuneConfig
 from distil_jax.io.checkpoint import Checkpoints
+from distil_jax.io.metrics import format_number
 from distil_jax.models.encoder import count_parameters
-from distil_jax.reporting.history import PERCENT_METRICS, History, format_count, format_duration, format_number
+from distil_jax.reporting.history import PERCENT_METRICS, History, format_count, format_duration
 from distil_jax.reporting.markdown import mean_and_spread
 from distil_jax.reporting.names import short_name, source_name, without_places
 from distil_jax.reporting.page import Block, Code, Fold, Paragraph, Table
@@ -135,14 +136,19 @@ def _references(histories: dict[str, History]) -> list[tuple[str, dict]]:
     return [(kind if kinds.count(kind) == 1 else f"{kind} of {run}", line) for kind, run, line in unique]
 
 
-def best_checkpoint(folder: Path) -> list[Block]:
-    """The scores of a fine-tuning run's best checkpoint, beside the largest class; nothing before they are written."""
+def best_checkpoint(folder: Path, *, lead: str) -> list[Block]:
+    """The scores of a fine-tuning run's best checkpoint, beside the largest class; nothing before they are written.
+
+    Args:
+      folder: of the run.
+      lead: text in bold before the table.
+    """
     scores = read_scores(folder)
     if scores is None:
         return []
     head, rows = score_table(scores)
     sentence = f"The best checkpoint, that of step {scores['step']:,}, on all examples:"
-    return [Paragraph(sentence), Table(tuple(head), rows), *map(Paragraph, score_notes(scores))]
+    return [Paragraph(sentence, lead), Table(tuple(head), rows), *map(Paragraph, score_notes(scores))]
 
 
 def by_seed(configs: dict[str, Config | FinetuneConfig]) -> dict[str, list[str]]:
@@ -253,9 +259,12 @@ def throughput(histories: dict[str, History]) -> list[Block]:
             share = history.compile_seconds / history.seconds if history.seconds else math.nan
             rows.append([name, *rates, *times, f"{100 * share:.0f} %"])
     measurements = max(len(history.throughputs) for history in histories.values())
+    measured = (
+        f"The median is over {measurements:,} measurements" if measurements > 1 else "The speed was measured once"
+    )
     note = (
-        f"The median is over {measurements:,} measurements while training. Compilation is the time of the first step "
-        f"after each start; the last column is its share of the total {_EXCLUDED}, whose time is not recorded."
+        f"{measured} while training. Compilation is the time of the first step after each start, and of compiling for "
+        f"further lengths of text; the last column is its share of the total {_EXCLUDED}, whose time is not recorded."
     )
     return [Table(head, rows), Paragraph(note)]
 
@@ -271,7 +280,7 @@ def details(history: History, config: Config | FinetuneConfig) -> list[Block]:
     if history.evaluations:
         names = _metrics(history.evaluations[-1])
         rows = [
-            [f"{line['step']:,}", *(f"{line.get(name, math.nan):.4f}" for name in names)]
+            [f"{line['step']:,}", *(f"{line.get(name, math.nan):z.4f}" for name in names)]
             for line in history.evaluations
         ]
         blocks.append(Fold("all evaluations", [Table(("step", *names), rows)]))

@@ -40,7 +40,7 @@ class Reference:
     Attributes:
       kind: of its line in metrics.jsonl, "teacher" or "largest_class".
       title: what it is called on the screen.
-      evaluate: (state, before_batch) -> its metrics, as an `Evaluator` gives them, under the names that the run's evaluations have; empty if it has none.
+      evaluate: (state, before_batch) -> its metrics, as an `Evaluator` gives them; empty if it has none.
     """
 
     kind: str

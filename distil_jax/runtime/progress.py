@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from tqdm import tqdm
 
 from distil_jax.config.run import TrainConfig
-from distil_jax.io.metrics import MetricsWriter, to_floats
+from distil_jax.io.metrics import MetricsWriter, format_number, to_floats
 from distil_jax.runtime.divergence import Divergence
 from distil_jax.runtime.processes import is_first
 from distil_jax.structs import Metrics
@@ -203,7 +203,9 @@ def _few(rows: list[int]) -> str:
 
 def _words(metrics: dict[str, float]) -> str:
     shares = ("accuracy", "agreement")
-    return ", ".join(f"{name} {n:.1%}" if name in shares else f"{name} {n:.4g}" for name, n in metrics.items())
+    return ", ".join(
+        f"{name} {n:.1%}" if name in shares else f"{name} {format_number(n)}" for name, n in metrics.items()
+    )
 
 
 def _duration(seconds: float) -> str:

@@ -72,4 +72,4 @@ def _evaluate_on_text(model: Model, path: str, data: str | None, teacher: str | 
     print(f"{path}{f', step {model.step:,}' if model.step else ''} on the held-out rows of {data}")
     print(f"  {'parameters':12} {count_parameters(model.config):,}")
     for name, value in metrics.items():
-        print(f"  {name:12} {value:.4f}")
+        print(f"  {name:12} {value:z.4f}")
