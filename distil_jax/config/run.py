@@ -130,6 +130,9 @@ class TrainConfig:
     profile_at: int = may_change(0)  # first step to record with JAX's profiler; 0: no profile
     profile_steps: int = may_change(5)  # number of steps to record
     tensorboard: bool = may_change(True)  # write TensorBoard files too, which needs the tensorboardX package
+    # Send the metrics to these trackers too, which need pip install 'distil-jax[track]'. The environment variables
+    # WANDB_PROJECT and TRACKIO_PROJECT name the project.
+    trackers: tuple[Literal["wandb", "trackio"], ...] = may_change(())
 
     def __post_init__(self) -> None:
         for name in (

@@ -1,4 +1,4 @@
-"""Turns metrics into plain numbers, and writes them to files: JSONL always, TensorBoard if wanted and installed."""
+"""Turns metrics into plain numbers, and writes them: to JSONL always, to TensorBoard and trackers if wanted."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import json
 import math
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from distil_jax.files import write_whole
+from distil_jax.io.trackers import Tracker
 from distil_jax.schema import InputError, require
 from distil_jax.structs import Mean, Metrics
 
@@ -81,14 +82,23 @@ class MetricsWriter:
       folder: the run's folder.
       step: where the run resumes; lines of later steps, which an interrupted run wrote, are dropped.
       tensorboard: whether to write event files too, which needs the tensorboardX package.
+      trackers: get every metric too.
       enabled: False writes nothing; of several processes, only one should write.
 
     Attributes:
       failure: why the newest lines are not on disk, or None.
     """
 
-    def __init__(self, folder: str | Path, *, step: int = 0, tensorboard: bool = False, enabled: bool = True) -> None:
-        self.folder, self.failure = Path(folder), None
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        step: int = 0,
+        tensorboard: bool = False,
+        trackers: Sequence[Tracker] = (),
+        enabled: bool = True,
+    ) -> None:
+        self.folder, self.failure, self._trackers = Path(folder), None, trackers
         self._lines, self._unwritten, self._events = None, b"", None
         if not enabled:
             return
@@ -103,19 +113,23 @@ class MetricsWriter:
         if self._lines is None:
             return
         self._unwritten += _dumps({"step": step, "kind": kind, **metrics}).encode()
+        finite = {f"{kind}/{name}": n for name, n in metrics.items() if isinstance(n, float) and math.isfinite(n)}
+        for tracker in self._trackers:
+            tracker.log(finite, step)
         try:
             while self._unwritten:
                 self._unwritten = self._unwritten[self._lines.write(self._unwritten) :]
             if self._events is not None:
-                for name, number in metrics.items():
-                    if isinstance(number, float) and math.isfinite(number):
-                        self._events.add(f"{kind}/{name}", number, step)
+                for name, number in finite.items():
+                    self._events.add(name, number, step)
                 self._events.flush()
             self.failure = None
         except OSError as error:
             self.failure = f"the metrics of step {step} could not be written ({error.strerror})"
 
     def close(self) -> None:
+        for tracker in self._trackers:
+            tracker.finish()
         if self._lines is not None:
             self._lines.close()
         if self._events is not None:

@@ -17,6 +17,7 @@ from distil_jax.data.loader import prefetch
 from distil_jax.files import keep, missing_folders, remove_on_exit
 from distil_jax.io.checkpoint import Checkpoints
 from distil_jax.io.metrics import MetricsWriter, last_held_out, read_metrics
+from distil_jax.io.trackers import check_installed, start_trackers
 from distil_jax.runtime import processes, run_folder, signals
 from distil_jax.runtime.disk_monitor import DiskMonitor
 from distil_jax.runtime.divergence import Divergence
@@ -26,7 +27,7 @@ from distil_jax.runtime.guards import StopRequest, Watchdog, folder_lock
 from distil_jax.runtime.profiler import Profiler
 from distil_jax.runtime.program import Program
 from distil_jax.runtime.progress import Progress
-from distil_jax.schema import InputError, require, user_path
+from distil_jax.schema import InputError, require, to_dict, user_path
 from distil_jax.training.optimizer import learning_rate
 from distil_jax.training.sharding import shard_count
 from distil_jax.training.state import TrainState
@@ -113,7 +114,12 @@ def run_program(
         going_on = f", going on after step {step:,}" if step else ""
         warnings = "".join(f"\nWarning: {warning}" for warning in program.warnings)
         print(f"{program.description} in {workdir}{going_on}{new_length}{warnings}", flush=True)
-        writer = MetricsWriter(workdir, step=step, tensorboard=config.tensorboard, enabled=processes.is_first())
+        trackers = []
+        if processes.is_first():
+            trackers = start_trackers(config.trackers, workdir, step, to_dict(program.config))
+        writer = MetricsWriter(
+            workdir, step=step, tensorboard=config.tensorboard, trackers=trackers, enabled=processes.is_first()
+        )
         processes.barrier("the metrics are as of this step")
         stack.enter_context(contextlib.closing(writer))
         with processes.exit_on_failure(), _failures_named(_smaller_steps(program)):
@@ -137,6 +143,8 @@ def _ready(make: Callable[[], Program], workdir: Path) -> Program:
     """Compiles the run, and refuses whatever can be refused before anything is written."""
     run_folder.check_folder(workdir)
     program = make()
+    if processes.is_first():
+        check_installed(program.config.train.trackers)
     run_folder.check_folder(workdir, program)
     return program
 
