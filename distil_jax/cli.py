@@ -14,7 +14,7 @@ import os
 import select
 import sys
 from collections.abc import Sequence
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 from distil_jax import __version__
 from distil_jax.runtime import exit_codes, signals
@@ -36,6 +36,7 @@ _VERBS = {
     "report": "write report.md and report.html for runs",
     "doctor": "check the machine, and the files of a run",
 }
+_COMPLETION = "--print-completion"
 # A full, broken or read-only disk, or too many open files: the machine is to blame, whatever the command was doing.
 _MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE)
 # With a file name: a path that the user gave cannot be used.
@@ -102,24 +103,58 @@ def _is_unread(pipe: TextIO) -> bool:
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
+class _CompletingParser(argparse.ArgumentParser):
+    """A parser that says how to complete its arguments: as files, unless they are a choice or a number."""
+
+    def add_argument(self, *names: Any, **settings: Any) -> argparse.Action:
+        """As argparse, but shtab finds in the action how to complete it."""
+        import shtab
+
+        action = super().add_argument(*names, **settings)
+        if action.nargs != 0 and action.choices is None and action.type is None and action.metavar != "KEY=VALUE":
+            action.complete = shtab.FILE
+        return action
+
+
+class _PrintCompletion(argparse.Action):
+    """Prints a script that completes verbs, flags and files in a shell, and exits. shtab makes it from all parsers."""
+
+    def __call__(self, parser: argparse.ArgumentParser, _: object, shell: str, __: object = None) -> NoReturn:
+        try:
+            import shtab
+        except ImportError:
+            install = "needs shtab, which is not installed: pip install 'distil-jax[complete]'."
+            parser.exit(exit_codes.BAD_INPUT, f"distil-jax: --print-completion {install}\n")
+        whole = _CompletingParser(prog=parser.prog)
+        verbs = whole.add_subparsers()
+        for verb, summary in _VERBS.items():
+            importlib.import_module(f"distil_jax.commands.{verb}").add_arguments(verbs.add_parser(verb, help=summary))
+        print(shtab.complete(whole, shell))
+        parser.exit()
+
+
 def _split(arguments: list[str]) -> tuple[str, list[str]]:
     """The verb and the arguments after it. Exits for --help, --version and an unknown verb."""
     width = max(map(len, _VERBS))
     parser = argparse.ArgumentParser(
         prog="distil-jax",
-        usage="distil-jax [--version] [--help] VERB ...",
+        usage="distil-jax [--version] [--help] [--print-completion SHELL] VERB ...",
         description="Distils BERT-like encoders into small, fast students with JAX.",
         epilog="verbs:\n"
         + "\n".join(f"  {verb:{width}}  {text}" for verb, text in _VERBS.items())
-        + "\n\n`distil-jax VERB --help` shows a verb's arguments.",
+        + "\n\n`distil-jax VERB --help` shows a verb's arguments. For completion with the TAB key:\n"
+        "  distil-jax --print-completion bash > ~/.distil-jax-completion\n"
+        "  echo 'source ~/.distil-jax-completion' >> ~/.bashrc",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"distil-jax {__version__}")
+    shells = ("bash", "zsh", "fish", "tcsh")
+    parser.add_argument(_COMPLETION, choices=shells, action=_PrintCompletion, help="print a script for TAB, and exit")
     parser.add_argument("verb", choices=list(_VERBS), metavar="VERB", help="what to do")
     if not arguments:
         parser.print_help(sys.stderr)
         sys.exit(exit_codes.BAD_INPUT)
-    chosen = parser.parse_args(arguments[:1]).verb
+    chosen = parser.parse_args(arguments[: 2 if arguments[:1] == [_COMPLETION] else 1]).verb
     return chosen, arguments[1:]
 
 

@@ -88,6 +88,49 @@ def test_the_configuration_of_a_fine_tuning_is_printed_without_a_folder(capsys):
     assert cli.main(words) == 2 and "--output" in capsys.readouterr().err
 
 
+# Asks bash what TAB would offer after these words.
+TAB = """
+source "$1"; shift
+COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMPREPLY=()
+$(complete -p distil-jax | sed 's/.*-F \\([^ ]*\\) .*/\\1/') distil-jax "${COMP_WORDS[COMP_CWORD]}"
+printf '%s\\n' "${COMPREPLY[@]}"
+"""
+
+
+def test_bash_completes_verbs_flags_choices_and_files(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("shtab", reason="completion is optional")
+    assert ended(["--print-completion", "bash"]) == 0
+    script = tmp_path / "distil-jax"
+    script.write_text(capsys.readouterr().out)
+    (tmp_path / "text.txt").write_text("")
+
+    def offered(*words: str) -> set[str]:
+        asked = ["bash", "-c", TAB, "bash", script, "distil-jax", *words]
+        result = subprocess.run(asked, capture_output=True, text=True, check=True, cwd=tmp_path)
+        return {word.strip() for word in result.stdout.splitlines() if word.strip()}
+
+    assert offered("e") == {"eval", "export"} and offered("rep") == {"report"}
+    assert offered("train", "--res") == {"--resume-step"}
+    assert offered("bench", "step", "--shape", "") == {"base", "demo", "tiny"}
+    assert offered("prepare", "te") == offered("train", "te") == {"text.txt"}
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish", "tcsh"])
+def test_other_shells_get_a_script_too(shell, capsys):
+    pytest.importorskip("shtab", reason="completion is optional")
+    assert ended(["--print-completion", shell]) == 0
+    shown = capsys.readouterr().out
+    assert all(verb in shown for verb in VERBS)
+
+
+def test_without_the_package_completion_is_refused_in_one_sentence(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert ended(["--print-completion", "bash"]) == 2
+    assert capsys.readouterr().err == (
+        "distil-jax: --print-completion needs shtab, which is not installed: pip install 'distil-jax[complete]'.\n"
+    )
+
+
 def test_print_config_prints_and_writes_nothing(workshop, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     asked = [
