@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import PLACES, file_hashes, random_params, same_leaves
+from conftest import LENGTH, PLACES, file_hashes, random_params, same_leaves
 from huggingface_hub import ModelCard
 
 from distil_jax import cli
@@ -67,7 +67,9 @@ def printed(text: str) -> dict[str, float]:
 def test_eval_of_a_run_gives_the_numbers_of_its_end(finished_run, of_the_run, capsys):
     before = file_hashes(finished_run)
     assert cli.main(["eval", str(finished_run)]) == 0
-    shown = printed(capsys.readouterr().out)
+    captured = capsys.readouterr()
+    assert captured.err == f"Compiling the evaluation for rows of {LENGTH} tokens ...\n"
+    shown = printed(captured.out)
     assert shown.pop("parameters") == count_parameters(open_model(finished_run).config)
     assert shown.keys() == of_the_run.keys()
     assert shown == pytest.approx(of_the_run, rel=1e-5, abs=6e-5)  # four digits are printed

@@ -571,6 +571,7 @@ def test_the_doctor_finds_nothing_and_then_what_was_done(workshop, tmp_path, lon
     run = shutil.copytree(unbroken, tmp_path / "run")
     ((stdout, _),) = done(start(1, ["doctor", run], devices=2), 0)
     assert "Nothing is wrong" in stdout and "WRONG" not in stdout and "on all 2" in stdout
+    assert "Compiling a small training step for each device ...\nok    a step on every device" in stdout
     newest = steps_of(run)[-1]
     (run / "checkpoints" / str(newest) / "manifest.json").write_text("{}")
     rows = shutil.copytree(workshop / "rows", tmp_path / "rows")
@@ -581,10 +582,13 @@ def test_the_doctor_finds_nothing_and_then_what_was_done(workshop, tmp_path, lon
     config = run / "config.toml"
     config.write_text(config.read_text().replace(str(workshop / "rows"), str(rows)))
     monkeypatch.setattr(doctor, "_devices", lambda: "as before")
+    monkeypatch.setattr(doctor, "_LONG", 1000)  # bytes
     assert cli.main(["doctor", str(run)]) == 2
     stdout, stderr = capsys.readouterr()
     wrong = [line for line in stdout.splitlines() if line.startswith("WRONG")]
     assert len(wrong) == 2 and f"checkpoint {newest}" in wrong[0] and str(table) in wrong[1]
+    assert f"Reading checkpoint {newest} (0.0 GiB) ...\nWRONG checkpoint {newest}" in stdout
+    assert f"Reading {rows} (0.0 GiB) ...\nWRONG rows" in stdout
     assert "2 of" in stderr
 
 

@@ -96,7 +96,8 @@ def pixels(picture: Path) -> tuple[int, int]:
 def test_the_page_of_one_run(run, figures, capsys):
     before = file_hashes(run)
     assert cli.main(["report", str(run)]) == 0
-    assert str(run / "report.md") in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert str(run / "report.md") in shown and shown.startswith("Drawing the curves ...\nAsking the models for masked")
     after = file_hashes(run)
     assert (
         after.keys() - before.keys() == {"report.md", "report.html", "curves.png"} and before.items() <= after.items()

@@ -31,7 +31,7 @@ _LIGHT = _variables(
 )
 _DARK = _variables(
     {**_DARK_COLOURS, **{f"run-{i}": dark for i, (_, dark, _) in enumerate(RUN_STYLES)}}
-    | {"paper": "#14171b", "panel": "#1d2126", "shadow": "#000000cc"}
+    | {"paper": "#14171b", "panel": "#1d2126", "shadow": "#9aa3ad73"}
 )
 
 CSS = f"""\
