@@ -360,7 +360,7 @@ AT_HOME = (
     "compare {w}/teacher --tasks {t}/none.toml --output {o}",
     "compare {w}/teacher --tasks {h}/task.toml --output {t}/file",
     "report {t}/none",
-    "report {w}/teacher --output {t}/none",
+    "report {w}/teacher --output {t}/file",
     "doctor {t}/none",
     "demo --output {t}/file",
     "plan {t}/none.toml",
