@@ -52,8 +52,8 @@ class Run:
 
 
 @contextlib.contextmanager
-def terminal(monkeypatch, columns):
-    """Both streams on a terminal of so many columns; yields a function that returns what it got so far."""
+def terminal(monkeypatch, columns, streams=("stdout", "stderr")):
+    """Puts the streams on a terminal of so many columns; yields a function that returns what it got so far."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     os.set_blocking(ours, False)
@@ -67,8 +67,8 @@ def terminal(monkeypatch, columns):
             return b"".join(got).decode()
 
         patch.setenv("COLUMNS", str(columns))  # the stdout that Python began with is no terminal
-        patch.setattr(sys, "stdout", stream)
-        patch.setattr(sys, "stderr", stream)
+        for name in streams:
+            patch.setattr(sys, name, stream)
         yield read
 
 
@@ -106,6 +106,18 @@ def test_every_tenth_of_a_run_leaves_a_line_above_the_bar(tmp_path, monkeypatch)
         run.end()
         shown = [int(step) for step in re.findall(r"step +(\d+)  loss", read().replace(",", ""))]
     assert shown == [1, *range(100, 1001, 100)]
+
+
+def test_a_file_gets_every_line_also_where_a_terminal_shows_the_bar(tmp_path, monkeypatch, capsys):
+    with terminal(monkeypatch, 80, streams=("stderr",)) as read:
+        run = Run(tmp_path, monkeypatch, steps=1000)
+        for step in range(1, 101):
+            run.step(step)
+        run.end()
+        assert "100/1000" in read() and "Compiling" not in read()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:11] for line in lines[1:]] == [f"step {step:>6}" for step in (1, *range(10, 101, 10))]
+    assert max(map(len, lines)) > 80, "and no line is broken"
 
 
 @pytest.mark.parametrize("known", [None, 26.7])

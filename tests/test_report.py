@@ -544,10 +544,8 @@ def test_every_row_of_panels_is_full(count):
     assert row == 0 and (min(spans) > 1)
 
 
-def test_where_a_run_was_resumed_is_marked_and_explained(run, figures, tmp_path):
-    short = shortened(run, tmp_path / "never", lambda line: line)
-    assert cli.main(["report", str(short)]) == 0
-    assert "resumed" not in (short / "report.md").read_text() + (short / "report.html").read_text()
+def test_where_a_run_was_resumed_is_marked_and_explained(run, reported, figures, tmp_path):
+    assert "resumed" not in (reported / "report.md").read_text() + (reported / "report.html").read_text()
 
     def again(line: dict) -> dict:  # the process began again with step 7
         if line["kind"] == "train" and line["step"] == 7:
@@ -559,7 +557,6 @@ def test_where_a_run_was_resumed_is_marked_and_explained(run, figures, tmp_path)
             line["compile_seconds"] = 2.0  # for another length of text, which is no start
         return line
 
-    figures.clear()
     resumed = shortened(run, tmp_path / "once", again)
     assert cli.main(["report", str(resumed)]) == 0
     for curves in panels(figures[0]).values():
