@@ -47,8 +47,16 @@ def test_an_old_python_is_refused(tmp_path):
 def test_what_the_readme_names_is_there():
     for path in re.findall(r"`((?:launch|configs|distil_jax)/[\w./]+)`", README):
         assert (REPOSITORY / path).exists(), path
-    for preset in re.findall(r"distil-jax train (\w+)", README):
+    for preset in set(re.findall(r"distil-jax train (\w+)", README)) - {"run"}:  # the run folder of the examples
         assert (REPOSITORY / "configs" / f"{preset}.toml").exists()
+    assert len(README.splitlines()) <= 150
+
+
+def test_every_link_of_a_readme_leads_somewhere():
+    folders = (".", "configs", "launch", "tests", "distil_jax", "distil_jax/data", "distil_jax/commands/bench")
+    for readme in (REPOSITORY / folder / "README.md" for folder in folders):
+        for link in re.findall(r"\]\(([^)]+)\)", readme.read_text()):
+            assert (readme.parent / link.partition("#")[0]).exists(), (readme, link)
 
 
 def test_the_readmes_research_example_runs_as_it_stands(capsys):

@@ -225,7 +225,7 @@ def layers_apart(params: dict) -> dict:
     """The same parameters, for `MaskedLm.apply`, with arrays of each layer's own instead of stacked ones.
 
     For inference on CPUs: there XLA copies every layer out of a stack at every call, which at batch 1 is most of the
-    time (README, "How fast").
+    time (`commands/bench/README.md`).
     """
     *_, one_of_them = jax.tree.leaves(params["layers"])
     layers = {
