@@ -15,8 +15,8 @@ def keep_freed_memory() -> None:
 
     XLA allocates the temporaries of a step on a CPU anew for every step. glibc gets blocks above 32 MiB from the kernel
     and returns them, so every step begins on pages that the kernel must first fill with zeros: a third of the time of a
-    small step (`commands/bench/README.md`). One arena, because malloc does not keep the memory of the others. Blocks above
-    512 MiB are still returned: with several steps in flight, the process would keep several times what it needs.
+    small step (`commands/bench/README.md`). One arena, because malloc does not keep the memory of the others. Blocks
+    above 512 MiB are still returned: with several steps in flight, the process would keep several times what it needs.
     Does nothing without glibc 2.35 or later; older versions refuse so high a threshold.
     """
     if platform.libc_ver()[0] == "glibc":

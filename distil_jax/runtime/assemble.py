@@ -354,13 +354,13 @@ def _student(
 
         folder = user_path(student.init)
         if is_run(folder):
-            found = open_model(folder)
+            run = open_model(folder)
             require(
-                found.head is None,
+                run.head is None,
                 f"{folder} (student.init) is a fine-tuning, whose model has no MLM head: name the run or the model "
                 "folder that it began with.",
             )
-            model, params, tokenizer = found.config, found.params, found.tokenizer
+            model, params, tokenizer = run.config, run.params, run.tokenizer
         else:
             tokenizer = folder = local_folder(student.init)
             model, params = huggingface.load(folder)
