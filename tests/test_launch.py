@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -33,6 +34,14 @@ def test_shellcheck_finds_nothing(script):
 def test_ci_runs_the_readmes_test_command():
     assert "exec launch/test.sh" in (REPOSITORY / ".ci/run").read_text()
     assert "launch/test.sh" in README and "launch/demo.sh" in README
+
+
+def test_the_workflow_of_github_is_one():
+    pytest.importorskip("check_jsonschema")
+    workflow = REPOSITORY / ".github/workflows/test.yml"
+    check = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.github-workflows", workflow]
+    subprocess.run(check, check=True, capture_output=True)
+    assert "run: launch/test.sh" in workflow.read_text()
 
 
 def test_an_old_python_is_refused(tmp_path):
