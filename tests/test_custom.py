@@ -13,6 +13,7 @@ import pytest
 from conftest import random_params, run_numbers, same_leaves
 
 import distil_jax as dj
+from distil_jax import cli
 from distil_jax.config.load import load, load_task
 from distil_jax.objective.masking import most_targets
 from distil_jax.runtime.assemble import assemble
@@ -186,6 +187,27 @@ def test_logits_that_come_with_the_batch_are_as_good_as_the_teacher(
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), actual, expected)
 
 
+def test_a_teacher_may_pad_its_vocabulary_too(step_config, student_params, stored_logits):
+    """To the student's stored size, with whatever logits: they are of no token."""
+    stored, batch = stored_logits
+    loss = replace(step_config.loss, cosine=0.0)
+    config = replace(step_config, loss=loss, teacher=dj.LogitsFromBatch())
+    state = dj.init_state(KEY, config, params=student_params)
+    padded = np.pad(stored, ((0, 0), (0, 0), (0, 128 - stored.shape[-1])), constant_values=9.0)
+    expected, actual = (
+        jax.jit(dj.gradients)(state, None, batch.replace(teacher_logits=logits)) for logits in (stored, padded)
+    )
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+def test_an_optimiser_may_make_arrays(step_config):
+    """Also where a state is only traced, first of all."""
+    config = replace(step_config, optimizer=Momentum(decay=0.5))
+    dj.make_optimizer.cache_clear()
+    dj.abstract_state(config)
+    dj.init_state(KEY, config)
+
+
 def test_an_evaluation_compares_with_logits_too(step_config, student_params, teacher_params, stored_logits):
     stored, batch = stored_logits
     state = dj.init_state(KEY, step_config, params=student_params)
@@ -258,7 +280,7 @@ def test_mistakes_are_one_sentence(step_config, stored_logits, teacher_params):
     wide = np.zeros((*stored.shape[:2], 200), np.float32)
     with pytest.raises(dj.InputError, match="logits for 200 ids and the student for 128"):
         lowered(with_logits, batch.replace(teacher_logits=wide))
-    for name in ("loss", "tokens", "my term"):
+    for name in ("loss", "tokens", "step", "my term"):
         with pytest.raises(dj.InputError, match=f"cannot be called '{name}'"):
             lowered(replace(step_config, objective=Named(step_config.loss, name=name)), batch, teacher_params)
     for part in ("objective", "optimizer", "teacher"):
@@ -306,7 +328,7 @@ class Momentum:
     decay: float = 0.9
 
     def make(self):
-        return optax.sgd(self.learning_rate, momentum=self.decay)
+        return optax.sgd(jnp.float32(self.learning_rate), momentum=self.decay)
 
 
 SETTINGS = ("train.steps=6", "train.checkpoint_every=3", "train.eval_every=3", "train.tensorboard=false")
@@ -324,6 +346,20 @@ def test_a_run_of_ones_own_parts_resumes_bit_for_bit_and_only_with_equal_ones(wo
     assert "norm" in before[-1] and before[-1]["kind"] == "held_out"
     assert whole.metadata["custom"]["optimizer"] == {"class": "Momentum", "learning_rate": 1e-3, "decay": 0.9}
     assert whole.metadata["custom"]["objective"]["published"]["config"]["class"] == "LossConfig"
+
+    cli.main(["export", str(tmp_path / "run"), str(tmp_path / "model")])
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert (
+        "own parts, instead of the recipe's: objective `Scaled`, optimizer `Momentum`" in card and "AdamW" not in card
+    )
+
+    # The command line does not know the parts, also where nothing is saved yet.
+    unsaved = shutil.copytree(tmp_path / "run", tmp_path / "unsaved", ignore=shutil.ignore_patterns("checkpoints"))
+    for run, output in ((tmp_path / "run", tmp_path / "new"), (unsaved, unsaved)):
+        assert cli.main(["train", str(run), "--output", str(output)]) == 2
+        assert "own (objective, optimizer), which the command line does not know" in capsys.readouterr().err
+    with pytest.raises(dj.InputError, match=r"optimizer: .*Momentum.* -> as configured.*: go on with it from Python"):
+        train(config, unsaved)
 
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
     changed = (
@@ -345,8 +381,14 @@ def test_what_cannot_be_written_down_is_refused_before_a_run_begins(workshop, tm
     config = load(workshop / "run.toml", SETTINGS)
     with pytest.raises(dj.InputError, match=r"its optimizer is, and .* cannot be written: put it into a dataclass"):
         train(config, tmp_path / "run", optimizer=optax.chain(optax.sgd(0.1)))
-    with pytest.raises(dj.InputError, match="There are two teachers"):
+    with pytest.raises(dj.InputError, match="put an OptimizerConfig into the config"):
+        train(config, tmp_path / "run", optimizer=dj.OptimizerConfig(steps=9))
+    with pytest.raises(dj.InputError, match="give teacher too"):
+        train(config, tmp_path / "run", teacher_params={})
+    with pytest.raises(dj.InputError, match="rows carry no logits"):
         train(config, tmp_path / "run", teacher=dj.LogitsFromBatch(), objective=dj.Distillation())
+    with pytest.raises(dj.InputError, match="There are two teachers"):
+        train(config, tmp_path / "run", teacher=TableTeacher(), objective=dj.Distillation())
     assert list(tmp_path.iterdir()) == []
 
 

@@ -35,6 +35,11 @@ def test_a_loss_far_above_its_median_for_long(tail, end):
     assert looked([1.0] * 40 + tail) == end
 
 
+def test_a_negative_loss_has_no_factor():
+    """As that of an objective of one's own: it improves, and then is 0."""
+    assert looked([-0.3 - 0.005 * step for step in range(120)] + [0.0] * 50) is None
+
+
 def test_high_losses_do_not_become_usual():
     assert looked([1.0] * 40 + ([5.0] * 3 + [1.0]) * 100 + [5.0] * 4) == 444
 

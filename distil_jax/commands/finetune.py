@@ -9,6 +9,7 @@ import tomli_w
 from distil_jax.config.load import load_task, presets
 from distil_jax.runtime import processes
 from distil_jax.runtime.program import keep_compiled
+from distil_jax.runtime.run_folder import check_no_own_parts
 from distil_jax.schema import quoted, require, to_dict, user_path
 from distil_jax.workflows.finetune import finetune
 
@@ -44,6 +45,7 @@ def run(arguments: argparse.Namespace) -> None:
         print(tomli_w.dumps(to_dict(config)), end="")
         return
     require(arguments.output is not None, "finetune needs a folder for its run: name one with --output.")
+    check_no_own_parts(user_path(arguments.task))
     output = user_path(arguments.output)
     with processes.first_process_prints():
         keep_compiled(config.compute, output)

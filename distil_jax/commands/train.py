@@ -10,7 +10,7 @@ import tomli_w
 from distil_jax.config.load import load, presets
 from distil_jax.runtime import processes
 from distil_jax.runtime.program import keep_compiled
-from distil_jax.runtime.run_folder import is_run
+from distil_jax.runtime.run_folder import check_no_own_parts, is_run
 from distil_jax.schema import to_dict, user_path
 from distil_jax.workflows.train import train
 
@@ -46,6 +46,7 @@ def run(arguments: argparse.Namespace) -> None:
         print(tomli_w.dumps(to_dict(config)), end="")
         return
     run_or_file = user_path(arguments.config)
+    check_no_own_parts(run_or_file)
     default = run_or_file if is_run(run_or_file) else Path("runs") / run_or_file.stem
     output = user_path(arguments.output or default)
     with processes.first_process_prints():

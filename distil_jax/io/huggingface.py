@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import numpy as np
 from flax import traverse_util
 
@@ -154,7 +155,9 @@ def save_task(
 def fingerprint(params: Params) -> str:
     """The SHA-256 of all parameters: their paths, dtypes, shapes and bytes, in the order of the paths."""
     digest = hashlib.sha256()
-    for path, value in sorted(traverse_util.flatten_dict(params, sep="/").items()):
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    by_path = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    for path, value in sorted(by_path.items()):
         array = np.ascontiguousarray(value)
         digest.update(f"{path} {array.dtype} {array.shape}\n".encode())
         digest.update(array.reshape(-1).view(np.uint8))

@@ -193,11 +193,11 @@ def held_out_terms(
 def _terms_at_targets(
     head: Head | None, teacher_head: Head | None, features: Array, labels: Array, teacher_features: Array | None
 ) -> Metrics:
-    student_logits, where = teacher_logits_of(features, head, features.shape[-1]), labels != IGNORED
+    student_logits, where = teacher_logits_of(features, head, None), labels != IGNORED
     best = jnp.argmax(student_logits, axis=-1)
     terms = {"mlm": mlm_loss(student_logits, labels), "accuracy": Mean.of(best == labels, where)}
     if teacher_features is not None:
-        teacher_logits = teacher_logits_of(teacher_features, teacher_head, student_logits.shape[-1])
+        teacher_logits = teacher_logits_of(teacher_features, teacher_head, head)
         terms["kl"] = kl_loss(student_logits, teacher_logits, where=where, temperature=1.0)
         terms["agreement"] = Mean.of(best == jnp.argmax(teacher_logits, axis=-1), where)
     return terms

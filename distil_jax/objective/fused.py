@@ -78,7 +78,7 @@ def _forward(
         student_logits = logits(features_BxCxD, head)
         teacher_logits = None
         if teacher_features is not None:
-            teacher_logits = teacher_logits_of(teacher_features, teacher_head, student_logits.shape[-1])
+            teacher_logits = teacher_logits_of(teacher_features, teacher_head, head)
         terms, gradient_BxCxV = _compare(student_logits, teacher_logits, where, labels, scales, temperature)
         totals = jax.tree.map(jnp.add, totals, terms)
         bias_sum_V += jnp.sum(gradient_BxCxV, axis=(0, 1))

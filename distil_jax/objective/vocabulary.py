@@ -22,27 +22,30 @@ def logits(features: Array, head: Head) -> Array:
     return product + head.bias
 
 
-def teacher_logits_of(features: Array, head: Head | None, vocab_size: int) -> Array:
+def teacher_logits_of(features: Array, head: Head | None, student_head: Head | None) -> Array:
     """[..., V] float32 from a teacher's features, or from its own logits where there is no head.
 
     Args:
       features: [..., E], or without a head logits [..., W] with W <= V.
       head: the teacher's, or None.
-      vocab_size: V, as it is stored.
+      student_head: says how many ids there are, and which of them only pad the vocabulary; None: logits are not padded.
 
     Raises:
       InputError: more logits than the student has.
     """
     if head is not None:
         return logits(features, head)
-    width = features.shape[-1]
+    floored = jnp.maximum(features.astype(jnp.float32), PADDING_LOGIT)  # -inf; NaN stays, and the update is skipped
+    if student_head is None:
+        return floored
+    width, vocab_size = features.shape[-1], student_head.bias.shape[0]
     require(
         width <= vocab_size,
         f"The teacher has logits for {width} ids and the student for {vocab_size}: both must use one tokenizer.",
     )
     ends = [(0, 0)] * (features.ndim - 1) + [(0, vocab_size - width)]
-    padded = jnp.pad(features.astype(jnp.float32), ends, constant_values=PADDING_LOGIT)
-    return jnp.where(padded < PADDING_LOGIT, PADDING_LOGIT, padded)  # -inf; NaN stays, so that the update is skipped
+    padded = jnp.pad(floored, ends, constant_values=PADDING_LOGIT)
+    return jnp.where(student_head.bias <= PADDING_LOGIT, PADDING_LOGIT, padded)  # a teacher may pad its own vocabulary
 
 
 def dense_loss(
@@ -77,7 +80,7 @@ def dense_loss(
     if "mlm" in scales:
         totals["mlm"] = mlm_loss(student_logits, labels).total
     if scales.keys() & {"kl", "mse"}:
-        teacher_logits = teacher_logits_of(teacher_features, teacher_head, student_logits.shape[-1])
+        teacher_logits = teacher_logits_of(teacher_features, teacher_head, head)
         if "kl" in scales:
             totals["kl"] = kl_loss(student_logits, teacher_logits, where=where, temperature=temperature).total
         if "mse" in scales:

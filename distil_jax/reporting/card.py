@@ -44,9 +44,10 @@ def _language_model_card(model: Model) -> list[str]:
             f"parameters), {_method(config)} with distil_jax {metadata['version']}.",
         ]
     else:
+        how = "with a teacher of its user's own" if "teacher" in metadata.get("custom", {}) else "without a teacher"
         lines = [
             f"A {model.config.num_layers}-layer masked language model ({count_parameters(model.config):,} parameters), "
-            f"trained without a teacher with distil_jax {metadata['version']}.",
+            f"trained {how} with distil_jax {metadata['version']}.",
         ]
     lines += ["", *usage(model), "", "## Training", "", *_training(model), ""]
     lines += ["## Held-out text", "", *_held_out(model), ""]
@@ -71,6 +72,12 @@ def _task_card(model: Model) -> list[str]:
             f", with `{short_name(config.teacher.path)}` as its teacher (weight {loss.soft:g} at temperature "
             f"{loss.temperature:g}, {loss.task:g} on the labels)"
         )
+    own, adamw = metadata.get("custom", {}), ""
+    if "optimizer" not in own:
+        adamw = (
+            f"; AdamW: learning rate {optimizer.learning_rate:g}, betas {optimizer.beta1:g} and {optimizer.beta2:g}, "
+            f"weight decay {optimizer.weight_decay:g}, warm-up {optimizer.warmup:.0%}, clip {optimizer.clip:g}"
+        )
     train = _code(source_name(task.train))
     dev = f"from {_code(source_name(task.dev))}" if task.dev else "held out of them by a hash"
     lines = [
@@ -90,10 +97,9 @@ def _task_card(model: Model) -> list[str]:
         "",
         "## Training",
         "",
-        f"- step {model.step:,} of {config.train.steps:,}, each of {config.train.batch_rows:,} examples; AdamW: "
-        f"learning rate {optimizer.learning_rate:g}, betas {optimizer.beta1:g} and {optimizer.beta2:g}, weight decay "
-        f"{optimizer.weight_decay:g}, warm-up {optimizer.warmup:.0%}, clip {optimizer.clip:g}; dropout "
-        f"{model.config.hidden_dropout:g} and {model.head.dropout:g} before the last layer; seed {config.seed}",
+        f"- step {model.step:,} of {config.train.steps:,}, each of {config.train.batch_rows:,} examples{adamw}; "
+        f"dropout {model.config.hidden_dropout:g} and {model.head.dropout:g} before the last layer; seed {config.seed}",
+        *_own_parts(own),
         "",
     ]
     scores = read_scores(model.run)
@@ -120,7 +126,7 @@ def _method(config: Config) -> str:
 
 
 def _training(model: Model) -> list[str]:
-    config, data = model.run_config, model.metadata["data"]
+    config, metadata, data = model.run_config, model.metadata, model.metadata["data"]
     loss, optimizer, batch_rows = config.loss, config.optimizer, config.train.batch_rows
     weights = ", ".join(f"{name} {weight:g}" for name, weight in Distillation(loss).weights.items())
     if config.student.layers:
@@ -130,16 +136,28 @@ def _training(model: Model) -> list[str]:
     else:
         start = f"`{short_name(config.student.init)}`"
     tokens = model.step * batch_rows * data["tokens"] / data["rows"]
-    return [
+    own = metadata.get("custom", {})
+    lines = [
         f"- initialised from: {start}",
         f"- steps: {model.step:,} of {config.train.steps:,}, each of {batch_rows:,} rows of {data['sequence_length']} "
         f"tokens; about {tokens:,.0f} tokens in all, from a corpus of {data['tokens']:,}",
-        f"- loss weights: {weights}{f', temperature {loss.temperature:g}' if loss.kl else ''}",
-        f"- masking: {config.masking.rate:.0%} of the tokens, smoothing {config.masking.smoothing:g}",
-        f"- AdamW: learning rate {optimizer.learning_rate:g}, betas {optimizer.beta1:g} and {optimizer.beta2:g}, eps "
-        f"{optimizer.eps:g}, weight decay {optimizer.weight_decay:g}, warm-up {optimizer.warmup:.0%}, clip "
-        f"{optimizer.clip:g}; {config.compute.dtype}; seed {config.seed}",
     ]
+    if "objective" not in own:
+        lines.append(f"- loss weights: {weights}{f', temperature {loss.temperature:g}' if loss.kl else ''}")
+    lines.append(f"- masking: {config.masking.rate:.0%} of the tokens, smoothing {config.masking.smoothing:g}")
+    if "optimizer" not in own:
+        lines.append(
+            f"- AdamW: learning rate {optimizer.learning_rate:g}, betas {optimizer.beta1:g} and {optimizer.beta2:g}, "
+            f"eps {optimizer.eps:g}, weight decay {optimizer.weight_decay:g}, warm-up {optimizer.warmup:.0%}, clip "
+            f"{optimizer.clip:g}"
+        )
+    return [*lines, *_own_parts(own), f"- {config.compute.dtype}; seed {config.seed}"]
+
+
+def _own_parts(custom: dict[str, Any]) -> list[str]:
+    """A line on the objective, optimiser and teacher that the user wrote, if there are some."""
+    parts = ", ".join(f"{name} {_code(part['class'])}" for name, part in custom.items())
+    return [f"- the user's own parts, instead of the recipe's: {parts}"] if parts else []
 
 
 def _held_out(model: Model) -> list[str]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from statistics import fmean, stdev
 
 
 def mean_and_spread(values: Sequence[float], digits: int, unit: str = "") -> str:
     """The mean of values, with their standard deviation if there are several; an empty text if there are none."""
-    spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    finite = all(map(math.isfinite, values))
+    spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 and finite else ""
     return f"{fmean(values):.{digits}f}{spread}{unit}" if values else ""
 
 

@@ -48,7 +48,8 @@ class Divergence:
         if skipped:
             return
         median = statistics.median(self._losses) if len(self._losses) >= _FEWEST else math.inf
-        if not config.spike_factor or loss <= config.spike_factor * median:
+        # A loss of one's own may be negative, where a factor has no meaning.
+        if not config.spike_factor or median <= 0 or loss <= config.spike_factor * median:
             self._losses.append(loss)
             self._high = 0
             return

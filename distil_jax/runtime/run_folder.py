@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,13 +23,15 @@ from distil_jax.config.task import FinetuneConfig
 from distil_jax.files import copy_tokenizer, write_whole
 from distil_jax.io import huggingface
 from distil_jax.io.checkpoint import Checkpoints
-from distil_jax.io.tensors import local_folder
+from distil_jax.io.tensors import local_folder, read_json
 from distil_jax.models.heads import abstract_model
 from distil_jax.runtime import processes
 from distil_jax.runtime.divergence import Divergence
 from distil_jax.runtime.program import Program
 from distil_jax.schema import InputError, build, differences, identify, require, to_dict, user_path
 from distil_jax.training.state import TrainState, init_state
+
+_CUSTOM = "custom.json"  # in a run folder: the `custom_parts` of a run that has some
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,19 +96,20 @@ def check_folder(folder: Path, program: Program | None = None) -> None:
         schedule = replace(before.optimizer, steps=program.config.optimizer.steps)
         before = replace(before, train=replace(before.train, steps=steps), optimizer=schedule)
     changed = differences(before, program.config)
-    saved = newest.get("custom", {}) if newest else custom
+    saved = newest.get("custom", {}) if newest else own_parts_of(folder)
     changed += [
         f"{name}: {saved.get(name, 'as configured')} -> {custom.get(name, 'as configured')}"
         for name in sorted(saved.keys() | custom.keys())
         if saved.get(name) != custom.get(name)
     ]
     if changed:
-        raise InputError(
-            f"{folder} holds a run with another configuration ({'; '.join(changed)}): {_way_on(folder, before)}"
-        )
+        way_on = _way_on(folder, before)
+        if saved:
+            way_on = "go on with it from Python, with equal parts of your own, or name a new folder."
+        raise InputError(f"{folder} holds a run with another configuration ({'; '.join(changed)}): {way_on}")
     identity = newest["identity"] if newest else program.identity
-    for name, digest in program.identity.items():
-        if identity.get(name) != digest:
+    for name in identity | program.identity:
+        if identity.get(name) != program.identity.get(name):
             what = {"rows": "prepared rows", "examples": "examples", "teacher": "teacher weights", "model": "weights"}
             raise InputError(
                 f"The run was started with other {what[name]}: point the config at the ones it began with, or start a "
@@ -136,6 +140,26 @@ def custom_parts(step: StepConfig) -> dict[str, Any]:
     if step.teacher_model is None:
         parts["teacher"] = step.teacher
     return {name: identify(part, name) for name, part in parts.items() if part is not None}
+
+
+def own_parts_of(folder: Path) -> dict[str, Any]:
+    """The `custom_parts` that a run was started with; empty for a run of the published recipe."""
+    file = folder / _CUSTOM
+    return read_json(file) if file.exists() else {}
+
+
+def check_no_own_parts(folder: Path) -> None:
+    """Refuses a run with parts of its user's own where these cannot be given, as on the command line.
+
+    Raises:
+      InputError: it has some.
+    """
+    parts = own_parts_of(folder)
+    require(
+        not parts,
+        f"{folder} is a run with parts of its user's own ({', '.join(sorted(parts))}), which the command line does not "
+        "know: go on with it from Python (`distil_jax.workflows`), with equal parts.",
+    )
 
 
 def _newest_metadata(folder: Path) -> dict[str, Any] | None:
@@ -182,6 +206,8 @@ def prepare_folder(folder: Path, program: Program) -> None:
         (folder / "tokenizer").mkdir(exist_ok=True)
         copy_tokenizer(program.tokenizer, folder / "tokenizer")
         write_whole(folder / RUN_CONFIG, tomli_w.dumps(to_dict(program.config)))
+        if custom := custom_parts(program.step_config):
+            write_whole(folder / _CUSTOM, json.dumps(custom, indent=1) + "\n")
     except OSError as error:
         raise InputError(f"Cannot write the run folder {folder}: {error.strerror or error}.") from error
 

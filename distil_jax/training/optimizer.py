@@ -58,7 +58,8 @@ def make_optimizer(config: OptimizerConfig | Optimizer | optax.GradientTransform
             f"{config!r} is no optimiser: give an OptimizerConfig, an optax transformation, or a frozen dataclass with "
             "a method make() that returns one.",
         )
-        return config.make()
+        with jax.ensure_compile_time_eval():  # its arrays are kept, so they must not belong to what is being traced
+            return config.make()
     return optax.chain(
         # First, so that what is frozen neither moves nor counts in the norm.
         optax.masked(optax.set_to_zero(), functools.partial(_frozen, prefixes=config.freeze)),

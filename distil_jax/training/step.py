@@ -23,7 +23,8 @@ from distil_jax.training.sharding import gather_params, map_shards, scatter_para
 from distil_jax.training.state import TrainState
 
 _MASKS, _DROPOUT = 0, 1  # what the keys of one step are for
-_METRICS = ("loss", "tokens", "gradient_norm", "skipped", "learning_rate")  # beside the terms of the objective
+# Names that a term of an objective cannot have: the other metrics of a step, and what lines of metrics.jsonl have.
+_METRICS = ("loss", "tokens", "gradient_norm", "skipped", "learning_rate", "step", "kind", "rows", "perplexity")
 _HELD_OUT_SEED = 15  # of the held-out masks; any number will do, but always the same
 
 

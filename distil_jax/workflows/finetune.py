@@ -53,6 +53,7 @@ from distil_jax.training.sharding import jit_step, make_mesh, shardings_of
 from distil_jax.training.state import abstract_state
 from distil_jax.training.step import train_step
 from distil_jax.workflows.export import export
+from distil_jax.workflows.train import check_own_optimizer
 
 
 def finetune(
@@ -174,6 +175,7 @@ def compile_task(
       InputError: something is missing, or does not fit.
     """
     _check_settings(config)
+    check_own_optimizer(optimizer)
     start = open_model(config.model.path)
     teacher = open_model(config.teacher.path) if config.teacher.path and config.loss.needs_teacher else None
     models = [model for model in (start, teacher) if model is not None]

@@ -11,11 +11,12 @@ from typing import Any
 from jax.sharding import Mesh
 
 from distil_jax.config.run import Config, TrainConfig
-from distil_jax.config.step import Objective, Optimizer, StepConfig
+from distil_jax.config.step import Objective, Optimizer, OptimizerConfig, StepConfig
 from distil_jax.data.loader import open_rows
 from distil_jax.evaluation.held_out import HeldOutEvaluator
 from distil_jax.io import huggingface
 from distil_jax.models.encoder import count_parameters
+from distil_jax.objective.distillation import LogitsFromBatch
 from distil_jax.runtime.assemble import Parts, assemble, put_teacher
 from distil_jax.runtime.loop import run_program
 from distil_jax.runtime.program import (
@@ -58,6 +59,15 @@ def train(
     """
 
     def make() -> Program:
+        check_own_optimizer(optimizer)
+        require(
+            teacher is not None or teacher_params is None,
+            "teacher_params are of a teacher of one's own, and there is none: give teacher too.",
+        )
+        require(
+            not isinstance(teacher, LogitsFromBatch),
+            "Prepared rows carry no logits: LogitsFromBatch is for steps whose batches you make yourself.",
+        )
         parts = assemble(config)
         step, params, identity = parts.step, parts.teacher_params, parts.identity
         if teacher is not None:
@@ -75,6 +85,14 @@ def train(
         return compile_run(replace(parts, step=step, teacher_params=params, identity=identity))
 
     return run_program(make, workdir, resume_step=resume_step)
+
+
+def check_own_optimizer(optimizer: Any) -> None:
+    """Raises `InputError` for an `OptimizerConfig`, which belongs into the run's config, where it is written down."""
+    require(
+        not isinstance(optimizer, OptimizerConfig),
+        "optimizer is for an optimiser of one's own: put an OptimizerConfig into the config of the run.",
+    )
 
 
 def compile_run(parts: Parts) -> Program:
@@ -139,7 +157,7 @@ def _why_training_is_higher(parts: Parts) -> str:
     ]
     if not reasons or not config.loss.mlm or parts.step.objective is not None:
         return ""
-    return f"The MLM loss in training will be higher than on held-out text: in training, {' and '.join(reasons)}."
+    return f"The MLM loss in training is usually higher than on held-out text: in training, {' and '.join(reasons)}."
 
 
 def _describe(parts: Parts, mesh: Mesh) -> str:
