@@ -28,10 +28,10 @@ from distil_jax.evaluation.fill_mask import fill_mask
 from distil_jax.evaluation.held_out import evaluate
 from distil_jax.io import huggingface
 from distil_jax.io.metrics import MetricSums, read_metrics
+from distil_jax.io.names import short_name, source_name, without_places
 from distil_jax.models.encoder import MaskedLm, count_parameters
 from distil_jax.objective.vocabulary import logits
 from distil_jax.reporting.card import model_card
-from distil_jax.reporting.names import short_name, source_name, without_places
 from distil_jax.runtime.assemble import assemble
 from distil_jax.runtime.run_folder import Model, open_model
 from distil_jax.schema import InputError

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from distil_jax.files import write_whole
+from distil_jax.io.names import without_places
 from distil_jax.schema import require
 
 # What `init` takes beyond project, name and config, which both have: how it finds a run that goes on.
@@ -41,14 +42,14 @@ def start_trackers(names: Sequence[str], folder: Path, step: int, config: dict[s
       names: packages, "wandb" or "trackio".
       folder: of the run. Its name and an identity, which the file `tracker` keeps there, name the run.
       step: where the run resumes; 0 starts a new one.
-      config: is shown beside the metrics, but of absolute paths the last part only, since others may read it.
+      config: is shown beside the metrics, with names in place of absolute paths, since others may read it.
     """
     if not names:
         return []
     kept = folder / "tracker"
     if step == 0 or not kept.exists():
         write_whole(kept, secrets.token_hex(4))
-    return [Tracker(name, folder, kept.read_text(), _without_folders(config)) for name in names]
+    return [Tracker(name, folder, kept.read_text(), without_places(config)) for name in names]
 
 
 class Tracker:
@@ -98,9 +99,3 @@ class Tracker:
                 flush=True,
             )
             return None
-
-
-def _without_folders(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _without_folders(inner) for name, inner in value.items()}
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value

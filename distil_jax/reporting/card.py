@@ -10,11 +10,11 @@ from distil_jax.config.model import ModelConfig
 from distil_jax.config.run import Config
 from distil_jax.data.summary import data_problems
 from distil_jax.io.metrics import read_metrics
+from distil_jax.io.names import short_name, source_name
 from distil_jax.models.encoder import count_parameters
 from distil_jax.objective.distillation import Distillation
 from distil_jax.reporting.card_head import head_lines
 from distil_jax.reporting.markdown import table
-from distil_jax.reporting.names import short_name, source_name
 from distil_jax.reporting.task_scores import read_scores, score_notes, score_table
 from distil_jax.reporting.usage import usage
 from distil_jax.runtime.run_folder import Model

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distil_jax.io.names import short_name, source_name
 from distil_jax.io.task_json import architecture
-from distil_jax.reporting.names import short_name, source_name
 from distil_jax.runtime.run_folder import Model
 from distil_jax.schema import InputError
 

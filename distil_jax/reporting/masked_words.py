@@ -12,7 +12,7 @@ from distil_jax.data.manifest import read_manifest
 from distil_jax.data.tokenizer import load_tokenizer, special_ids
 from distil_jax.evaluation.fill_mask import fill_mask
 from distil_jax.io import huggingface
-from distil_jax.reporting.names import short_name
+from distil_jax.io.names import short_name
 from distil_jax.reporting.page import Block, Paragraph, Table
 from distil_jax.runtime.assemble import check_tokenizer
 from distil_jax.runtime.run_folder import Model, open_model, read_config

@@ -14,10 +14,10 @@ from distil_jax.config.run import Config
 from distil_jax.config.task import FinetuneConfig
 from distil_jax.io.checkpoint import Checkpoints
 from distil_jax.io.metrics import format_number
+from distil_jax.io.names import short_name, source_name, without_places
 from distil_jax.models.encoder import count_parameters
 from distil_jax.reporting.history import PERCENT_METRICS, History, format_count, format_duration
 from distil_jax.reporting.markdown import mean_and_spread
-from distil_jax.reporting.names import short_name, source_name, without_places
 from distil_jax.reporting.page import Block, Code, Fold, Paragraph, Table
 from distil_jax.reporting.task_scores import read_scores, score_notes, score_table
 from distil_jax.schema import InputError, build, differences, to_dict
