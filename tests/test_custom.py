@@ -205,7 +205,8 @@ def test_an_optimiser_may_make_arrays(step_config):
     config = replace(step_config, optimizer=Momentum(decay=0.5))
     dj.make_optimizer.cache_clear()
     dj.abstract_state(config)
-    dj.init_state(KEY, config)
+    state = dj.init_state(KEY, config)
+    assert jax.tree.structure(state.opt_state[0].trace) == jax.tree.structure(state.params)
 
 
 def test_an_evaluation_compares_with_logits_too(step_config, student_params, teacher_params, stored_logits):

@@ -78,7 +78,7 @@ def check_folder(folder: Path, program: Program | None = None) -> None:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file: name a folder for the run.")
     # Left behind by a run that was killed while it started.
-    begun = {"tokenizer", ".config.toml", ".lock", "compiled"}
+    begun = {"tokenizer", ".config.toml", ".lock", "compiled", _CUSTOM, f".{_CUSTOM}"}
     if folder.is_dir() and not is_run(folder) and {path.name for path in folder.iterdir()} - begun:
         raise InputError(f"{folder} holds something other than a run: name a new folder; nothing was changed.")
     if program is None:
@@ -103,9 +103,7 @@ def check_folder(folder: Path, program: Program | None = None) -> None:
         if saved.get(name) != custom.get(name)
     ]
     if changed:
-        way_on = _way_on(folder, before)
-        if saved:
-            way_on = "go on with it from Python, with equal parts of your own, or name a new folder."
+        way_on = _way_on(folder, before, own_parts=bool(saved))
         raise InputError(f"{folder} holds a run with another configuration ({'; '.join(changed)}): {way_on}")
     identity = newest["identity"] if newest else program.identity
     for name in identity | program.identity:
@@ -117,8 +115,10 @@ def check_folder(folder: Path, program: Program | None = None) -> None:
             )
 
 
-def _way_on(folder: Path, config: Config | FinetuneConfig) -> str:
+def _way_on(folder: Path, config: Config | FinetuneConfig, *, own_parts: bool) -> str:
     """What somebody can do who wants to go on with a run, or to go on from it in another way."""
+    if own_parts:
+        return "go on with it from Python, with equal parts of your own, or name a new folder."
     new = "name a new folder with --output"
     if isinstance(config, FinetuneConfig):
         return f"give it the same one to go on (`--task {folder}`), or {new}; {folder} can be the MODEL to begin with."
@@ -205,9 +205,10 @@ def prepare_folder(folder: Path, program: Program) -> None:
         # Kept with the run, so that it can be exported when the data is gone.
         (folder / "tokenizer").mkdir(exist_ok=True)
         copy_tokenizer(program.tokenizer, folder / "tokenizer")
-        write_whole(folder / RUN_CONFIG, tomli_w.dumps(to_dict(program.config)))
+        # Before config.toml, which makes a folder a run: it must never be taken for one of the published recipe.
         if custom := custom_parts(program.step_config):
             write_whole(folder / _CUSTOM, json.dumps(custom, indent=1) + "\n")
+        write_whole(folder / RUN_CONFIG, tomli_w.dumps(to_dict(program.config)))
     except OSError as error:
         raise InputError(f"Cannot write the run folder {folder}: {error.strerror or error}.") from error
 
