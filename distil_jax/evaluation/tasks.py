@@ -31,6 +31,12 @@ from distil_jax.training.sharding import jit_eval, local_places, make_mesh, put_
 from distil_jax.training.state import TrainState, abstract_state, eval_state
 from distil_jax.training.step import task_eval_step
 
+# For a model that learned nothing.
+HOW_TO_LEARN = (
+    "Try a higher learning rate (optimizer.learning_rate: 5e-5 suits base-size models, and smaller ones need more) or "
+    "more epochs (train.epochs)."
+)
+
 
 @dataclass(frozen=True)
 class TaskScores:
@@ -268,7 +274,4 @@ def nothing_learned(
         why = f"By its {metric} the model is no better than one answer for every example: it learned nothing that helps"
     else:
         return ""
-    return (
-        f"{why}. Try a higher learning rate (optimizer.learning_rate: 5e-5 suits base-size models, and smaller ones "
-        "need more) or more epochs (train.epochs)."
-    )
+    return f"{why}. {HOW_TO_LEARN}"

@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from distil_jax.evaluation.tasks import HOW_TO_LEARN
 from distil_jax.files import whole_file, write_whole
 from distil_jax.reporting.markdown import mean_and_spread, table
 from distil_jax.reporting.style import RUN_STYLES
@@ -117,8 +118,7 @@ def _why_unlearned(comparison: Comparison, tasks: Sequence[str]) -> str:
     share = "" if comparison.kept(teacher) else ", so there is nothing that a student could keep a share of (–)"
     return (
         f"{teacher} does not beat the largest class (one answer for every example){spread} on {', '.join(tasks)}: "
-        f"nothing shows that it learned anything there{share}. Try a higher learning rate (optimizer.learning_rate: "
-        "5e-5 suits base-size models, and smaller ones need more) or more epochs (train.epochs)."
+        f"nothing shows that it learned anything there{share}. {HOW_TO_LEARN}"
     )
 
 
